@@ -1,1 +1,28 @@
+//! What the BPF programs and the agent share: `no_std`, no unsafe, no aya.
+//!
+//! A thing belongs here only if both sides execute it (checksum, tuple hash, TCP state) or both sides lay it out
+//! (the map ABI in [`abi`], [`verdict::DropReason`]). Everything else has a home on one side.
+//!
+//! The maps, all pinned as `<bpffs>/maps/<name>`:
+//!
+//! | map | type | key -> value | written by | read by |
+//! | --- | --- | --- | --- | --- |
+//! | `frontends` | hash | [`abi::lb::FrontendKey`] -> [`abi::lb::Frontend`] | agent | programs, CLI |
+//! | `slots` | array, mmap | slot -> [`abi::lb::Slot`] | agent | programs, CLI |
+//! | `backends` | array, mmap | index -> [`abi::lb::Backend`] | agent | programs, CLI |
+//! | `services` | hash | service id -> [`abi::lb::ServiceName`] | agent | agent (restore), CLI |
+//! | `endpoints` | hash | [`addr::Addr`] -> [`abi::endpoint::Endpoint`] | agent | programs, CLI |
+//! | `conntrack_v4`, `conntrack_v6` | LRU hash | [`abi::conntrack::Tuple`] -> [`abi::conntrack::Entry`] | programs | programs, CLI; the agent deletes what expired |
+//! | `sockets` | socket storage | socket -> [`abi::socket::Translation`] | programs | programs |
+//! | `drops` | per-CPU array | [`verdict::DropReason`] -> packets | programs | CLI |
+//! | `agent` | array | 0 -> [`abi::state::AgentState`] | agent | CLI |
+#![no_std]
+#![forbid(unsafe_code)]
 
+pub mod abi;
+pub mod addr;
+pub mod csum;
+pub mod family;
+pub mod hash;
+pub mod tcp;
+pub mod verdict;

@@ -1,0 +1,22 @@
+//! The layout of every map's key and value.
+//!
+//! Rules: `repr(C)`, no implicit padding (zerocopy's `IntoBytes` refuses it at compile time, and the verifier would
+//! refuse a key with it), every bit pattern valid (`FromBytes`), wire types for addresses and ports. The names of
+//! the fields are what `bpftool map dump` prints: they are part of the interface.
+
+pub mod conntrack;
+pub mod endpoint;
+pub mod lb;
+pub mod socket;
+pub mod state;
+
+use core::mem::size_of;
+
+const _: () = {
+    assert!(size_of::<lb::FrontendKey>() == 20);
+    assert!(size_of::<lb::Frontend>() == 20);
+    assert!(size_of::<lb::Backend>() == 32);
+    assert!(size_of::<conntrack::Tuple<[u8; 4]>>() == 16);
+    assert!(size_of::<conntrack::Tuple<[u8; 16]>>() == 40);
+    assert!(size_of::<conntrack::Entry>() == 36);
+};

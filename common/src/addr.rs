@@ -1,0 +1,177 @@
+//! Addresses, ports and protocols as they stand on the wire: byte arrays in network order, so that an endianness
+//! cannot be forgotten and a map key has no padding.
+
+use core::fmt;
+use core::net::{IpAddr, Ipv6Addr};
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// An address of either family in 16 bytes; IPv4 is mapped (`::ffff:a.b.c.d`, RFC 4291 section 2.5.5.2).
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
+#[repr(C)]
+pub struct Addr {
+    pub bytes: [u8; 16],
+}
+
+impl Addr {
+    pub const UNSPECIFIED: Self = Self { bytes: [0; 16] };
+
+    #[inline(always)]
+    pub const fn v4(a: [u8; 4]) -> Self {
+        Self { bytes: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a[0], a[1], a[2], a[3]] }
+    }
+
+    #[inline(always)]
+    pub const fn v6(bytes: [u8; 16]) -> Self {
+        Self { bytes }
+    }
+
+    /// The last four bytes: the IPv4 address of a mapped one.
+    #[inline(always)]
+    pub const fn v4_bytes(&self) -> [u8; 4] {
+        [self.bytes[12], self.bytes[13], self.bytes[14], self.bytes[15]]
+    }
+
+    pub fn ip(&self) -> IpAddr {
+        Ipv6Addr::from(self.bytes).to_canonical()
+    }
+}
+
+impl From<IpAddr> for Addr {
+    fn from(ip: IpAddr) -> Self {
+        match ip {
+            IpAddr::V4(ip) => Self::v4(ip.octets()),
+            IpAddr::V6(ip) => Self::v6(ip.octets()),
+        }
+    }
+}
+
+impl fmt::Display for Addr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.ip().fmt(f)
+    }
+}
+
+/// A transport port in network order.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
+#[repr(C)]
+pub struct Port {
+    pub be: [u8; 2],
+}
+
+impl Port {
+    pub const ZERO: Self = Self { be: [0; 2] };
+
+    #[inline(always)]
+    pub const fn new(host: u16) -> Self {
+        Self { be: host.to_be_bytes() }
+    }
+
+    #[inline(always)]
+    pub const fn host(self) -> u16 {
+        u16::from_be_bytes(self.be)
+    }
+}
+
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.host().fmt(f)
+    }
+}
+
+/// An IP protocol number (IANA "Assigned Internet Protocol Numbers").
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
+#[repr(C)]
+pub struct Proto {
+    pub number: u8,
+}
+
+impl Proto {
+    pub const ICMP: Self = Self { number: 1 };
+    pub const TCP: Self = Self { number: 6 };
+    pub const UDP: Self = Self { number: 17 };
+    pub const ICMPV6: Self = Self { number: 58 };
+    pub const SCTP: Self = Self { number: 132 };
+
+    pub const fn name(self) -> Option<&'static str> {
+        match self {
+            Self::ICMP => Some("ICMP"),
+            Self::TCP => Some("TCP"),
+            Self::UDP => Some("UDP"),
+            Self::ICMPV6 => Some("ICMPv6"),
+            Self::SCTP => Some("SCTP"),
+            Self { .. } => None,
+        }
+    }
+}
+
+impl fmt::Display for Proto {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => f.pad(name),
+            None => self.number.fmt(f),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_comes_back_as_the_family_it_went_in() {
+        for text in ["10.96.0.10", "fd00::1", "255.255.255.255", "::1"] {
+            let ip: IpAddr = text.parse().unwrap();
+            assert_eq!(Addr::from(ip).ip(), ip);
+        }
+        assert_eq!(Addr::v4([1, 2, 3, 4]).v4_bytes(), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_port_is_big_endian() {
+        assert_eq!(Port::new(0x1234).be, [0x12, 0x34]);
+        assert_eq!(Port::new(8080).host(), 8080);
+    }
+}

@@ -1,0 +1,144 @@
+//! The states of a tracked connection and how long an idle one is kept.
+
+use crate::addr::Proto;
+
+/// TCP flags as they stand in byte 13 of the header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flags(pub u8);
+
+impl Flags {
+    pub const FIN: u8 = 0x01;
+    pub const SYN: u8 = 0x02;
+    pub const RST: u8 = 0x04;
+    pub const ACK: u8 = 0x10;
+    /// What a packet of another protocol has.
+    pub const NONE: Self = Self(0);
+
+    /// The first packet of a connection: SYN and not ACK.
+    #[inline(always)]
+    pub const fn opens(self) -> bool {
+        self.0 & (Self::SYN | Self::ACK | Self::RST) == Self::SYN
+    }
+}
+
+/// Which way a packet goes relative to the one that opened its flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    Forward,
+    Reply,
+}
+
+/// What a connection has been seen to do, as a set of bits that only grow until it is opened again. UDP uses
+/// [`State::REPLIED`] alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct State(pub u8);
+
+impl State {
+    pub const NEW: Self = Self(0);
+    /// A packet came back.
+    pub const REPLIED: u8 = 1;
+    pub const FIN_FORWARD: u8 = 2;
+    pub const FIN_REPLY: u8 = 4;
+    pub const RESET: u8 = 8;
+
+    /// The state after one more packet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn after(self, flags: Flags, direction: Direction) -> Self {
+        let mut bits = self.0;
+        let fin = match direction {
+            Direction::Forward => Self::FIN_FORWARD,
+            Direction::Reply => {
+                bits |= Self::REPLIED;
+                Self::FIN_REPLY
+            }
+        };
+        if flags.0 & Flags::FIN != 0 {
+            bits |= fin;
+        }
+        if flags.0 & Flags::RST != 0 {
+            bits |= Self::RESET;
+        }
+        Self(bits)
+    }
+
+    /// Both sides are done: a SYN on the same tuple is a new connection (rule 35).
+    #[inline(always)]
+    pub const fn closed(self) -> bool {
+        let fins = Self::FIN_FORWARD | Self::FIN_REPLY;
+        self.0 & Self::RESET != 0 || self.0 & fins == fins
+    }
+
+    pub const fn name(self, proto: Proto) -> &'static str {
+        match (proto, self.0 & Self::REPLIED != 0) {
+            (Proto::TCP, _) if self.closed() => "closed",
+            (Proto::TCP, _) if self.0 & (Self::FIN_FORWARD | Self::FIN_REPLY) != 0 => "closing",
+            (Proto::TCP, true) => "established",
+            (Proto::TCP, false) => "opening",
+            (_, true) => "replied",
+            (_, false) => "unreplied",
+        }
+    }
+
+    /// How many seconds an idle flow in this state is kept: kube-proxy's defaults where it sets one (24 h
+    /// established, 1 h half closed: `conntrack.tcpEstablishedTimeout`, `tcpCloseWaitTimeout`), the kernel's
+    /// `nf_conntrack_*_timeout` elsewhere.
+    #[inline(always)]
+    pub const fn lifetime(self, proto: Proto) -> u32 {
+        let replied = self.0 & Self::REPLIED != 0;
+        if proto.number == Proto::TCP.number {
+            if self.closed() {
+                10
+            } else if self.0 & (Self::FIN_FORWARD | Self::FIN_REPLY) != 0 {
+                3_600
+            } else if replied {
+                86_400
+            } else {
+                60
+            }
+        } else if replied {
+            120
+        } else {
+            30
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(packets: &[(u8, Direction)]) -> State {
+        packets.iter().fold(State::NEW, |state, &(flags, direction)| state.after(Flags(flags), direction))
+    }
+
+    #[test]
+    fn a_connection_opens_lives_and_closes() {
+        use Direction::{Forward, Reply};
+        let opening = run(&[(Flags::SYN, Forward)]);
+        assert_eq!((opening.name(Proto::TCP), opening.lifetime(Proto::TCP)), ("opening", 60));
+        let established =
+            run(&[(Flags::SYN, Forward), (Flags::SYN | Flags::ACK, Reply), (Flags::ACK, Forward)]);
+        assert_eq!((established.name(Proto::TCP), established.lifetime(Proto::TCP)), ("established", 86_400));
+        let half = established.after(Flags(Flags::FIN | Flags::ACK), Forward);
+        assert_eq!((half.name(Proto::TCP), half.lifetime(Proto::TCP)), ("closing", 3_600));
+        let closed = half.after(Flags(Flags::FIN | Flags::ACK), Reply);
+        assert_eq!((closed.closed(), closed.lifetime(Proto::TCP)), (true, 10));
+        assert!(established.after(Flags(Flags::RST), Reply).closed());
+    }
+
+    #[test]
+    fn only_a_bare_syn_opens() {
+        assert!(Flags(Flags::SYN).opens());
+        assert!(Flags(Flags::SYN | 0xc0).opens(), "ECN bits do not matter");
+        assert!(!Flags(Flags::SYN | Flags::ACK).opens());
+        assert!(!Flags(Flags::SYN | Flags::RST).opens());
+        assert!(!Flags(Flags::ACK).opens());
+    }
+
+    #[test]
+    fn udp_lives_longer_once_answered() {
+        assert_eq!(State::NEW.lifetime(Proto::UDP), 30);
+        assert_eq!(State::NEW.after(Flags::NONE, Direction::Reply).lifetime(Proto::UDP), 120);
+    }
+}

@@ -1,0 +1,75 @@
+//! What a program decides about a packet, and why it drops one.
+
+/// Where a packet goes next. The object maps it to a TC or XDP action in one place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Verdict {
+    /// On to the kernel's stack, as it now is.
+    Stack,
+    /// Into the local pod behind this host-side interface.
+    Pod { ifindex: u32 },
+    /// Back out of the interface it came from: the packet was turned into its own answer (RST, ICMP error).
+    Reply,
+}
+
+macro_rules! drop_reasons {
+    ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
+        /// Why a packet was dropped: one list for the programs, the metrics and the CLI. The number is the index in
+        /// the `drops` map, so a number is never given to another reason.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u32)]
+        pub enum DropReason {
+            $($(#[$doc])* $name = $number,)*
+        }
+
+        impl DropReason {
+            pub const ALL: &'static [Self] = &[$(Self::$name),*];
+
+            /// The reason as metrics and the CLI print it.
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$name => $text,)*
+                }
+            }
+        }
+    };
+}
+
+drop_reasons! {
+    /// A header runs past the end of the packet, or a length contradicts another.
+    Truncated = 0, "truncated";
+    /// A later fragment for a service: its ports are in the first one.
+    Fragment = 1, "fragment-of-service";
+    /// The service has endpoints, but none that this traffic may use (rule 15: dropped, never rejected).
+    NoLocalEndpoint = 2, "no-local-endpoint";
+    /// A frontend's slots named a backend that is not live; the agent is between two writes or the tables are damaged.
+    NoBackend = 3, "no-backend";
+    /// Two flows through different frontends would share one tuple towards the same backend.
+    TupleCollision = 4, "tuple-collision";
+    /// The connection table took no entry (rule 36: counted apart from "full").
+    ConntrackInsert = 5, "conntrack-insert-failed";
+    /// A helper that rewrites the packet refused.
+    Rewrite = 6, "rewrite-failed";
+    /// The answer to a rejected packet could not be built.
+    Reject = 7, "reject-failed";
+    /// An IPv6 extension header chain longer than the programs follow.
+    ExtensionHeaders = 8, "extension-headers";
+    /// A packet for a service with port zero.
+    PortZero = 9, "port-zero";
+}
+
+/// How many rows the `drops` map has: room to add reasons without a new map.
+pub const DROP_ROWS: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_dense_unique_and_fit_the_map() {
+        for (index, reason) in DropReason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, index, "{}", reason.as_str());
+        }
+        assert!(DropReason::ALL.len() <= DROP_ROWS);
+    }
+}
