@@ -6,23 +6,12 @@ use core::net::{IpAddr, Ipv6Addr};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// An address of either family in 16 bytes; IPv4 is mapped (`::ffff:a.b.c.d`, RFC 4291 section 2.5.5.2).
+/// An address of either family in 16 bytes; IPv4 is mapped (`::ffff:a.b.c.d`, RFC 4291 section 2.5.5.2). Aligned to
+/// words: BPF has no unaligned stack access, and without it the compiler moves one byte at a time.
 #[derive(
-    Clone,
-    Copy,
-    Debug,
-    PartialEq,
-    Eq,
-    PartialOrd,
-    Ord,
-    Hash,
-    FromBytes,
-    IntoBytes,
-    Immutable,
-    KnownLayout,
-    Unaligned,
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
-#[repr(C)]
+#[repr(C, align(4))]
 pub struct Addr {
     pub bytes: [u8; 16],
 }

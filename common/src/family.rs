@@ -2,8 +2,9 @@
 
 use core::fmt::Debug;
 use core::hash::Hash;
+use core::mem::offset_of;
 
-use zerocopy::{FromBytes, Immutable, IntoBytes, Unaligned};
+use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
 use crate::addr::{Addr, Proto};
 
@@ -17,21 +18,17 @@ pub trait Family: Copy + 'static {
     const HDR_LEN: u32;
     const SRC_OFF: u32;
     const DST_OFF: u32;
-    const TTL_OFF: u32;
     /// Where the header's own checksum is; IPv6 has none.
     const CSUM_OFF: Option<u32>;
     const ICMP: Proto;
 
+    /// The address from its words in memory order; the first one alone for IPv4.
+    fn from_words(words: [u32; 4]) -> Self::Bytes;
     fn addr(bytes: Self::Bytes) -> Addr;
     fn bytes(addr: &Addr) -> Self::Bytes;
     /// The address as 32-bit words in memory order, unused ones zero: what checksums and hashes add up.
     fn words(bytes: &Self::Bytes) -> [u32; 4];
 }
-
-/// What a flow table's key is made of; implied by every [`Family::Bytes`] this crate has.
-pub trait Wire: FromBytes + IntoBytes + Immutable + Unaligned {}
-
-impl<const N: usize> Wire for [u8; N] {}
 
 #[derive(Clone, Copy, Debug)]
 pub struct V4;
@@ -43,12 +40,16 @@ impl Family for V4 {
     type Bytes = [u8; 4];
 
     const ETHERTYPE: u16 = 0x0800;
-    const HDR_LEN: u32 = 20;
-    const SRC_OFF: u32 = 12;
-    const DST_OFF: u32 = 16;
-    const TTL_OFF: u32 = 8;
-    const CSUM_OFF: Option<u32> = Some(10);
+    const HDR_LEN: u32 = Ipv4Hdr::LEN as u32;
+    const SRC_OFF: u32 = offset_of!(Ipv4Hdr, src_addr) as u32;
+    const DST_OFF: u32 = offset_of!(Ipv4Hdr, dst_addr) as u32;
+    const CSUM_OFF: Option<u32> = Some(offset_of!(Ipv4Hdr, check) as u32);
     const ICMP: Proto = Proto::ICMP;
+
+    #[inline(always)]
+    fn from_words([word, ..]: [u32; 4]) -> [u8; 4] {
+        word.to_ne_bytes()
+    }
 
     #[inline(always)]
     fn addr(bytes: [u8; 4]) -> Addr {
@@ -70,12 +71,17 @@ impl Family for V6 {
     type Bytes = [u8; 16];
 
     const ETHERTYPE: u16 = 0x86dd;
-    const HDR_LEN: u32 = 40;
-    const SRC_OFF: u32 = 8;
-    const DST_OFF: u32 = 24;
-    const TTL_OFF: u32 = 7;
+    const HDR_LEN: u32 = Ipv6Hdr::LEN as u32;
+    const SRC_OFF: u32 = offset_of!(Ipv6Hdr, src_addr) as u32;
+    const DST_OFF: u32 = offset_of!(Ipv6Hdr, dst_addr) as u32;
     const CSUM_OFF: Option<u32> = None;
     const ICMP: Proto = Proto::ICMPV6;
+
+    #[inline(always)]
+    fn from_words(words: [u32; 4]) -> [u8; 16] {
+        let [a, b, c, d] = words.map(u32::to_ne_bytes);
+        [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
+    }
 
     #[inline(always)]
     fn addr(bytes: [u8; 16]) -> Addr {

@@ -1,1 +1,36 @@
+//! The datapath as a library: a packet and the tables in, `Result<Verdict, DropReason>` out.
+//!
+//! ```text
+//!            pod's eth0
+//!                |  (TC ingress on the host's end: pod::leaving)
+//!   parse -> conntrack -- known flow ----------------------------+
+//!                |                                               v
+//!                +-- lb: frontend -> slot -> backend -> track -> nat -> route: local pod | kernel
+//!                          |
+//!                          +-- no endpoints: reject (RST, port unreachable)
+//!
+//!            node's stack
+//!                |  (TC egress on the host's end: pod::entering)
+//!   parse -> conntrack -- reply of a service flow -> nat -> pod's eth0
+//!
+//!            connect(2)
+//!                |  (cgroup programs: socket)
+//!                +-- lb: frontend -> slot -> backend -> the socket's destination
+//! ```
+//!
+//! Nothing here knows aya or the kernel: a packet is a [`packet::Packet`], the maps are [`tables::Tables`], and tests
+//! run all of it on the host for both families. `object/` implements both traits for the kernel and holds all unsafe.
+//! Everything is generic and inlined, so it costs nothing there.
+#![cfg_attr(target_arch = "bpf", no_std)]
+#![forbid(unsafe_code)]
 
+pub mod conntrack;
+pub mod lb;
+pub mod nat;
+pub mod packet;
+pub mod parse;
+pub mod pod;
+pub mod reject;
+pub mod route;
+pub mod socket;
+pub mod tables;

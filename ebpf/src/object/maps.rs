@@ -1,0 +1,178 @@
+//! Every map, and the library's view of them. Sizes here are defaults: the agent sets them when it loads.
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage};
+use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
+use aya_ebpf::macros::btf_map;
+use ferroflow_common::abi::conntrack::{Entry, Tuple};
+use ferroflow_common::abi::endpoint::Endpoint;
+use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey, ServiceName};
+use ferroflow_common::abi::socket::Translation;
+use ferroflow_common::abi::state::AgentState;
+use ferroflow_common::addr::Addr;
+use ferroflow_common::family::{Family, V4, V6};
+use ferroflow_common::verdict::{DROP_ROWS, DropReason};
+use ferroflow_ebpf::tables::{Aligned, InsertError, OnConflict, Services, Tables, Tracked};
+
+const MMAP: usize = BPF_F_MMAPABLE as usize;
+/// Control-plane tables take memory as they fill.
+const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+
+#[btf_map(name = "frontends", pin_by_name)]
+static FRONTENDS: HashMap<FrontendKey, Frontend, 131_072, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "slots", pin_by_name)]
+static SLOTS: Array<u32, 1_048_576, MMAP> = Array::new();
+
+#[btf_map(name = "backends", pin_by_name)]
+static BACKENDS: Array<Backend, 262_144, MMAP> = Array::new();
+
+#[btf_map(name = "services", pin_by_name)]
+static SERVICES: HashMap<u32, ServiceName, 131_072, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "endpoints", pin_by_name)]
+static ENDPOINTS: HashMap<Addr, Endpoint, 4_096, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "conntrack_v4", pin_by_name)]
+static CONNTRACK_V4: LruHashMap<Tuple<[u8; 4]>, Entry, 262_144> = LruHashMap::new();
+
+#[btf_map(name = "conntrack_v6", pin_by_name)]
+static CONNTRACK_V6: LruHashMap<Tuple<[u8; 16]>, Entry, 131_072> = LruHashMap::new();
+
+#[btf_map(name = "sockets", pin_by_name)]
+pub(crate) static SOCKETS: SkStorage<Translation> = SkStorage::new();
+
+#[btf_map(name = "drops", pin_by_name)]
+static DROPS: PerCpuArray<u64, DROP_ROWS> = PerCpuArray::new();
+
+/// No program reads these two: the object declares them so that they are created, typed and pinned with the others.
+#[btf_map(name = "agent", pin_by_name)]
+static AGENT: Array<AgentState, 1> = Array::new();
+
+/// Counts a dropped packet.
+#[inline(always)]
+pub(crate) fn count(reason: DropReason) {
+    if let Some(count) = DROPS.get_ptr_mut(reason as u32) {
+        // SAFETY: the row is this CPU's own, and a program is not interrupted by another one of its kind.
+        unsafe { *count += 1 };
+    }
+}
+
+/// The kernel's maps behind the library's traits.
+pub(crate) struct Kernel;
+
+impl Services for Kernel {
+    #[inline(always)]
+    fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
+        // SAFETY: copied before anything else is called; the agent replaces a row by a new one, never in place.
+        unsafe { FRONTENDS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn slot(&self, slot: u32) -> Option<u32> {
+        SLOTS.get(slot).copied()
+    }
+
+    #[inline(always)]
+    fn backend(&self, index: u32) -> Option<Backend> {
+        BACKENDS.get(index).copied()
+    }
+}
+
+/// A row of a connection table.
+pub(crate) struct Row(*mut Entry);
+
+impl Tracked for Row {
+    #[inline(always)]
+    fn load(&self) -> Entry {
+        // SAFETY: a lookup returned it; LRU memory is never freed while a program runs, only reused, and any bytes
+        // are an `Entry`.
+        unsafe { self.0.read() }
+    }
+
+    #[inline(always)]
+    fn store_state(&self, state: u8, expires: u32) {
+        // SAFETY: as above; should the row have been reused for another flow, that flow's state is a moment wrong.
+        let entry = unsafe { &mut *self.0 };
+        entry.state = state;
+        entry.expires = expires;
+    }
+}
+
+/// Which connection table a family's flows are in.
+pub(crate) trait Flows: Family {
+    fn lookup(tuple: &Aligned<Tuple<Self::Bytes>>) -> Option<*mut Entry>;
+    fn insert(tuple: &Aligned<Tuple<Self::Bytes>>, entry: &Entry, flags: u64) -> Result<(), i32>;
+    fn remove(tuple: &Aligned<Tuple<Self::Bytes>>);
+}
+
+macro_rules! flows {
+    ($family:ty, $map:ident) => {
+        impl Flows for $family {
+            #[inline(always)]
+            fn lookup(tuple: &Aligned<Tuple<Self::Bytes>>) -> Option<*mut Entry> {
+                $map.get_ptr_mut(&tuple.0)
+            }
+
+            #[inline(always)]
+            fn insert(tuple: &Aligned<Tuple<Self::Bytes>>, entry: &Entry, flags: u64) -> Result<(), i32> {
+                $map.insert(&tuple.0, entry, flags)
+            }
+
+            #[inline(always)]
+            fn remove(tuple: &Aligned<Tuple<Self::Bytes>>) {
+                // That it is gone already is what was wanted.
+                let _gone = $map.remove(&tuple.0);
+            }
+        }
+    };
+}
+
+flows!(V4, CONNTRACK_V4);
+flows!(V6, CONNTRACK_V6);
+
+const EEXIST: i32 = -17;
+
+impl<F: Flows> Tables<F> for Kernel {
+    type Tracked = Row;
+
+    #[inline(always)]
+    fn tracked(&self, tuple: &Aligned<Tuple<F::Bytes>>) -> Option<Row> {
+        F::lookup(tuple).map(Row)
+    }
+
+    #[inline(always)]
+    fn track(
+        &self,
+        tuple: &Aligned<Tuple<F::Bytes>>,
+        entry: &Entry,
+        conflict: OnConflict,
+    ) -> Result<(), InsertError> {
+        let flags = match conflict {
+            OnConflict::Fail => BPF_NOEXIST,
+            OnConflict::Replace => BPF_ANY,
+        };
+        match F::insert(tuple, entry, u64::from(flags)) {
+            Ok(()) => Ok(()),
+            Err(EEXIST) => Err(InsertError::Exists),
+            Err(_) => Err(InsertError::Refused),
+        }
+    }
+
+    #[inline(always)]
+    fn untrack(&self, tuple: &Aligned<Tuple<F::Bytes>>) {
+        F::remove(tuple);
+    }
+
+    #[inline(always)]
+    fn endpoint(&self, addr: &Addr) -> Option<Endpoint> {
+        // SAFETY: copied before anything else is called.
+        unsafe { ENDPOINTS.get(addr) }.copied()
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u32 {
+        // SAFETY: the helper takes nothing and cannot fail.
+        (unsafe { bpf_ktime_get_boot_ns() } / 1_000_000_000) as u32
+    }
+}

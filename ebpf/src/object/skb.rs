@@ -1,0 +1,158 @@
+//! A socket buffer as the library's packet: direct reads where the bytes are linear, helpers for everything else.
+
+use core::arch::asm;
+use core::mem::MaybeUninit;
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_csum_update, bpf_skb_load_bytes};
+use aya_ebpf::programs::TcContext;
+use ferroflow_common::csum::Sum;
+use ferroflow_common::verdict::DropReason;
+use ferroflow_ebpf::packet::{L4Change, Packet, SUM_MAX};
+
+pub(crate) struct Skb(pub(crate) TcContext);
+
+/// How far into the packet direct reads go: the verifier wants a bound, and headers end long before.
+const DIRECT: u32 = 0x700;
+
+impl Skb {
+    /// `__sk_buff::data` and `data_end`, loaded by instructions that the compiler cannot split or move apart: the
+    /// verifier recognises a packet pointer only in a plain 32-bit load.
+    #[inline(always)]
+    fn bounds(&self) -> (u64, u64) {
+        let (data, end): (u64, u64);
+        let context = self.0.as_ptr();
+        // SAFETY: `context` is the program's `__sk_buff`; 76 and 80 are the offsets of the two fields in its ABI.
+        unsafe {
+            asm!(
+                "{data} = *(u32 *)({context} + 76)",
+                "{end} = *(u32 *)({context} + 80)",
+                data = out(reg) data,
+                end = out(reg) end,
+                context = in(reg) context,
+                options(readonly, nostack),
+            );
+        }
+        (data, end)
+    }
+
+    /// The words at `offset`, where they are in the linear part.
+    #[inline(always)]
+    fn linear<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        if offset > DIRECT {
+            return None;
+        }
+        let (data, end) = self.bounds();
+        let mut start = data;
+        // SAFETY: one addition, hidden from the compiler so that the check and the loads use one register: to the
+        // verifier two sums of a packet pointer and the same number are two pointers.
+        unsafe {
+            asm!("{0} += {1}", inout(reg) start, in(reg) u64::from(offset), options(pure, nomem, nostack));
+        }
+        if start + N as u64 * 4 > end {
+            return None;
+        }
+        // SAFETY: the words are inside the packet, as the comparison has just shown to the verifier too.
+        Some(core::array::from_fn(|index| unsafe { load_word(start + index as u64 * 4) }))
+    }
+}
+
+/// A 32-bit load from any address. Headers are not aligned, and the compiler would take them apart into bytes; every
+/// kernel that JITs BPF on a machine with unaligned loads accepts this one.
+///
+/// # Safety
+/// Four bytes at `at` are inside the packet.
+#[inline(always)]
+unsafe fn load_word(at: u64) -> u32 {
+    let word: u64;
+    // SAFETY: the caller's promise; the instruction zero-extends.
+    unsafe { asm!("{0} = *(u32 *)({1} + 0)", out(reg) word, in(reg) at, options(pure, readonly, nostack)) };
+    word as u32
+}
+
+impl Packet for Skb {
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        self.0.len()
+    }
+
+    #[inline(always)]
+    fn ethertype(&self) -> u16 {
+        u16::from_be(self.0.skb.protocol() as u16)
+    }
+
+    #[inline(always)]
+    fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        if let Some(words) = self.linear(offset) {
+            return Some(words);
+        }
+        let mut words = MaybeUninit::<[u32; N]>::uninit();
+        let length = size_of::<[u32; N]>() as u32;
+        // SAFETY: the helper writes `length` bytes or fails.
+        let error = unsafe { bpf_skb_load_bytes(self.0.as_ptr(), offset, words.as_mut_ptr().cast(), length) };
+        // SAFETY: it has not failed.
+        (error == 0).then(|| unsafe { words.assume_init() })
+    }
+
+    #[inline(always)]
+    fn sum(&self, offset: u32, length: u32) -> Option<Sum> {
+        if length == 0 || length > SUM_MAX || length & 3 != 0 {
+            return None;
+        }
+        let mut bytes = [0u32; SUM_MAX as usize / 4];
+        let buffer = bytes.as_mut_ptr();
+        // SAFETY: `length` is at most the size of the buffer.
+        let error = unsafe { bpf_skb_load_bytes(self.0.as_ptr(), offset, buffer.cast(), length) };
+        if error != 0 {
+            return None;
+        }
+        // SAFETY: as above; nothing is taken away (a null buffer of length 0).
+        let sum = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, buffer, length, 0) };
+        (sum >= 0).then(|| Sum::ZERO.word(sum as u32))
+    }
+
+    #[inline(always)]
+    fn write<const N: usize>(&mut self, offset: u32, bytes: &[u8; N]) -> Result<(), DropReason> {
+        self.0.store(offset as usize, bytes, 0).map_err(|_errno| DropReason::Rewrite)
+    }
+
+    #[inline(always)]
+    fn change_l3_checksum(&mut self, offset: u32, change: Sum) -> Result<(), DropReason> {
+        self.0
+            .l3_csum_replace(offset as usize, 0, u64::from(change.folded()), 0)
+            .map_err(|_errno| DropReason::Rewrite)
+    }
+
+    #[inline(always)]
+    fn change_l4_checksum(&mut self, offset: u32, change: &L4Change) -> Result<(), DropReason> {
+        let zero = if change.zero_is_none { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
+        let addresses = u64::from(change.addresses.folded());
+        self.0
+            .l4_csum_replace(offset as usize, 0, addresses, zero | u64::from(BPF_F_PSEUDO_HDR))
+            .map_err(|_errno| DropReason::Rewrite)?;
+        if change.ports != Sum::ZERO {
+            self.0
+                .l4_csum_replace(offset as usize, 0, u64::from(change.ports.folded()), zero)
+                .map_err(|_errno| DropReason::Rewrite)?;
+        }
+        if change.l3_unsummed {
+            // The helper takes the address change out of a CHECKSUM_COMPLETE sum as if an IPv4 header checksum had
+            // cancelled it; IPv6 has none, so it goes back in (what the flag BPF_F_IPV6 does since 6.16).
+            // SAFETY: the context is the program's own; on any other kind of checksum the helper does nothing.
+            unsafe { bpf_csum_update(self.0.as_ptr().cast(), addresses as u32) };
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, length: u32) -> Result<(), DropReason> {
+        self.0.change_tail(length, 0).map_err(|_errno| DropReason::Reject)
+    }
+
+    #[inline(always)]
+    fn make_room(&mut self, bytes: u32) -> Result<(), DropReason> {
+        self.0.adjust_room(bytes as i32, BPF_ADJ_ROOM_MAC, 0).map_err(|_errno| DropReason::Reject)
+    }
+}

@@ -1,0 +1,207 @@
+//! Refusing a packet: it is turned into its own answer, TCP RST or ICMP port unreachable (rule 14).
+
+use core::mem::offset_of;
+
+use ferroflow_common::addr::Proto;
+use ferroflow_common::csum::Sum;
+use ferroflow_common::family::{Family, V4, V6};
+use ferroflow_common::tcp::Flags;
+use ferroflow_common::verdict::{DropReason, Verdict};
+use network_types::eth::EthHdr;
+use network_types::icmp::Icmpv4Hdr;
+use network_types::tcp::TcpHdr;
+use network_types::udp::UdpHdr;
+
+use crate::conntrack;
+use crate::packet::{L3, Packet, SUM_MAX};
+use crate::parse::{Headers, Parse};
+
+const TCP_LEN: u32 = TcpHdr::LEN as u32;
+const ICMP_LEN: u32 = Icmpv4Hdr::LEN as u32;
+
+/// What the answer of each family looks like.
+pub trait Answer: Parse {
+    /// Type and code of "port unreachable" (RFC 792, RFC 4443 section 3.1).
+    const PORT_UNREACHABLE: [u8; 2];
+
+    /// Writes a fresh IP header from the packet's destination back to its source.
+    ///
+    /// # Errors
+    /// [`DropReason::Rewrite`].
+    fn write_header<P: Packet>(
+        packet: &mut P,
+        headers: &Headers<Self>,
+        proto: Proto,
+        payload: u32,
+    ) -> Result<(), DropReason>;
+}
+
+const HOP_LIMIT: u8 = 64;
+
+impl Answer for V4 {
+    const PORT_UNREACHABLE: [u8; 2] = [3, 3];
+
+    #[inline(always)]
+    fn write_header<P: Packet>(
+        packet: &mut P,
+        headers: &Headers<Self>,
+        proto: Proto,
+        payload: u32,
+    ) -> Result<(), DropReason> {
+        let [l0, l1] = ((Self::HDR_LEN + payload) as u16).to_be_bytes();
+        let [s0, s1, s2, s3] = headers.tuple.dst;
+        let [d0, d1, d2, d3] = headers.tuple.src;
+        let sum = Sum::ZERO
+            .word(u32::from_ne_bytes([0x45, 0, l0, l1]))
+            .word(u32::from_ne_bytes([0, 0, 0x40, 0]))
+            .word(u32::from_ne_bytes([HOP_LIMIT, proto.number, 0, 0]))
+            .word(u32::from_ne_bytes(headers.tuple.dst))
+            .word(u32::from_ne_bytes(headers.tuple.src));
+        let [c0, c1] = sum.finish();
+        packet.write(
+            L3,
+            &[
+                0x45,
+                0,
+                l0,
+                l1,
+                0,
+                0,
+                0x40,
+                0,
+                HOP_LIMIT,
+                proto.number,
+                c0,
+                c1,
+                s0,
+                s1,
+                s2,
+                s3,
+                d0,
+                d1,
+                d2,
+                d3,
+            ],
+        )
+    }
+}
+
+impl Answer for V6 {
+    const PORT_UNREACHABLE: [u8; 2] = [1, 4];
+
+    #[inline(always)]
+    fn write_header<P: Packet>(
+        packet: &mut P,
+        headers: &Headers<Self>,
+        proto: Proto,
+        payload: u32,
+    ) -> Result<(), DropReason> {
+        let [l0, l1] = (payload as u16).to_be_bytes();
+        packet.write(L3, &[0x60, 0, 0, 0, l0, l1, proto.number, HOP_LIMIT])?;
+        packet.write(L3 + Self::SRC_OFF, &headers.tuple.dst)?;
+        packet.write(L3 + Self::DST_OFF, &headers.tuple.src)
+    }
+}
+
+/// Turns the packet into its refusal.
+///
+/// # Errors
+/// [`DropReason::NoEndpoint`] for what must not be answered, [`DropReason::Reject`] where the kernel refuses to
+/// reshape the packet, [`DropReason::Rewrite`].
+#[inline(always)]
+pub fn reject<F: Answer, P: Packet>(packet: &mut P, headers: &Headers<F>) -> Result<Verdict, DropReason> {
+    if headers.tuple.proto == Proto::TCP {
+        reset(packet, headers)?;
+    } else {
+        unreachable(packet, headers)?;
+    }
+    turn_around(packet)?;
+    Ok(Verdict::Reply)
+}
+
+/// RFC 9293 section 3.10.7.1: without ACK the reset acknowledges the segment, with ACK it takes its number from it.
+#[inline(always)]
+fn reset<F: Answer, P: Packet>(packet: &mut P, headers: &Headers<F>) -> Result<(), DropReason> {
+    if !conntrack::refusable(headers.flags) {
+        return Err(DropReason::NoEndpoint);
+    }
+    let [_ports, old_seq, old_ack, control, _check] =
+        packet.words::<{ TcpHdr::LEN / 4 }>(headers.l4).ok_or(DropReason::Truncated)?;
+    let offset = u32::from(control.to_ne_bytes()[0] >> 4) * 4;
+    let segment = packet.length().saturating_sub(headers.l4 + offset);
+    let controls =
+        u32::from(headers.flags.0 & Flags::SYN != 0) + u32::from(headers.flags.0 & Flags::FIN != 0);
+    let (seq, ack, flags) = if headers.flags.0 & Flags::ACK != 0 {
+        (old_ack.to_ne_bytes(), [0; 4], Flags::RST)
+    } else {
+        let ack = u32::from_be(old_seq).wrapping_add(segment).wrapping_add(controls);
+        ([0; 4], ack.to_be_bytes(), Flags::RST | Flags::ACK)
+    };
+    packet.resize(L3 + F::HDR_LEN + TCP_LEN)?;
+    F::write_header(packet, headers, Proto::TCP, TCP_LEN)?;
+    let [s0, s1] = headers.tuple.dst_port.be;
+    let [d0, d1] = headers.tuple.src_port.be;
+    let sum = pseudo_header(headers, Proto::TCP, TCP_LEN)
+        .word(u32::from_ne_bytes([s0, s1, d0, d1]))
+        .word(u32::from_ne_bytes(seq))
+        .word(u32::from_ne_bytes(ack))
+        .word(u32::from_ne_bytes([0x50, flags, 0, 0]));
+    let [c0, c1] = sum.finish();
+    packet.write(
+        L3 + F::HDR_LEN,
+        &[
+            s0, s1, d0, d1, seq[0], seq[1], seq[2], seq[3], ack[0], ack[1], ack[2], ack[3], 0x50, flags, 0,
+            0, c0, c1, 0, 0,
+        ],
+    )
+}
+
+/// The refused packet's IP header and the eight bytes behind it (RFC 792 asks for no more, RFC 4443 would like it),
+/// behind a new IP and ICMP header.
+#[inline(always)]
+fn unreachable<F: Answer, P: Packet>(packet: &mut P, headers: &Headers<F>) -> Result<(), DropReason> {
+    let quote = headers.l4 - L3 + UdpHdr::LEN as u32;
+    if quote > SUM_MAX {
+        return Err(DropReason::ExtensionHeaders);
+    }
+    packet.resize(L3 + quote)?;
+    packet.make_room(F::HDR_LEN + ICMP_LEN)?;
+    F::write_header(packet, headers, F::ICMP, ICMP_LEN + quote)?;
+    let icmp = L3 + F::HDR_LEN;
+    let [kind, code] = F::PORT_UNREACHABLE;
+    let sum =
+        if F::CSUM_OFF.is_some() { Sum::ZERO } else { pseudo_header(headers, F::ICMP, ICMP_LEN + quote) }
+            .word(u32::from_ne_bytes([kind, code, 0, 0]));
+    let quoted = packet.sum(icmp + ICMP_LEN, quote).ok_or(DropReason::Reject)?;
+    let [c0, c1] = sum.half(quoted.folded()).finish();
+    packet.write(icmp, &[kind, code, c0, c1, 0, 0, 0, 0])
+}
+
+/// The sum of the answer's pseudo-header (RFC 9293 section 3.1, RFC 8200 section 8.1): source and destination may
+/// change places in it.
+#[inline(always)]
+fn pseudo_header<F: Family>(headers: &Headers<F>, proto: Proto, length: u32) -> Sum {
+    let [s0, s1, s2, s3] = F::words(&headers.tuple.src);
+    let [d0, d1, d2, d3] = F::words(&headers.tuple.dst);
+    Sum::ZERO
+        .word(s0)
+        .word(s1)
+        .word(s2)
+        .word(s3)
+        .word(d0)
+        .word(d1)
+        .word(d2)
+        .word(d3)
+        .word(length.to_be())
+        .half(u16::from(proto.number).to_be())
+}
+
+#[inline(always)]
+fn turn_around<P: Packet>(packet: &mut P) -> Result<(), DropReason> {
+    let [first, second, third] =
+        packet.words(offset_of!(EthHdr, dst_addr) as u32).ok_or(DropReason::Truncated)?;
+    let [a, b, c, d] = first.to_ne_bytes();
+    let [e, f, g, h] = second.to_ne_bytes();
+    let [i, j, k, l] = third.to_ne_bytes();
+    packet.write(0, &[g, h, i, j, k, l, a, b, c, d, e, f])
+}
