@@ -25,14 +25,21 @@ pub(crate) struct Built {
 }
 
 impl Built {
-    /// Tells a command where both are.
-    pub(crate) fn env<'a>(&self, command: &'a mut Command) -> &'a mut Command {
-        command.env("FERROFLOW_OBJECT", &self.object).env("FERROFLOW_BIN", &self.binary)
+    /// Where both are, for the environment of what uses them.
+    pub(crate) fn env(&self) -> [(&'static str, &Path); 2] {
+        [("FERROFLOW_OBJECT", &self.object), ("FERROFLOW_BIN", &self.binary)]
     }
 
-    /// The same, for a shell.
-    pub(crate) fn shell_env(&self) -> String {
-        format!("FERROFLOW_OBJECT={} FERROFLOW_BIN={}", self.object.display(), self.binary.display())
+    /// A cargo command for bpf-tests. It is built as the binary was, so that what both need is compiled once.
+    pub(crate) fn cargo(&self, toolchain: &Toolchain, verb: &str) -> Result<Command> {
+        let mut cargo = static_cargo(toolchain, verb, &self.object)?;
+        cargo.args(["--package", "bpf-tests"]).envs(self.env());
+        Ok(cargo)
+    }
+
+    /// A program of bpf-tests, once it is built.
+    pub(crate) fn program(&self, toolchain: &Toolchain, name: &str) -> Result<PathBuf> {
+        Ok(static_target(toolchain, Profile::Dev)?.join(name))
     }
 }
 
@@ -70,22 +77,33 @@ fn object(toolchain: &Toolchain, linker: &Path) -> Result<PathBuf> {
 }
 
 fn binary(toolchain: &Toolchain, profile: Profile, object: &Path) -> Result<PathBuf> {
-    let target = toolchain.target("static");
+    let mut cargo = static_cargo(toolchain, "build", object)?;
+    cargo.args(["--package", "ferroflow", "--bin", BINARY]);
+    match profile {
+        Profile::Dev => {}
+        Profile::Release => _ = cargo.arg("--release"),
+    }
+    succeed(&mut cargo)?;
+    Ok(static_target(toolchain, profile)?.join(BINARY))
+}
+
+/// cargo for what is linked statically and carries the object.
+fn static_cargo(toolchain: &Toolchain, verb: &str, object: &Path) -> Result<Command> {
     // Named even though it is this machine's: flags for a named target leave out build scripts and macros.
     let host = toolchain.host()?;
     let mut cargo = toolchain.cargo();
-    cargo.args(["build", "--locked", "--package", "ferroflow", "--bin", BINARY, "--target", &host]);
+    cargo.args([verb, "--locked", "--target", &host]);
+    cargo.env("CARGO_TARGET_DIR", toolchain.target("static")).env("FERROFLOW_OBJECT", object);
+    cargo.env(target_key(&host, "RUSTFLAGS"), "-Ctarget-feature=+crt-static");
+    Ok(cargo)
+}
+
+fn static_target(toolchain: &Toolchain, profile: Profile) -> Result<PathBuf> {
     let folder = match profile {
         Profile::Dev => "debug",
-        Profile::Release => {
-            cargo.arg("--release");
-            "release"
-        }
+        Profile::Release => "release",
     };
-    cargo.env("CARGO_TARGET_DIR", &target).env("FERROFLOW_OBJECT", object);
-    cargo.env(target_key(&host, "RUSTFLAGS"), "-Ctarget-feature=+crt-static");
-    succeed(&mut cargo)?;
-    Ok(target.join(host).join(folder).join(BINARY))
+    Ok(toolchain.target("static").join(toolchain.host()?).join(folder))
 }
 
 /// cargo's environment variable for one target's setting.

@@ -19,21 +19,19 @@ pub(crate) fn run(toolchain: &Toolchain, args: &[String]) -> Result<ExitCode> {
 /// The built demo, ready to start. Only the demo itself needs root: nothing is built as root unless xtask runs so.
 pub(crate) fn command(toolchain: &Toolchain, args: &[String]) -> Result<Command> {
     let built = compile::run(toolchain, Profile::Dev)?;
-    let mut cargo = toolchain.cargo();
-    cargo.args(["build", "--locked", "--package", "bpf-tests", "--bin", "demo"]);
-    succeed(built.env(&mut cargo)).context("the demo does not build")?;
-    let program = toolchain.target("debug").join("demo");
+    succeed(built.cargo(toolchain, "build")?.args(["--bin", "demo"])).context("the demo does not build")?;
+    let program = built.program(toolchain, "demo")?;
     if !is_root()? {
         bail!("{}", needs_root(&built, &program.display().to_string(), args));
     }
     let mut demo = Command::new(program);
-    demo.args(args).current_dir(toolchain.root());
-    built.env(&mut demo);
+    demo.args(args).current_dir(toolchain.root()).envs(built.env());
     Ok(demo)
 }
 
 fn needs_root(built: &Built, program: &str, args: &[String]) -> String {
-    let command = format!("sudo {} {program} {}", built.shell_env(), args.join(" "));
+    let env = built.env().map(|(name, path)| format!("{name}={}", path.display())).join(" ");
+    let command = format!("sudo {env} {program} {}", args.join(" "));
     format!(
         "the demo makes network namespaces and loads BPF programs, which needs root. All is built; run it with:\n  {}",
         command.trim_end()

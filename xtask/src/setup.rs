@@ -80,6 +80,9 @@ impl Linker {
         ]);
         cargo.args(["--features", &format!("llvm-{},no-llvm-linking", self.llvm.major)]);
         cargo.arg("--root").arg(&building);
+        // Else cargo advises to add this passing folder to the PATH.
+        let path = env::var_os("PATH").unwrap_or_default();
+        cargo.env("PATH", env::join_paths(env::split_paths(&path).chain([building.join("bin")]))?);
         cargo.env("CARGO_TARGET_DIR", building.join("target"));
         cargo.env("CARGO_ENCODED_RUSTFLAGS", rustflags(&lib));
         // LLVM does the work and is optimised already: this halves the time of the build and costs none at linking.

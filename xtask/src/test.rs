@@ -98,9 +98,9 @@ fn kernel(toolchain: &Toolchain, filter: &[String]) -> Result<Tally> {
     let built = compile::run(toolchain, Profile::Dev)?;
     let list = toolchain.target("bpf-tests-skipped");
     fs::write(&list, "").with_context(|| format!("cannot write {}", list.display()))?;
-    let mut cargo = toolchain.cargo();
-    cargo.args(["test", "--locked", "--no-fail-fast", "--package", "bpf-tests", "--"]).args(filter);
-    let mut tally = cargo_test(built.env(&mut cargo).env("BPF_TESTS_SKIPPED", &list), stdout())?;
+    let mut cargo = built.cargo(toolchain, "test")?;
+    cargo.env("BPF_TESTS_SKIPPED", &list).args(["--no-fail-fast", "--"]).args(filter);
+    let mut tally = cargo_test(&mut cargo, stdout())?;
     let skips = fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
     let skips = skips.lines().filter(|line| line.starts_with("SKIP ")).inspect(|line| println!("{line}"));
     tally.skip(skips.count());

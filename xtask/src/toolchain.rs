@@ -117,7 +117,7 @@ impl Toolchain {
 
 /// What `cargo run` sets for xtask, and what would override the flags that a build here depends on.
 fn is_of_outer_cargo(name: &str) -> bool {
-    const NAMES: [&str; 11] = [
+    const NAMES: [&str; 12] = [
         "CARGO",
         "CARGO_BIN_NAME",
         "CARGO_BUILD_TARGET",
@@ -129,6 +129,7 @@ fn is_of_outer_cargo(name: &str) -> bool {
         "RUSTDOC",
         "RUSTFLAGS",
         "RUSTUP_TOOLCHAIN",
+        "RUSTUP_TOOLCHAIN_SOURCE",
     ];
     NAMES.contains(&name) || name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
 }
