@@ -8,13 +8,19 @@ use anyhow::Result;
 
 use crate::test::{Scope, Tally};
 use crate::toolchain::{Toolchain, succeed};
-use crate::{demo, layers, test};
+use crate::{demo, layers, setup, test};
 
 /// Runs one part and returns its tests.
 type Part = fn(&Toolchain) -> Result<Tally>;
 
-const PARTS: [(&str, Part); 5] =
-    [("format", format), ("lints", lints), ("layers", layers), ("test", all_tests), ("demo", demonstrate)];
+const PARTS: [(&str, Part); 6] = [
+    ("setup", setup),
+    ("format", format),
+    ("lints", lints),
+    ("layers", layers),
+    ("test", all_tests),
+    ("demo", demonstrate),
+];
 
 pub(crate) fn run(toolchain: &Toolchain) -> Result<ExitCode> {
     let mut sum = Tally::default();
@@ -39,6 +45,11 @@ fn line(name: &str, tally: Tally, took: Duration) -> String {
         if tally == Tally::default() || tally == Tally::FAILED { String::new() } else { tally.to_string() };
     let line = format!("{name:8} {end:6} {:6.1} s  {tests}", took.as_secs_f64());
     format!("{}\n", line.trim_end())
+}
+
+fn setup(toolchain: &Toolchain) -> Result<Tally> {
+    setup::run(toolchain)?;
+    Ok(Tally::default())
 }
 
 fn format(toolchain: &Toolchain) -> Result<Tally> {

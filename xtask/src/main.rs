@@ -67,8 +67,8 @@ enum Verb {
 }
 
 const NO_TOOLCHAIN: &str = "\
-If cargo says that the toolchain is not installed, rustup was told not to install by itself (RUSTUP_AUTO_INSTALL=0).
-Run `rustup toolchain install` once, here; it reads rust-toolchain.toml.";
+If cargo says that the toolchain is not installed, rustup was told not to install it by itself (RUSTUP_AUTO_INSTALL=0).
+Run `rustup toolchain install` here, once; or start this with a Rust you have, `cargo +stable xtask ..`.";
 
 fn main() -> ExitCode {
     run(Args::parse().verb).unwrap_or_else(|error| {

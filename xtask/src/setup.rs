@@ -22,6 +22,9 @@ pub(crate) fn run(toolchain: &Toolchain) -> Result<PathBuf> {
         toolchain.install()?;
         eprintln!("installed  {rust}");
     }
+    if !c_library("libc.a")?.is_absolute() {
+        bail!("the static C library is missing; install libc6-dev (Debian, Ubuntu) or glibc-static (Fedora)");
+    }
     let linker = Linker::of(toolchain)?;
     // One setup at a time: a second clone waits for the first one's linker instead of building it again.
     let lock = lock(&linker.home)?;
@@ -149,20 +152,20 @@ impl Llvm {
 /// `-lstdc++` needs `libstdc++.so`, which comes with a C++ compiler; the run-time library, which comes with nearly
 /// everything, serves as well.
 fn link_cpp_runtime(lib: &Path) -> Result<()> {
-    // The compiler answers with a path where it finds the file, else with the bare name.
-    let find = |file: &str| -> Result<PathBuf> {
-        let path = output(Command::new("cc").arg(format!("-print-file-name={file}")))
-            .context("no C compiler; install gcc or clang")?;
-        Ok(path.trim().into())
-    };
-    if find("libstdc++.so")?.is_absolute() {
+    if c_library("libstdc++.so")?.is_absolute() {
         return Ok(());
     }
-    let runtime = find("libstdc++.so.6")?;
+    let runtime = c_library("libstdc++.so.6")?;
     if !runtime.is_absolute() {
         bail!("libstdc++ is not installed; install the package libstdc++6 or a C++ compiler");
     }
     relink(&runtime, &lib.join("libstdc++.so"))
+}
+
+/// Where the C compiler finds a library; the bare name where it does not.
+fn c_library(file: &str) -> Result<PathBuf> {
+    let path = output(Command::new("cc").arg(format!("-print-file-name={file}")));
+    Ok(path.context("there is no C compiler; install gcc or clang")?.trim().into())
 }
 
 fn relink(to: &Path, at: &Path) -> Result<()> {
