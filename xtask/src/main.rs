@@ -1,1 +1,99 @@
-fn main() {}
+//! What contributors run: one verb per task, each doing what it needs first.
+
+#![forbid(unsafe_code)]
+
+mod ci;
+mod compile;
+mod demo;
+mod layers;
+mod paths;
+mod setup;
+mod test;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::compile::Profile;
+use crate::test::Scope;
+use crate::toolchain::Toolchain;
+
+/// Builds, tests and shows Ferroflow.
+///
+/// Every verb first does what it needs: on a fresh machine `cargo xtask demo` installs the BPF linker, builds the
+/// programs and the agent, and runs them.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", after_help = NO_TOOLCHAIN)]
+struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Install what building needs: the pinned Rust toolchain and bpf-linker
+    ///
+    /// Prints one line per thing, and does nothing where it is present. The linker is kept in
+    /// ${XDG_CACHE_HOME:-~/.cache}/ferroflow, one per version of linker and toolchain, shared by all clones.
+    Setup,
+    /// Build the BPF object, then the static binary `ferroflow` with the object inside
+    Build {
+        /// Optimise the binary too (the object always is)
+        #[arg(long)]
+        release: bool,
+    },
+    /// Show a service working between network namespaces, in half a minute; needs root
+    Demo {
+        /// Passed to the demo; see `cargo xtask demo --help` after `--`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Run the tests: units and doc tests, then the programs in the kernel
+    ///
+    /// The second half needs root. BPF_TESTS=skip lets its tests skip what this machine cannot do; each skip is
+    /// printed and counted, never silent.
+    Test {
+        /// Only what needs neither root nor a BPF linker
+        #[arg(long)]
+        unit: bool,
+        /// Run only tests whose name contains one of these
+        filter: Vec<String>,
+    },
+    /// Check the architecture: who may import whom, file names, where `unsafe` may stand
+    Layers,
+    /// Run what CI runs: format, lints, layers, tests, demo
+    Ci,
+}
+
+const NO_TOOLCHAIN: &str = "\
+If cargo says that the toolchain is not installed, rustup was told not to install it by itself (RUSTUP_AUTO_INSTALL=0).
+Run `rustup toolchain install` here, once; or start this with a Rust you have, `cargo +stable xtask ..`.";
+
+fn main() -> ExitCode {
+    run(Args::parse().verb).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(verb: Verb) -> anyhow::Result<ExitCode> {
+    let toolchain = Toolchain::pinned()?;
+    match verb {
+        Verb::Setup => {
+            setup::run(&toolchain)?;
+        }
+        Verb::Build { release } => {
+            let profile = if release { Profile::Release } else { Profile::Dev };
+            println!("{}", compile::run(&toolchain, profile)?);
+        }
+        Verb::Demo { args } => return demo::run(&toolchain, &args),
+        Verb::Test { unit, filter } => {
+            let scope = if unit { Scope::Unit } else { Scope::All };
+            return Ok(test::run(&toolchain, scope, &filter).report());
+        }
+        Verb::Layers => layers::run(toolchain.root())?,
+        Verb::Ci => return ci::run(&toolchain),
+    }
+    Ok(ExitCode::SUCCESS)
+}

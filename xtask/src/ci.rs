@@ -1,0 +1,108 @@
+//! What CI runs, in order; a part that fails does not keep the next from running.
+
+use std::io::stdout;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::test::{Scope, Tally};
+use crate::toolchain::{Toolchain, succeed};
+use crate::{demo, layers, setup, test};
+
+/// Runs one part and returns its tests.
+type Part = fn(&Toolchain) -> Result<Tally>;
+
+const PARTS: [(&str, Part); 6] = [
+    ("setup", setup),
+    ("format", format),
+    ("lints", lints),
+    ("layers", layers),
+    ("test", all_tests),
+    ("demo", demonstrate),
+];
+
+pub(crate) fn run(toolchain: &Toolchain) -> Result<ExitCode> {
+    let mut sum = Tally::default();
+    let mut report = String::new();
+    for (name, part) in PARTS {
+        println!("\n== {name}");
+        let start = Instant::now();
+        let tally = part(toolchain).unwrap_or_else(|error| {
+            eprintln!("error: {error:#}");
+            Tally::FAILED
+        });
+        sum += tally;
+        report += &line(name, tally, start.elapsed());
+    }
+    print!("\n{report}");
+    Ok(sum.report())
+}
+
+fn line(name: &str, tally: Tally, took: Duration) -> String {
+    let end = if tally.failed == 0 { "ok" } else { "FAILED" };
+    let tests =
+        if tally == Tally::default() || tally == Tally::FAILED { String::new() } else { tally.to_string() };
+    let line = format!("{name:8} {end:6} {:6.1} s  {tests}", took.as_secs_f64());
+    format!("{}\n", line.trim_end())
+}
+
+fn setup(toolchain: &Toolchain) -> Result<Tally> {
+    setup::run(toolchain)?;
+    Ok(Tally::default())
+}
+
+fn format(toolchain: &Toolchain) -> Result<Tally> {
+    check(toolchain.cargo().args(["fmt", "--all", "--check"]))
+}
+
+fn lints(toolchain: &Toolchain) -> Result<Tally> {
+    let mut clippy = toolchain.cargo();
+    clippy.args(["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"]);
+    check(&mut clippy)
+}
+
+fn check(command: &mut Command) -> Result<Tally> {
+    succeed(command)?;
+    Ok(Tally::default())
+}
+
+fn layers(toolchain: &Toolchain) -> Result<Tally> {
+    layers::run(toolchain.root())?;
+    Ok(Tally::default())
+}
+
+fn all_tests(toolchain: &Toolchain) -> Result<Tally> {
+    Ok(test::run(toolchain, Scope::All, &[]))
+}
+
+fn demonstrate(toolchain: &Toolchain) -> Result<Tally> {
+    let mut tally = Tally::default();
+    let done = test::stream(&mut demo::command(toolchain, &[])?, stdout(), |line| tally += checks(line))?;
+    if !done && tally.failed == 0 {
+        tally.failed = 1;
+    }
+    Ok(tally)
+}
+
+/// Of the demo's last line, `demo: 9 checks, 9 passed`.
+fn checks(line: &str) -> Tally {
+    let counts = || {
+        let (checks, passed) = line.trim().strip_prefix("demo: ")?.split_once(" checks, ")?;
+        let (checks, passed): (usize, usize) =
+            (checks.parse().ok()?, passed.strip_suffix(" passed")?.parse().ok()?);
+        Some(Tally { passed, failed: checks.checked_sub(passed)?, skipped: 0 })
+    };
+    counts().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checks_of_the_demo_are_counted() {
+        assert_eq!(checks("demo: 9 checks, 7 passed\n").to_string(), "7 passed, 2 failed");
+        assert_eq!(checks("demo: starting"), Tally::default());
+    }
+}

@@ -1,0 +1,116 @@
+//! Builds the BPF object, then the static binary that carries it.
+//!
+//! Each has a target folder of its own: their flags differ, and would throw out each other's cache.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::setup;
+use crate::toolchain::{Toolchain, succeed};
+
+#[derive(Clone, Copy)]
+pub(crate) enum Profile {
+    Dev,
+    Release,
+}
+
+/// What a build leaves. Displayed: the two paths with their sizes.
+pub(crate) struct Built {
+    object: PathBuf,
+    binary: PathBuf,
+}
+
+impl Built {
+    /// Where both are, for the environment of what uses them.
+    pub(crate) fn env(&self) -> [(&'static str, &Path); 2] {
+        [("FERROFLOW_OBJECT", &self.object), ("FERROFLOW_BIN", &self.binary)]
+    }
+
+    /// A cargo command for bpf-tests. It is built as the binary was, so that what both need is compiled once.
+    pub(crate) fn cargo(&self, toolchain: &Toolchain, verb: &str) -> Result<Command> {
+        let mut cargo = static_cargo(toolchain, verb, &self.object)?;
+        cargo.args(["--package", "bpf-tests"]).envs(self.env());
+        Ok(cargo)
+    }
+
+    /// A program of bpf-tests, once it is built.
+    pub(crate) fn program(&self, toolchain: &Toolchain, name: &str) -> Result<PathBuf> {
+        Ok(static_target(toolchain, Profile::Dev)?.join(name))
+    }
+}
+
+impl fmt::Display for Built {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let line = |path: &Path| {
+            let bytes = fs::metadata(path).map_or(0, |found| found.len());
+            format!("{:>8} KiB  {}", bytes.div_ceil(1024), path.display())
+        };
+        write!(f, "{}\n{}", line(&self.object), line(&self.binary))
+    }
+}
+
+pub(crate) fn run(toolchain: &Toolchain, profile: Profile) -> Result<Built> {
+    let linker = setup::run(toolchain)?;
+    let object = object(toolchain, &linker).context("the BPF object does not build")?;
+    let binary = binary(toolchain, profile, &object).context("the binary does not build")?;
+    Ok(Built { object, binary })
+}
+
+/// The one ELF with all programs. Always optimised: unoptimised programs do not fit the verifier's limits.
+fn object(toolchain: &Toolchain, linker: &Path) -> Result<PathBuf> {
+    let target = toolchain.target("bpf");
+    let mut cargo = toolchain.cargo();
+    cargo.args(["build", "--locked", "--package", "ferroflow-ebpf", "--bin", OBJECT, "--features", "object"]);
+    cargo.args(["--release", "--target", BPF, "-Zbuild-std=core"]);
+    // build-std is unstable; the pinned compiler makes it reproducible all the same.
+    cargo.env("RUSTC_BOOTSTRAP", "1").env("CARGO_TARGET_DIR", &target);
+    cargo.env(target_key(BPF, "LINKER"), linker);
+    cargo.env(target_key(BPF, "RUSTFLAGS"), "-Cdebuginfo=2 -Clink-arg=--btf");
+    // The debug information becomes the BTF.
+    cargo.env("CARGO_PROFILE_RELEASE_STRIP", "none");
+    succeed(&mut cargo)?;
+    Ok(target.join(BPF).join("release").join(OBJECT))
+}
+
+fn binary(toolchain: &Toolchain, profile: Profile, object: &Path) -> Result<PathBuf> {
+    let mut cargo = static_cargo(toolchain, "build", object)?;
+    cargo.args(["--package", "ferroflow", "--bin", BINARY]);
+    match profile {
+        Profile::Dev => {}
+        Profile::Release => _ = cargo.arg("--release"),
+    }
+    succeed(&mut cargo)?;
+    Ok(static_target(toolchain, profile)?.join(BINARY))
+}
+
+/// cargo for what is linked statically and carries the object.
+fn static_cargo(toolchain: &Toolchain, verb: &str, object: &Path) -> Result<Command> {
+    // Named even though it is this machine's: flags for a named target leave out build scripts and macros.
+    let host = toolchain.host()?;
+    let mut cargo = toolchain.cargo();
+    cargo.args([verb, "--locked", "--target", &host]);
+    cargo.env("CARGO_TARGET_DIR", toolchain.target("static")).env("FERROFLOW_OBJECT", object);
+    cargo.env(target_key(&host, "RUSTFLAGS"), "-Ctarget-feature=+crt-static");
+    Ok(cargo)
+}
+
+fn static_target(toolchain: &Toolchain, profile: Profile) -> Result<PathBuf> {
+    let folder = match profile {
+        Profile::Dev => "debug",
+        Profile::Release => "release",
+    };
+    Ok(toolchain.target("static").join(toolchain.host()?).join(folder))
+}
+
+/// cargo's environment variable for one target's setting.
+fn target_key(triple: &str, key: &str) -> String {
+    format!("CARGO_TARGET_{}_{key}", triple.replace('-', "_").to_uppercase())
+}
+
+const BPF: &str = "bpfel-unknown-none";
+const OBJECT: &str = "ferroflow-bpf";
+const BINARY: &str = "ferroflow";
