@@ -1,0 +1,98 @@
+//! The verbs that look into the pinned maps. They need no agent: what they show is what the programs use.
+
+mod conntrack;
+mod map;
+mod service;
+mod status;
+mod table;
+
+use std::io::Write;
+
+use clap::Subcommand;
+
+use crate::config::{Output, Query};
+use crate::maps::MapError;
+use crate::maps::kernel::KernelMaps;
+
+/// What can be asked.
+#[derive(Subcommand, Debug)]
+pub enum Verb {
+    /// Whether the agent runs, how full the tables are, and what was dropped
+    Status(Query),
+    /// Services as the programs see them
+    #[command(subcommand)]
+    Service(ServiceVerb),
+    /// Tracked connections
+    #[command(subcommand)]
+    Conntrack(ConntrackVerb),
+    /// The maps themselves
+    #[command(subcommand)]
+    Map(MapVerb),
+}
+
+#[derive(Subcommand, Debug)]
+pub enum ServiceVerb {
+    /// Every frontend with its backends
+    List(Query),
+}
+
+#[derive(Subcommand, Debug)]
+pub enum ConntrackVerb {
+    /// Every flow that is tracked, by its first packet
+    List(Query),
+}
+
+#[derive(Subcommand, Debug)]
+pub enum MapVerb {
+    /// One map's rows with their field names, as JSON
+    Dump {
+        /// frontends, slots, backends, services, endpoints, conntrack_v4 or conntrack_v6
+        name: String,
+        #[command(flatten)]
+        query: Query,
+    },
+}
+
+/// Answers on standard output.
+///
+/// # Errors
+/// [`CliError`], in words for the person who asked.
+pub fn run(verb: &Verb) -> Result<(), CliError> {
+    let (query, answer): (&Query, Answer) = match verb {
+        Verb::Status(query) => (query, status::status(query)?),
+        Verb::Service(ServiceVerb::List(query)) => (query, service::list(&open(query)?)?),
+        Verb::Conntrack(ConntrackVerb::List(query)) => (query, conntrack::list(&open(query)?)?),
+        Verb::Map(MapVerb::Dump { name, query }) => (query, map::dump(&open(query)?, name)?),
+    };
+    let text = match query.output {
+        Output::Table => answer.table,
+        Output::Json => serde_json::to_string_pretty(&answer.json)?,
+    };
+    // A reader that has seen enough (`| head`) closes the pipe: no error of ours.
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// One answer in both forms.
+struct Answer {
+    table: String,
+    json: serde_json::Value,
+}
+
+fn open(query: &Query) -> Result<KernelMaps, CliError> {
+    Ok(KernelMaps::open(&query.bpffs.maps())?)
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    #[error(transparent)]
+    Map(#[from] MapError),
+    #[error("there is no map `{name}`: ask for one of {known}")]
+    NoMap { name: String, known: String },
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+}

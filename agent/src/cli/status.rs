@@ -1,0 +1,119 @@
+//! `ferroflow status`.
+
+use ferroflow_common::abi::lb::Backend;
+use serde::Serialize;
+
+use super::table::table;
+use super::{Answer, CliError, open};
+use crate::boottime;
+use crate::config::Query;
+use crate::datapath::Lock;
+use crate::maps::kernel::KernelMaps;
+use crate::maps::{Backends, Endpoints, Frontends, MapError, Maps as _, Services};
+
+#[derive(Serialize)]
+struct Status {
+    #[serde(flatten)]
+    agent: Agent,
+    services: usize,
+    frontends: usize,
+    backends: usize,
+    endpoints: usize,
+    flows: usize,
+    drops: Vec<Drops>,
+}
+
+/// What the agent said last.
+#[derive(Serialize)]
+struct Agent {
+    /// It lives now; the programs work without it.
+    running: bool,
+    /// The tables say what the objects say, or said when it died.
+    synced: bool,
+    node: String,
+    version: String,
+    pid: u32,
+    /// Seconds since its start.
+    age: u64,
+    /// Table rows written since its start.
+    writes: u64,
+    /// Writes that failed and were tried again.
+    retries: u64,
+    /// Documents that are not served because they are bad.
+    rejected: u32,
+}
+
+#[derive(Serialize)]
+struct Drops {
+    reason: &'static str,
+    packets: u64,
+}
+
+pub(super) fn status(query: &Query) -> Result<Answer, CliError> {
+    let maps = open(query)?;
+    let agent = agent(&maps, Lock::is_held(&query.bpffs.dir))?;
+    let drops = maps.drops()?.into_iter().filter(|(_, packets)| *packets > 0);
+    let status = Status {
+        agent,
+        services: maps.dump::<Services>()?.len(),
+        frontends: maps.dump::<Frontends>()?.len(),
+        backends: live_backends(&maps)?,
+        endpoints: maps.dump::<Endpoints>()?.len(),
+        flows: (maps.conntrack::<[u8; 4]>()?.len() + maps.conntrack::<[u8; 16]>()?.len()) / 2,
+        drops: drops.map(|(reason, packets)| Drops { reason: reason.as_str(), packets }).collect(),
+    };
+    Ok(Answer { table: lines(&status), json: serde_json::to_value(&status)? })
+}
+
+fn lines(status: &Status) -> String {
+    let Agent { running, synced, node, version, pid, age, writes, retries, rejected } = &status.agent;
+    let running = match (running, synced) {
+        (true, true) => format!("running (pid {pid}, for {age} s), in sync"),
+        (true, false) => format!("running (pid {pid}, for {age} s), not yet in sync"),
+        (false, _) => "not running; the programs go on with the tables as they are".to_owned(),
+    };
+    let mut lines = vec![
+        ["node".to_owned(), node.clone()],
+        ["version".to_owned(), version.clone()],
+        ["services".to_owned(), format!("{} ({} frontends)", status.services, status.frontends)],
+        ["backends".to_owned(), status.backends.to_string()],
+        ["local pods".to_owned(), format!("{} addresses", status.endpoints)],
+        ["flows".to_owned(), status.flows.to_string()],
+        ["rows written".to_owned(), format!("{writes} since the agent's start, {retries} tried again")],
+        ["rejected".to_owned(), format!("{rejected} documents")],
+    ];
+    let dropped =
+        |drops: &Drops| [format!("dropped: {}", drops.reason), format!("{} packets", drops.packets)];
+    lines.extend(status.drops.iter().map(dropped));
+    table(["agent", &running], lines)
+}
+
+fn agent(maps: &KernelMaps, running: bool) -> Result<Agent, MapError> {
+    let state = maps.agent_state()?;
+    Ok(Agent {
+        running,
+        synced: state.synced != 0,
+        node: text(&state.node),
+        version: text(&state.version),
+        pid: state.pid,
+        age: u64::from(boottime::seconds()).saturating_sub(state.started),
+        writes: state.writes,
+        retries: state.retries,
+        rejected: state.rejected,
+    })
+}
+
+fn live_backends(maps: &KernelMaps) -> Result<usize, MapError> {
+    let mut live = 0;
+    for index in 1..maps.len::<Backends>() {
+        let Backend { flags, .. } = maps.read::<Backends>(index)?;
+        live += usize::from(flags & Backend::LIVE != 0);
+    }
+    Ok(live)
+}
+
+/// Text that ends with the first zero.
+fn text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}

@@ -1,0 +1,93 @@
+//! Everything that can be configured, parsed into checked types.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+/// Where the pinned maps and links are; each agent on a machine has a directory of its own.
+#[derive(Args, Clone, Debug)]
+pub struct Bpffs {
+    /// Directory on a BPF file system for pinned maps and links
+    #[arg(long = "bpffs", env = "FERROFLOW_BPFFS", value_name = "DIR", default_value = "/sys/fs/bpf/ferroflow")]
+    pub dir: PathBuf,
+}
+
+impl Bpffs {
+    pub fn maps(&self) -> PathBuf {
+        self.dir.join("maps")
+    }
+
+    pub fn links(&self) -> PathBuf {
+        self.dir.join("links")
+    }
+}
+
+/// The agent's options.
+#[derive(Args, Clone, Debug)]
+pub struct Agent {
+    /// Name of this node, as in Node objects
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    pub node_name: String,
+
+    /// Directory of Kubernetes YAML to serve (Service, EndpointSlice, Node, Pod; multi-document; re-read on change)
+    #[arg(long, env = "FERROFLOW_MANIFESTS", value_name = "DIR")]
+    pub manifests: PathBuf,
+
+    #[command(flatten)]
+    pub bpffs: Bpffs,
+
+    /// Directory of the cgroup2 hierarchy whose sockets are load-balanced [default: where cgroup2 is mounted]
+    #[arg(long, env = "FERROFLOW_CGROUP", value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
+
+    /// Which sockets are translated when they connect; the others are served on the packet path
+    #[arg(long, env = "FERROFLOW_SOCKET_LB", value_enum, default_value_t = SocketLb::Tcp)]
+    pub socket_lb: SocketLb,
+
+    /// How programs are attached to interfaces
+    #[arg(long, env = "FERROFLOW_ATTACH", value_enum, default_value_t = Attach::Auto)]
+    pub attach: Attach,
+
+    /// Log packets that the programs drop (slow; for debugging)
+    #[arg(long, env = "FERROFLOW_LOG_DROPS")]
+    pub log_drops: bool,
+}
+
+/// Which sockets are translated when they name their peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SocketLb {
+    /// TCP connections
+    Tcp,
+    /// TCP and UDP
+    All,
+    /// None
+    Off,
+}
+
+/// The hook for programs on interfaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Attach {
+    /// tcx where the kernel has it (6.6), clsact elsewhere
+    Auto,
+    /// tcx links
+    Tcx,
+    /// Filters on a clsact qdisc
+    Clsact,
+}
+
+/// How the command line answers.
+#[derive(Args, Clone, Debug)]
+pub struct Query {
+    #[command(flatten)]
+    pub bpffs: Bpffs,
+
+    /// Format of the answer
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    Table,
+    Json,
+}

@@ -1,0 +1,230 @@
+//! Attachments: made once, pinned, later swapped to a new program without a moment in between.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use aya::programs::links::{FdLink, LinkError, PinnedLink};
+use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttach, TcError, TcHandle};
+use aya::programs::{
+    CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, ProgramError, SchedClassifier, TcAttachType,
+};
+use aya::sys::{NetlinkError, SyscallError};
+
+use super::{Datapath, DatapathError};
+use crate::config::{Attach, SocketLb};
+
+/// The programs of a pod's interface: what the pod sends is the host's ingress.
+const POD: [(&str, TcAttachType); 2] =
+    [("pod_egress", TcAttachType::Ingress), ("pod_ingress", TcAttachType::Egress)];
+
+const CONNECT: [&str; 4] = ["connect4", "connect6", "getpeername4", "getpeername6"];
+const DATAGRAM: [&str; 4] = ["sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6"];
+
+/// One fixed place for our filter on a clsact qdisc, so that the next agent finds and replaces it.
+const FILTER: NlOptions = NlOptions { priority: 1, handle: TcHandle::new(0, 1), classid: None };
+
+pub(super) fn load(program: &mut Program) -> Result<(), ProgramError> {
+    if let Program::SchedClassifier(program) = program {
+        return program.load();
+    }
+    <&mut CgroupSockAddr>::try_from(program)?.load()
+}
+
+impl Datapath {
+    /// Attaches the socket programs that the options ask for to a cgroup and detaches the others.
+    ///
+    /// # Errors
+    /// What the kernel refuses, with the cgroup.
+    pub fn attach_cgroup(&mut self, cgroup: &Path) -> Result<(), DatapathError> {
+        let (connect, datagram) = match self.options.socket_lb {
+            SocketLb::Off => (false, false),
+            SocketLb::Tcp => (true, false),
+            SocketLb::All => (true, true),
+        };
+        for (hooks, wanted) in [(CONNECT, connect), (DATAGRAM, datagram)] {
+            for hook in hooks {
+                let pin = self.options.bpffs.links().join(hook);
+                if wanted {
+                    self.attach_socket(hook, cgroup, &pin)?;
+                } else {
+                    remove(&pin)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn attach_socket(&mut self, hook: &'static str, cgroup: &Path, pin: &Path) -> Result<(), DatapathError> {
+        let place = || format!("{hook} on {}", cgroup.display());
+        let attach_error = |source| DatapathError::Attach { place: place(), source };
+        let program = self.ebpf.program_mut(hook).ok_or(DatapathError::NoProgram { name: hook })?;
+        let program = <&mut CgroupSockAddr>::try_from(program).map_err(attach_error)?;
+        if let Some(link) = pinned(pin)? {
+            let link = link.try_into().map_err(|source| DatapathError::Link { path: pin.to_owned(), source })?;
+            match program.attach_to_link(link) {
+                Ok(id) => {
+                    // The pin keeps the link; only this process lets go of it.
+                    program.take_link(id).map_err(attach_error)?;
+                    return Ok(());
+                }
+                Err(error) if is_gone(&error) => remove(pin)?,
+                Err(error) => return Err(attach_error(error)),
+            }
+        }
+        let file =
+            File::open(cgroup).map_err(|source| DatapathError::Io { path: cgroup.to_owned(), source })?;
+        let id = program.attach(file, CgroupAttachMode::Single).map_err(attach_error)?;
+        let link = program.take_link(id).map_err(attach_error)?;
+        let link = FdLink::try_from(link).map_err(|source| DatapathError::Link { path: pin.to_owned(), source })?;
+        keep(link, pin)
+    }
+
+    /// Attaches the two pod programs to the host's end of a pod's interface.
+    ///
+    /// # Errors
+    /// What the kernel refuses, with the interface.
+    pub fn attach_pod(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        for (name, hook) in POD {
+            let pin = self.pod_pin(name, ifindex);
+            let program = self.ebpf.program_mut(name).ok_or(DatapathError::NoProgram { name })?;
+            let error = |source| DatapathError::Attach { place: format!("{name} on interface {ifindex}"), source };
+            let program = <&mut SchedClassifier>::try_from(program).map_err(error)?;
+            if self.options.attach != Attach::Clsact {
+                match attach_tcx(program, ifindex, hook, &pin) {
+                    Err(DatapathError::Attach { source, .. })
+                        if self.options.attach == Attach::Auto && is_unsupported(&source) =>
+                    {
+                        tracing::info!("this kernel has no tcx: attaching to clsact");
+                        self.options.attach = Attach::Clsact;
+                    }
+                    other => {
+                        other?;
+                        continue;
+                    }
+                }
+            }
+            attach_clsact(program, ifindex, hook).map_err(error)?;
+        }
+        Ok(())
+    }
+
+    /// Removes what is pinned for an interface that is no longer a pod's.
+    ///
+    /// # Errors
+    /// [`DatapathError::Io`] where the pin cannot be removed.
+    pub fn detach_pod(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        for (name, _hook) in POD {
+            remove(&self.pod_pin(name, ifindex))?;
+        }
+        Ok(())
+    }
+
+    /// The interfaces that an earlier agent pinned programs for.
+    ///
+    /// # Errors
+    /// [`DatapathError::Io`] where the directory cannot be read.
+    pub fn pinned_pods(&self) -> Result<Vec<u32>, DatapathError> {
+        let dir = self.options.bpffs.links();
+        let entries =
+            fs::read_dir(&dir).map_err(|source| DatapathError::Io { path: dir.clone(), source })?;
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        Ok(names.filter_map(|name| name.strip_prefix("pod_egress-")?.parse().ok()).collect())
+    }
+
+    fn pod_pin(&self, program: &str, ifindex: u32) -> PathBuf {
+        self.options.bpffs.links().join(format!("{program}-{ifindex}"))
+    }
+}
+
+fn attach_tcx(
+    program: &mut SchedClassifier,
+    ifindex: u32,
+    hook: TcAttachType,
+    pin: &Path,
+) -> Result<(), DatapathError> {
+    let place = format!("{} on interface {ifindex}", pin.display());
+    let error = |source| DatapathError::Attach { place: place.clone(), source };
+    let link_error = |source| DatapathError::Link { path: pin.to_owned(), source };
+    if let Some(link) = pinned(pin)? {
+        match program.attach_to_link(SchedClassifierLink::try_from(link).map_err(link_error)?) {
+            Ok(id) => {
+                program.take_link(id).map_err(error)?;
+                return Ok(());
+            }
+            Err(source) if is_gone(&source) => remove(pin)?,
+            Err(source) => return Err(error(source)),
+        }
+    }
+    let attach = TcAttach::Tcx { attach_type: hook, order: LinkOrder::default() };
+    let id = program.attach(ifindex, attach).map_err(error)?;
+    let link = program.take_link(id).map_err(error)?;
+    keep(FdLink::try_from(link).map_err(link_error)?, pin)
+}
+
+fn attach_clsact(program: &mut SchedClassifier, ifindex: u32, hook: TcAttachType) -> Result<(), ProgramError> {
+    match tc::qdisc_add_clsact(ifindex) {
+        Err(TcError::NetlinkError(error)) if raw_error(&error) != Some(libc::EEXIST) => {
+            return Err(ProgramError::TcError(TcError::NetlinkError(error)));
+        }
+        // It is there, now or already.
+        _ => {}
+    }
+    let attach = TcAttach::Netlink { parent: hook.into(), options: FILTER };
+    let id = match program.attach(ifindex, attach) {
+        Err(ProgramError::TcError(TcError::NetlinkError(error))) if raw_error(&error) == Some(libc::EEXIST) => {
+            let FILTER { priority, handle, classid } = FILTER;
+            let former = SchedClassifierLink::attached(ifindex, hook.into(), priority, handle, classid)?;
+            program.attach_to_link(former)
+        }
+        other => other,
+    }?;
+    // The filter stays when the agent goes: dropping the link would remove it.
+    std::mem::forget(program.take_link(id)?);
+    Ok(())
+}
+
+fn pinned(pin: &Path) -> Result<Option<FdLink>, DatapathError> {
+    match PinnedLink::from_pin(pin) {
+        Ok(link) => Ok(Some(link.into())),
+        Err(LinkError::SyscallError(SyscallError { io_error, .. }))
+            if io_error.kind() == std::io::ErrorKind::NotFound =>
+        {
+            Ok(None)
+        }
+        Err(source) => Err(DatapathError::Link { path: pin.to_owned(), source }),
+    }
+}
+
+fn keep(link: FdLink, pin: &Path) -> Result<(), DatapathError> {
+    link.pin(pin).map(drop).map_err(|source| DatapathError::Pin { path: pin.to_owned(), source })
+}
+
+fn remove(pin: &Path) -> Result<(), DatapathError> {
+    match fs::remove_file(pin) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(DatapathError::Io { path: pin.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The link's device or cgroup went away: the kernel keeps an empty link as long as it is pinned.
+fn is_gone(error: &ProgramError) -> bool {
+    syscall_error(error) == Some(libc::ENOLINK)
+}
+
+/// What kernels before 6.6 say to a tcx attachment.
+fn is_unsupported(error: &ProgramError) -> bool {
+    syscall_error(error) == Some(libc::EINVAL)
+}
+
+fn syscall_error(error: &ProgramError) -> Option<i32> {
+    if let ProgramError::SyscallError(SyscallError { io_error, .. }) = error {
+        return io_error.raw_os_error();
+    }
+    None
+}
+
+fn raw_error(error: &NetlinkError) -> Option<i32> {
+    error.raw_os_error()
+}

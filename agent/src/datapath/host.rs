@@ -1,0 +1,119 @@
+//! What the machine must offer: a BPF file system, cgroup2, and no second agent in the same place.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MsFlags, mount};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
+
+use super::DatapathError;
+
+/// The usual place, which the agent mounts by itself where an init system has not.
+const STANDARD: &str = "/sys/fs/bpf";
+
+/// Makes sure that `dir` is, or can be made, on a BPF file system.
+pub(super) fn ensure_bpffs(dir: &Path) -> Result<(), DatapathError> {
+    if on_bpffs(dir) {
+        return Ok(());
+    }
+    if dir.starts_with(STANDARD) {
+        let none: Option<&str> = None;
+        mount(Some("bpf"), STANDARD, Some("bpf"), MsFlags::empty(), none)
+            .map_err(|errno| DatapathError::Io { path: STANDARD.into(), source: errno.into() })?;
+        tracing::info!(path = STANDARD, "mounted the BPF file system");
+        return Ok(());
+    }
+    Err(DatapathError::NotBpffs { path: dir.to_owned() })
+}
+
+/// Whether the nearest directory that exists is on a BPF file system.
+fn on_bpffs(dir: &Path) -> bool {
+    dir.ancestors()
+        .find_map(|dir| statfs(dir).ok())
+        .is_some_and(|file_system| file_system.filesystem_type() == BPF_FS_MAGIC)
+}
+
+/// Before 5.11 maps count against the limit on locked memory; where it cannot be raised, creating them says so.
+pub(super) fn raise_memlock_limit() {
+    if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
+        tracing::debug!(%errno, "the limit on locked memory stays as it is");
+    }
+}
+
+/// Where cgroup2 is mounted: it may be anywhere (`/sys/fs/cgroup`, or a directory below it on a hybrid host).
+///
+/// # Errors
+/// [`DatapathError::NoCgroup2`].
+pub fn cgroup2_mount() -> Result<PathBuf, DatapathError> {
+    let table = "/proc/self/mountinfo";
+    let text = fs::read_to_string(table).map_err(|source| DatapathError::Io { path: table.into(), source })?;
+    mount_points(&text, "cgroup2")
+        .find(|point| statfs(point).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC))
+        .ok_or(DatapathError::NoCgroup2)
+}
+
+/// The mount points of one type of file system, from proc_pid_mountinfo(5).
+fn mount_points<'a>(table: &'a str, kind: &'a str) -> impl Iterator<Item = PathBuf> + 'a {
+    table.lines().filter_map(move |line| {
+        let (mount, file_system) = line.split_once(" - ")?;
+        if file_system.split(' ').next()? != kind {
+            return None;
+        }
+        Some(PathBuf::from(mount.split(' ').nth(4)?))
+    })
+}
+
+/// The right to write under a directory, held as long as the value lives; the kernel takes it back when the process
+/// dies, however it dies.
+#[derive(Debug)]
+pub struct Lock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
+
+impl Lock {
+    /// # Errors
+    /// [`DatapathError::Locked`] while another agent holds it.
+    pub fn acquire(dir: &Path) -> Result<Self, DatapathError> {
+        ensure_bpffs(dir)?;
+        let io = |source| DatapathError::Io { path: dir.to_owned(), source };
+        fs::create_dir_all(dir).map_err(io)?;
+        let file = File::open(dir).map_err(io)?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Self(lock)),
+            Err((_file, Errno::EWOULDBLOCK)) => Err(DatapathError::Locked { path: dir.to_owned() }),
+            Err((_file, errno)) => Err(io(errno.into())),
+        }
+    }
+
+    /// Whether an agent holds the directory at present.
+    pub fn is_held(dir: &Path) -> bool {
+        File::open(dir).is_ok_and(|file| {
+            matches!(Flock::lock(file, FlockArg::LockSharedNonblock), Err((_file, Errno::EWOULDBLOCK)))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLE: &str = "\
+24 1 0:22 / /proc rw,relatime - proc proc rw
+31 28 0:27 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+32 31 0:28 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw
+33 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu";
+
+    #[test]
+    fn cgroup2_is_found_wherever_it_is_mounted() {
+        let found: Vec<_> = mount_points(TABLE, "cgroup2").collect();
+        assert_eq!(found, [PathBuf::from("/sys/fs/cgroup/unified")]);
+    }
+
+    #[test]
+    fn an_ordinary_directory_is_refused_with_the_way_out() {
+        let dir = std::env::temp_dir().join("not-bpffs");
+        let error = ensure_bpffs(&dir).unwrap_err().to_string();
+        assert!(error.contains("mount -t bpf"), "{error}");
+    }
+}

@@ -1,0 +1,125 @@
+//! The programs in the kernel: loaded once, attached to every pod and to the cgroup, pinned so that they outlive the
+//! agent, and swapped in place when it comes back.
+
+mod attach;
+mod host;
+
+use std::path::PathBuf;
+
+use aya::maps::MapError;
+use aya::programs::ProgramError;
+use aya::programs::links::LinkError;
+use aya::pin::PinError;
+use aya::{Ebpf, EbpfError, EbpfLoader};
+
+use crate::config::{Attach, Bpffs, SocketLb};
+
+pub use host::{Lock, cgroup2_mount};
+
+/// What is fixed when the programs are loaded.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub bpffs: Bpffs,
+    pub socket_lb: SocketLb,
+    pub attach: Attach,
+    /// Compiles the programs' log statements in.
+    pub log_drops: bool,
+}
+
+/// The loaded object.
+pub struct Datapath {
+    ebpf: Ebpf,
+    options: Options,
+}
+
+/// The object in this binary.
+///
+/// # Errors
+/// [`DatapathError::NoObject`] in a binary that was built without one.
+pub fn embedded_object() -> Result<&'static [u8], DatapathError> {
+    #[cfg(embedded_object)]
+    return Ok(aya::include_bytes_aligned!(env!("FERROFLOW_OBJECT")));
+    #[cfg(not(embedded_object))]
+    Err(DatapathError::NoObject)
+}
+
+impl Datapath {
+    /// Loads every program and creates the maps, or takes over those that are pinned.
+    ///
+    /// # Errors
+    /// What the kernel refuses, with the verifier's words where it is the verifier.
+    pub fn load(object: &[u8], options: Options) -> Result<Self, DatapathError> {
+        host::ensure_bpffs(&options.bpffs.dir)?;
+        for dir in [options.bpffs.maps(), options.bpffs.links()] {
+            std::fs::create_dir_all(&dir).map_err(|source| DatapathError::Io { path: dir, source })?;
+        }
+        host::raise_memlock_limit();
+        // aya's levels: 0 compiles every log statement out, 4 is `debug`, which dropped packets are logged at.
+        let log_level: u8 = if options.log_drops { 4 } else { 0 };
+        let socket_udp = u8::from(options.socket_lb == SocketLb::All);
+        let mut ebpf = EbpfLoader::new()
+            .default_map_pin_directory(options.bpffs.maps())
+            .override_global("AYA_LOG_LEVEL", &log_level, true)
+            .override_global("SOCKET_UDP", &socket_udp, true)
+            .load(object)?;
+        for (name, program) in ebpf.programs_mut() {
+            attach::load(program).map_err(|source| DatapathError::Program { name: name.to_owned(), source })?;
+        }
+        Ok(Self { ebpf, options })
+    }
+
+    /// The programs, for those who run them on packets of their own.
+    pub fn programs(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    #[error("this binary carries no BPF object: build it with `cargo xtask build`")]
+    NoObject,
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error(
+        "{path} is not on a BPF file system: mount one (mount -t bpf bpf {path}) or name another directory with --bpffs"
+    )]
+    NotBpffs { path: PathBuf },
+    #[error("another agent is running on {path}: give each agent a --bpffs of its own")]
+    Locked { path: PathBuf },
+    #[error("no cgroup2 file system is mounted: mount one (mount -t cgroup2 none DIR) and name it with --cgroup")]
+    NoCgroup2,
+    #[error("cannot load the BPF object: {}", Causes(.0))]
+    Load(#[from] EbpfError),
+    #[error("program `{name}`: {}", Causes(.source))]
+    Program { name: String, source: ProgramError },
+    #[error("the object has no program `{name}`: object and agent are of different versions")]
+    NoProgram { name: &'static str },
+    #[error("{place}: {}", Causes(.source))]
+    Attach { place: String, source: ProgramError },
+    #[error("{path}: {}", Causes(.source))]
+    Link { path: PathBuf, source: LinkError },
+    #[error("{path}: {}", Causes(.source))]
+    Pin { path: PathBuf, source: PinError },
+    #[error(transparent)]
+    Map(#[from] MapError),
+}
+
+/// An error with everything that caused it, on one line.
+struct Causes<'a, E>(&'a E);
+
+impl<E: std::error::Error> std::fmt::Display for Causes<'_, E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut said = self.0.to_string();
+        write!(f, "{said}")?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            let text = error.to_string();
+            if !said.contains(&text) {
+                write!(f, ": {text}")?;
+                said = text;
+            }
+            cause = error.source();
+        }
+        Ok(())
+    }
+}

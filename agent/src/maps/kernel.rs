@@ -1,0 +1,258 @@
+//! The pinned BPF maps: hash tables through the system call, arrays through shared memory, so that programming a
+//! whole cluster takes few system calls. One of the few files with unsafe code.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use aya::Pod;
+use aya::maps::{Array, HashMap, Map, MapData, MapError as AyaError, PerCpuArray};
+use aya::sys::SyscallError;
+use ferroflow_common::abi::conntrack::{Entry, Tuple};
+use ferroflow_common::abi::state::AgentState;
+use ferroflow_common::verdict::DropReason;
+use zerocopy::{FromBytes as _, IntoBytes as _};
+
+use super::{ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Plain, Services, Slots};
+
+/// A value whose bytes may go to the kernel and come from it.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Raw<T>(T);
+
+// SAFETY: `Plain` is `FromBytes`, so every bit pattern is a valid `T`, and `IntoBytes`, so `T` has no padding.
+unsafe impl<T: Plain> Pod for Raw<T> {}
+
+/// The tables that an agent has pinned.
+pub struct KernelMaps {
+    dir: PathBuf,
+    hashes: BTreeMap<&'static str, Map>,
+    arrays: BTreeMap<&'static str, Rows>,
+    writes: u64,
+}
+
+impl KernelMaps {
+    /// Opens the maps under `dir` (`<bpffs>/maps`).
+    ///
+    /// # Errors
+    /// [`MapError::Missing`] where no agent has run.
+    pub fn open(dir: &Path) -> Result<Self, MapError> {
+        let mut hashes = BTreeMap::new();
+        for name in [Frontends::NAME, Services::NAME, Endpoints::NAME] {
+            hashes.insert(name, Map::HashMap(pinned(dir, name)?));
+        }
+        let mut arrays = BTreeMap::new();
+        for name in [Slots::NAME, Backends::NAME] {
+            arrays.insert(name, Rows::map(name, &pinned(dir, name)?)?);
+        }
+        Ok(Self { dir: dir.to_owned(), hashes, arrays, writes: 0 })
+    }
+
+    /// What the agent said last.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn agent_state(&self) -> Result<AgentState, MapError> {
+        let array = Array::<_, Raw<AgentState>>::try_from(Map::Array(pinned(&self.dir, STATE)?))
+            .map_err(|error| kernel_error(STATE, "open", error))?;
+        array.get(&0, 0).map(|Raw(state)| state).map_err(|error| kernel_error(STATE, "lookup", error))
+    }
+
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn set_agent_state(&self, state: AgentState) -> Result<(), MapError> {
+        let mut array = Array::<_, Raw<AgentState>>::try_from(Map::Array(pinned(&self.dir, STATE)?))
+            .map_err(|error| kernel_error(STATE, "open", error))?;
+        array.set(0, &Raw(state), 0).map_err(|error| kernel_error(STATE, "update", error))
+    }
+
+    /// Packets dropped since the maps were made, over all CPUs.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn drops(&self) -> Result<Vec<(DropReason, u64)>, MapError> {
+        let name = "drops";
+        let array = PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(pinned(&self.dir, name)?))
+            .map_err(|error| kernel_error(name, "open", error))?;
+        let count = |reason: DropReason| {
+            let counts = array
+                .get(&(reason as u32), 0)
+                .map_err(|error| kernel_error(name, "lookup", error))?;
+            Ok((reason, counts.iter().sum()))
+        };
+        DropReason::ALL.iter().map(|&reason| count(reason)).collect()
+    }
+
+    /// Tracked flows of one family; `A` is `[u8; 4]` or `[u8; 16]`. The table lives: entries may come and go while
+    /// it is read.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn conntrack<A>(&self) -> Result<Vec<(Tuple<A>, Entry)>, MapError>
+    where
+        Tuple<A>: Plain,
+    {
+        let name = if size_of::<A>() == 4 { "conntrack_v4" } else { "conntrack_v6" };
+        let map = HashMap::<_, Raw<Tuple<A>>, Raw<Entry>>::try_from(Map::LruHashMap(pinned(&self.dir, name)?))
+            .map_err(|error| kernel_error(name, "open", error))?;
+        map.iter()
+            .filter(|row| !matches!(row, Err(AyaError::KeyNotFound)))
+            .map(|row| row.map(|(Raw(tuple), Raw(entry))| (tuple, entry)))
+            .collect::<Result<_, _>>()
+            .map_err(|error| kernel_error(name, "dump", error))
+    }
+
+    fn hash<T: HashTable>(&self) -> Result<HashMap<&MapData, Raw<T::Key>, Raw<T::Value>>, MapError> {
+        let map = self.hashes.get(T::NAME).ok_or_else(|| self.missing(T::NAME))?;
+        HashMap::try_from(map).map_err(|error| kernel_error(T::NAME, "open", error))
+    }
+
+    fn hash_mut<T: HashTable>(
+        &mut self,
+    ) -> Result<HashMap<&mut MapData, Raw<T::Key>, Raw<T::Value>>, MapError> {
+        let missing = self.missing(T::NAME);
+        let map = self.hashes.get_mut(T::NAME).ok_or(missing)?;
+        HashMap::try_from(map).map_err(|error| kernel_error(T::NAME, "open", error))
+    }
+
+    fn missing(&self, map: &'static str) -> MapError {
+        MapError::Missing { map, dir: self.dir.clone() }
+    }
+}
+
+const STATE: &str = "agent";
+
+impl Maps for KernelMaps {
+    fn dump<T: HashTable>(&self) -> Result<Vec<(T::Key, T::Value)>, MapError> {
+        self.hash::<T>()?
+            .iter()
+            .map(|row| row.map(|(Raw(key), Raw(value))| (key, value)))
+            .collect::<Result<_, _>>()
+            .map_err(|error| kernel_error(T::NAME, "dump", error))
+    }
+
+    fn put<T: HashTable>(&mut self, key: &T::Key, value: &T::Value) -> Result<(), MapError> {
+        self.hash_mut::<T>()?
+            .insert(&Raw(*key), &Raw(*value), 0)
+            .map_err(|error| kernel_error(T::NAME, "update", error))?;
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn delete<T: HashTable>(&mut self, key: &T::Key) -> Result<(), MapError> {
+        match self.hash_mut::<T>()?.remove(&Raw(*key)) {
+            Ok(()) => {}
+            Err(error) if errno(&error) == Some(libc::ENOENT) => return Ok(()),
+            Err(error) => return Err(kernel_error(T::NAME, "delete", error)),
+        }
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn len<T: ArrayTable>(&self) -> u32 {
+        self.arrays.get(T::NAME).map_or(0, |rows| rows.len)
+    }
+
+    fn read<T: ArrayTable>(&self, index: u32) -> Result<T::Value, MapError> {
+        let rows = self.arrays.get(T::NAME).ok_or_else(|| self.missing(T::NAME))?;
+        let mut value = T::Value::new_zeroed();
+        let (words, _rest) = value.as_mut_bytes().as_chunks_mut::<4>();
+        for (word, row) in words.iter_mut().zip(rows.row(T::NAME, index)?) {
+            *word = row.load(Ordering::Acquire).to_ne_bytes();
+        }
+        Ok(value)
+    }
+
+    fn write<T: ArrayTable>(&mut self, index: u32, value: &T::Value) -> Result<(), MapError> {
+        let missing = self.missing(T::NAME);
+        let rows = self.arrays.get(T::NAME).ok_or(missing)?;
+        let (words, _rest) = value.as_bytes().as_chunks::<4>();
+        for (row, word) in rows.row(T::NAME, index)?.iter().zip(words) {
+            row.store(u32::from_ne_bytes(*word), Ordering::Release);
+        }
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn writes(&self) -> u64 {
+        self.writes
+    }
+}
+
+/// The rows of an array map in this process's memory. Programs read them at the same time: rows are made of atomic
+/// words, written in order.
+struct Rows {
+    start: NonNull<AtomicU32>,
+    bytes: usize,
+    /// Words from one row to the next: the kernel rounds rows up to eight bytes.
+    stride: usize,
+    len: u32,
+}
+
+// SAFETY: the memory belongs to the value, and everything in it is atomic.
+unsafe impl Send for Rows {}
+
+impl Rows {
+    fn map(name: &'static str, map: &MapData) -> Result<Self, MapError> {
+        let info = map.info().map_err(|error| kernel_error(name, "info", error))?;
+        let stride = (info.value_size() as usize).next_multiple_of(8);
+        let len = info.max_entries();
+        let bytes = stride * len as usize;
+        let fd = map.fd().as_fd().as_raw_fd();
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping anywhere; the kernel checks the map's kind and size.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_SHARED, fd, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(MapError::Kernel { map: name, call: "mmap", source: io::Error::last_os_error() });
+        }
+        let start = NonNull::new(start.cast())
+            .ok_or_else(|| MapError::Kernel { map: name, call: "mmap", source: io::ErrorKind::InvalidData.into() })?;
+        Ok(Self { start, bytes, stride: stride / 4, len })
+    }
+
+    fn row(&self, map: &'static str, index: u32) -> Result<&[AtomicU32], MapError> {
+        if index >= self.len {
+            return Err(MapError::Index { map, index, len: self.len });
+        }
+        // SAFETY: the row is inside the mapping: `len` rows of `stride` words.
+        let row = unsafe { self.start.add(index as usize * self.stride) };
+        // SAFETY: as above; the mapping lives as long as `self` and is aligned to pages, rows to words.
+        Ok(unsafe { std::slice::from_raw_parts(row.as_ptr(), self.stride) })
+    }
+}
+
+impl Drop for Rows {
+    fn drop(&mut self) {
+        // SAFETY: the mapping that `map` made; nothing borrows from it any more.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };
+    }
+}
+
+fn pinned(dir: &Path, name: &'static str) -> Result<MapData, MapError> {
+    MapData::from_pin(dir.join(name)).map_err(|error| match errno(&error) {
+        Some(libc::ENOENT) => MapError::Missing { map: name, dir: dir.to_owned() },
+        _ => kernel_error(name, "open", error),
+    })
+}
+
+fn errno(error: &AyaError) -> Option<i32> {
+    match error {
+        AyaError::SyscallError(SyscallError { io_error, .. }) => io_error.raw_os_error(),
+        AyaError::KeyNotFound => Some(libc::ENOENT),
+        AyaError::PinError { error: aya::pin::PinError::SyscallError(SyscallError { io_error, .. }), .. } => {
+            io_error.raw_os_error()
+        }
+        _ => None,
+    }
+}
+
+fn kernel_error(map: &'static str, call: &'static str, error: AyaError) -> MapError {
+    match errno(&error) {
+        Some(libc::E2BIG | libc::ENOMEM) if call == "update" => MapError::Full { map },
+        Some(code) => MapError::Kernel { map, call, source: io::Error::from_raw_os_error(code) },
+        None => MapError::Kernel { map, call, source: io::Error::other(error) },
+    }
+}
