@@ -2,6 +2,8 @@
 //!
 //! Two implementations: `kernel` (pinned BPF maps) and `fake` (ordinary maps that may fail on purpose).
 
+pub mod fake;
+
 use std::hash::Hash;
 
 use ferroflow_common::abi::endpoint::Endpoint;

@@ -44,3 +44,25 @@ pub enum Change {
     /// An address behind an interface of this host, and that interface.
     LocalRoute(Addr, Option<u32>),
 }
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    pub fn of(addr: &Addr) -> Self {
+        if addr.ip().is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+
+    /// As Kubernetes spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        }
+    }
+}

@@ -11,7 +11,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use super::fault::{Fault, Invalid};
 use crate::model::service::Place;
 use crate::model::{
-    Change, Condition, Endpoint, EndpointSlice, Name, Node, Pod, Prefix, Service, ServicePort, SlicePort,
+    Change, Condition, Endpoint, EndpointSlice, Family, Name, Node, Pod, Prefix, Service, ServicePort,
+    SlicePort,
 };
 
 type Result<T> = std::result::Result<T, Invalid>;
@@ -294,25 +295,6 @@ fn named(text: &str, limit: usize) -> std::result::Result<(), Fault> {
         return Ok(());
     }
     Err(Fault::NotAName { text: text.into(), limit })
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Family {
-    V4,
-    V6,
-}
-
-impl Family {
-    fn of(addr: &Addr) -> Self {
-        if addr.ip().is_ipv4() { Self::V4 } else { Self::V6 }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::V4 => "IPv4",
-            Self::V6 => "IPv6",
-        }
-    }
 }
 
 /// The value of the label `service.kubernetes.io/service-proxy-name` that means us.
