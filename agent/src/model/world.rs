@@ -1,6 +1,7 @@
 //! All tables of the model, with one writer.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use ferroflow_common::addr::Addr;
 
@@ -35,6 +36,15 @@ pub enum Touched {
     Service(Name),
     /// The local pod that has this address, or had it.
     Endpoint(Addr),
+}
+
+impl fmt::Display for Touched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Service(name) => write!(f, "Service {name}"),
+            Self::Endpoint(addr) => write!(f, "local pod {addr}"),
+        }
+    }
 }
 
 impl World {

@@ -27,12 +27,13 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    /// With the numbers that are in use already, in ascending order.
+    /// With the numbers that are in use already, in ascending order. What is not below `end` was given out by someone
+    /// else and is let be.
     pub fn restore(table: &'static str, end: u32, used: impl IntoIterator<Item = u32>) -> Self {
         let mut numbers = Self { table, end, next: 1, free: BTreeSet::new(), resting: VecDeque::new() };
-        for number in used {
+        for number in used.into_iter().filter(|number| (1..end).contains(number)) {
             numbers.free.extend(numbers.next..number);
-            numbers.next = numbers.next.max(number.saturating_add(1));
+            numbers.next = numbers.next.max(number + 1);
         }
         numbers
     }
@@ -55,12 +56,16 @@ impl Numbers {
 
     /// Gives back a number that nobody has seen.
     pub fn give_back(&mut self, number: u32) {
-        self.free.insert(number);
+        if (1..self.end).contains(&number) {
+            self.free.insert(number);
+        }
     }
 
     /// Gives back a number that a program or a flow may still use for a while.
     pub fn rest(&mut self, number: u32, until: Instant) {
-        self.resting.push_back((until, number));
+        if (1..self.end).contains(&number) {
+            self.resting.push_back((until, number));
+        }
     }
 
     /// How many are given out and not given back.
@@ -96,9 +101,12 @@ mod tests {
     #[test]
     fn restored_numbers_are_in_use_and_gaps_are_free() {
         let now = Instant::now();
-        let mut numbers = Numbers::restore("t", 100, [2, 5]);
+        let mut numbers = Numbers::restore("t", 100, [0, 2, 5, 100, u32::MAX]);
         assert_eq!(numbers.used(), 2);
         let taken: Vec<_> = (0..4).map(|_| numbers.take(now).unwrap()).collect();
         assert_eq!(taken, [1, 3, 4, 6]);
+        numbers.rest(u32::MAX, now);
+        numbers.give_back(0);
+        assert_eq!(numbers.take(now), Ok(7), "foreign numbers do not come in by the back door");
     }
 }
