@@ -8,7 +8,12 @@ use clap::{Args, ValueEnum};
 #[derive(Args, Clone, Debug)]
 pub struct Bpffs {
     /// Directory on a BPF file system for pinned maps and links
-    #[arg(long = "bpffs", env = "FERROFLOW_BPFFS", value_name = "DIR", default_value = "/sys/fs/bpf/ferroflow")]
+    #[arg(
+        long = "bpffs",
+        env = "FERROFLOW_BPFFS",
+        value_name = "DIR",
+        default_value = "/sys/fs/bpf/ferroflow"
+    )]
     pub dir: PathBuf,
 }
 

@@ -1,1 +1,46 @@
+//! The agent: from the objects of a cluster to the tables of the datapath.
+//!
+//! ```text
+//!   watch/ ──Change──▶ model/ ──Touched──▶ plan/ ──Desired──▶ reconcile/ ──rows──▶ maps/
+//!   directory of        World:               pure: one key in,   restore, diff,        frontends, slots,
+//!   YAML, or the        what is known        its rows out        order, retry          backends, services,
+//!   Kubernetes API      of the cluster                                                 endpoints
+//! ```
+//!
+//! A folder is a stage. What a stage may import (`cargo xtask layers` enforces it):
+//!
+//! | module | may use | must not use |
+//! | --- | --- | --- |
+//! | `model` | `common` | Kubernetes types, aya, tokio, clocks |
+//! | `watch` | `model`, Kubernetes types | `plan`, `maps` |
+//! | `plan` | `model`, `common` | any I/O, aya, Kubernetes types, clocks, randomness |
+//! | `reconcile` | `model`, `plan`, `maps` | `watch`, Kubernetes types, aya |
+//! | `maps` | `common`, aya in `kernel` only | `model`, `plan` |
 
+pub mod boottime;
+pub mod cli;
+pub mod config;
+pub mod datapath;
+pub mod maps;
+pub mod model;
+pub mod net;
+pub mod plan;
+pub mod reconcile;
+pub mod watch;
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    #[test]
+    fn every_stage_in_the_drawing_is_a_folder() {
+        let drawing = include_str!("lib.rs").lines().take_while(|line| line.starts_with("//!"));
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let mut found = 0;
+        for word in drawing.flat_map(str::split_whitespace).filter(|word| word.ends_with('/')) {
+            assert!(source.join(word).is_dir(), "{word} is drawn and is no folder of src");
+            found += 1;
+        }
+        assert!(found >= 5, "the drawing names {found} folders");
+    }
+}

@@ -15,9 +15,10 @@ const CONNTRACK: [&str; 2] = ["conntrack_v4", "conntrack_v6"];
 
 pub(super) fn dump(maps: &KernelMaps, name: &str) -> Result<Answer, CliError> {
     let rows = match name {
-        Frontends::NAME => {
-            hash::<Frontends>(maps, |key, value| json!({ "key": frontend_key(key), "value": frontend(value) }))?
-        }
+        Frontends::NAME => hash::<Frontends>(
+            maps,
+            |key, value| json!({ "key": frontend_key(key), "value": frontend(value) }),
+        )?,
         Services::NAME => {
             hash::<Services>(maps, |id, name| json!({ "key": id, "value": { "text": name.as_str() } }))?
         }

@@ -59,10 +59,7 @@ fn row(
     // A backend with weight has several slots.
     backends.dedup();
     Ok(Row {
-        service: names
-            .get(&frontend.service)
-            .cloned()
-            .unwrap_or_else(|| format!("#{}", frontend.service)),
+        service: names.get(&frontend.service).cloned().unwrap_or_else(|| format!("#{}", frontend.service)),
         frontend: socket(key.addr, key.port),
         protocol: key.proto.to_string(),
         backends,

@@ -9,7 +9,7 @@ pub(super) fn table<const N: usize>(
     rows: impl IntoIterator<Item = [String; N]>,
 ) -> String {
     let mut table = Table::new();
-    table.load_preset(NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(heading);
+    table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(heading);
     table.add_rows(rows);
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));

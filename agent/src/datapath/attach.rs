@@ -60,7 +60,8 @@ impl Datapath {
         let program = self.ebpf.program_mut(hook).ok_or(DatapathError::NoProgram { name: hook })?;
         let program = <&mut CgroupSockAddr>::try_from(program).map_err(attach_error)?;
         if let Some(link) = pinned(pin)? {
-            let link = link.try_into().map_err(|source| DatapathError::Link { path: pin.to_owned(), source })?;
+            let link =
+                link.try_into().map_err(|source| DatapathError::Link { path: pin.to_owned(), source })?;
             match program.attach_to_link(link) {
                 Ok(id) => {
                     // The pin keeps the link; only this process lets go of it.
@@ -75,7 +76,8 @@ impl Datapath {
             File::open(cgroup).map_err(|source| DatapathError::Io { path: cgroup.to_owned(), source })?;
         let id = program.attach(file, CgroupAttachMode::Single).map_err(attach_error)?;
         let link = program.take_link(id).map_err(attach_error)?;
-        let link = FdLink::try_from(link).map_err(|source| DatapathError::Link { path: pin.to_owned(), source })?;
+        let link =
+            FdLink::try_from(link).map_err(|source| DatapathError::Link { path: pin.to_owned(), source })?;
         keep(link, pin)
     }
 
@@ -87,7 +89,8 @@ impl Datapath {
         for (name, hook) in POD {
             let pin = self.pod_pin(name, ifindex);
             let program = self.ebpf.program_mut(name).ok_or(DatapathError::NoProgram { name })?;
-            let error = |source| DatapathError::Attach { place: format!("{name} on interface {ifindex}"), source };
+            let error =
+                |source| DatapathError::Attach { place: format!("{name} on interface {ifindex}"), source };
             let program = <&mut SchedClassifier>::try_from(program).map_err(error)?;
             if self.options.attach != Attach::Clsact {
                 match attach_tcx(program, ifindex, hook, &pin) {
@@ -125,8 +128,7 @@ impl Datapath {
     /// [`DatapathError::Io`] where the directory cannot be read.
     pub fn pinned_pods(&self) -> Result<Vec<u32>, DatapathError> {
         let dir = self.options.bpffs.links();
-        let entries =
-            fs::read_dir(&dir).map_err(|source| DatapathError::Io { path: dir.clone(), source })?;
+        let entries = fs::read_dir(&dir).map_err(|source| DatapathError::Io { path: dir.clone(), source })?;
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         Ok(names.filter_map(|name| name.strip_prefix("pod_egress-")?.parse().ok()).collect())
     }
@@ -161,7 +163,11 @@ fn attach_tcx(
     keep(FdLink::try_from(link).map_err(link_error)?, pin)
 }
 
-fn attach_clsact(program: &mut SchedClassifier, ifindex: u32, hook: TcAttachType) -> Result<(), ProgramError> {
+fn attach_clsact(
+    program: &mut SchedClassifier,
+    ifindex: u32,
+    hook: TcAttachType,
+) -> Result<(), ProgramError> {
     match tc::qdisc_add_clsact(ifindex) {
         Err(TcError::NetlinkError(error)) if raw_error(&error) != Some(libc::EEXIST) => {
             return Err(ProgramError::TcError(TcError::NetlinkError(error)));
@@ -171,8 +177,10 @@ fn attach_clsact(program: &mut SchedClassifier, ifindex: u32, hook: TcAttachType
     }
     let attach = TcAttach::Netlink { parent: hook.into(), options: FILTER };
     let id = match program.attach(ifindex, attach) {
-        Err(ProgramError::TcError(TcError::NetlinkError(error))) if raw_error(&error) == Some(libc::EEXIST) => {
-            let FILTER { priority, handle, classid } = FILTER;
+        Err(ProgramError::TcError(TcError::NetlinkError(error)))
+            if raw_error(&error) == Some(libc::EEXIST) =>
+        {
+            let NlOptions { priority, handle, classid } = FILTER;
             let former = SchedClassifierLink::attached(ifindex, hook.into(), priority, handle, classid)?;
             program.attach_to_link(former)
         }

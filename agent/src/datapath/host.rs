@@ -49,7 +49,8 @@ pub(super) fn raise_memlock_limit() {
 /// [`DatapathError::NoCgroup2`].
 pub fn cgroup2_mount() -> Result<PathBuf, DatapathError> {
     let table = "/proc/self/mountinfo";
-    let text = fs::read_to_string(table).map_err(|source| DatapathError::Io { path: table.into(), source })?;
+    let text =
+        fs::read_to_string(table).map_err(|source| DatapathError::Io { path: table.into(), source })?;
     mount_points(&text, "cgroup2")
         .find(|point| statfs(point).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC))
         .ok_or(DatapathError::NoCgroup2)

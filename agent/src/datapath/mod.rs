@@ -7,9 +7,9 @@ mod host;
 use std::path::PathBuf;
 
 use aya::maps::MapError;
+use aya::pin::PinError;
 use aya::programs::ProgramError;
 use aya::programs::links::LinkError;
-use aya::pin::PinError;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use crate::config::{Attach, Bpffs, SocketLb};
@@ -63,7 +63,8 @@ impl Datapath {
             .override_global("SOCKET_UDP", &socket_udp, true)
             .load(object)?;
         for (name, program) in ebpf.programs_mut() {
-            attach::load(program).map_err(|source| DatapathError::Program { name: name.to_owned(), source })?;
+            attach::load(program)
+                .map_err(|source| DatapathError::Program { name: name.to_owned(), source })?;
         }
         Ok(Self { ebpf, options })
     }
@@ -86,7 +87,9 @@ pub enum DatapathError {
     NotBpffs { path: PathBuf },
     #[error("another agent is running on {path}: give each agent a --bpffs of its own")]
     Locked { path: PathBuf },
-    #[error("no cgroup2 file system is mounted: mount one (mount -t cgroup2 none DIR) and name it with --cgroup")]
+    #[error(
+        "no cgroup2 file system is mounted: mount one (mount -t cgroup2 none DIR) and name it with --cgroup"
+    )]
     NoCgroup2,
     #[error("cannot load the BPF object: {}", Causes(.0))]
     Load(#[from] EbpfError),

@@ -14,7 +14,7 @@ use aya::sys::SyscallError;
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::verdict::DropReason;
-use zerocopy::{FromBytes as _, IntoBytes as _};
+use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use super::{ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Plain, Services, Slots};
 
@@ -78,9 +78,8 @@ impl KernelMaps {
         let array = PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(pinned(&self.dir, name)?))
             .map_err(|error| kernel_error(name, "open", error))?;
         let count = |reason: DropReason| {
-            let counts = array
-                .get(&(reason as u32), 0)
-                .map_err(|error| kernel_error(name, "lookup", error))?;
+            let counts =
+                array.get(&(reason as u32), 0).map_err(|error| kernel_error(name, "lookup", error))?;
             Ok((reason, counts.iter().sum()))
         };
         DropReason::ALL.iter().map(|&reason| count(reason)).collect()
@@ -96,8 +95,9 @@ impl KernelMaps {
         Tuple<A>: Plain,
     {
         let name = if size_of::<A>() == 4 { "conntrack_v4" } else { "conntrack_v6" };
-        let map = HashMap::<_, Raw<Tuple<A>>, Raw<Entry>>::try_from(Map::LruHashMap(pinned(&self.dir, name)?))
-            .map_err(|error| kernel_error(name, "open", error))?;
+        let map =
+            HashMap::<_, Raw<Tuple<A>>, Raw<Entry>>::try_from(Map::LruHashMap(pinned(&self.dir, name)?))
+                .map_err(|error| kernel_error(name, "open", error))?;
         map.iter()
             .filter(|row| !matches!(row, Err(AyaError::KeyNotFound)))
             .map(|row| row.map(|(Raw(tuple), Raw(entry))| (tuple, entry)))
@@ -208,8 +208,11 @@ impl Rows {
         if start == libc::MAP_FAILED {
             return Err(MapError::Kernel { map: name, call: "mmap", source: io::Error::last_os_error() });
         }
-        let start = NonNull::new(start.cast())
-            .ok_or_else(|| MapError::Kernel { map: name, call: "mmap", source: io::ErrorKind::InvalidData.into() })?;
+        let start = NonNull::new(start.cast()).ok_or_else(|| MapError::Kernel {
+            map: name,
+            call: "mmap",
+            source: io::ErrorKind::InvalidData.into(),
+        })?;
         Ok(Self { start, bytes, stride: stride / 4, len })
     }
 
@@ -242,9 +245,9 @@ fn errno(error: &AyaError) -> Option<i32> {
     match error {
         AyaError::SyscallError(SyscallError { io_error, .. }) => io_error.raw_os_error(),
         AyaError::KeyNotFound => Some(libc::ENOENT),
-        AyaError::PinError { error: aya::pin::PinError::SyscallError(SyscallError { io_error, .. }), .. } => {
-            io_error.raw_os_error()
-        }
+        AyaError::PinError {
+            error: aya::pin::PinError::SyscallError(SyscallError { io_error, .. }), ..
+        } => io_error.raw_os_error(),
         _ => None,
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Two implementations: `kernel` (pinned BPF maps) and `fake` (ordinary maps that may fail on purpose).
 
+pub mod fake;
 pub mod kernel;
 
 use std::hash::Hash;
@@ -52,13 +53,17 @@ tables! { ArrayTable:
     Backends = "backends", Value = Backend;
 }
 
+/// The rows of a hash table, in no order.
+pub type Rows<T> = Vec<(<T as HashTable>::Key, <T as HashTable>::Value)>;
+
 /// The tables as a whole. Every write is counted by the implementation, successful ones only.
+#[expect(clippy::len_without_is_empty, reason = "an array has as many rows as it was made with")]
 pub trait Maps {
     /// All rows, in no order.
     ///
     /// # Errors
     /// The kernel's refusal; the table is as it was.
-    fn dump<T: HashTable>(&self) -> Result<Vec<(T::Key, T::Value)>, MapError>;
+    fn dump<T: HashTable>(&self) -> Result<Rows<T>, MapError>;
 
     /// Inserts or replaces one row.
     ///

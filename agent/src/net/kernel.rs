@@ -35,7 +35,7 @@ pub async fn watch_routes(events: Sender<RouteEvent>) -> Result<(), NetError> {
         report(&events, &known, &routes).await;
         known = routes;
         if !synced {
-            drop(events.send(RouteEvent::Synced).await);
+            let _closed = events.send(RouteEvent::Synced).await;
             synced = true;
         }
         tokio::select! {

@@ -42,7 +42,7 @@ fn changes(old: &LocalRoutes, new: &LocalRoutes) -> Vec<RouteChange> {
 async fn report(events: &Sender<RouteEvent>, old: &LocalRoutes, new: &LocalRoutes) {
     for change in changes(old, new) {
         // A receiver that is gone ends the watch at its next turn.
-        drop(events.send(RouteEvent::Changed(change)).await);
+        let _closed = events.send(RouteEvent::Changed(change)).await;
     }
 }
 

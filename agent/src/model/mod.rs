@@ -1,0 +1,68 @@
+//! The cluster as this node needs it: lean types with only the fields that are used, and the [`World`] that holds
+//! them. Pure: no Kubernetes objects, no I/O, no clock.
+
+pub mod node;
+pub mod pod;
+pub mod service;
+pub mod world;
+
+use std::fmt;
+
+use ferroflow_common::addr::Addr;
+
+pub use node::{Node, Prefix};
+pub use pod::Pod;
+pub use service::{Condition, Endpoint, EndpointSlice, Service, ServicePort, SlicePort};
+pub use world::{Touched, World};
+
+/// The name of a namespaced object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Name {
+    pub namespace: Box<str>,
+    pub name: Box<str>,
+}
+
+impl Name {
+    pub fn new(namespace: impl Into<Box<str>>, name: impl Into<Box<str>>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// One object as it now is; `None` is one that is gone, or that is not for us (rule 12).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Change {
+    Service(Name, Option<Service>),
+    EndpointSlice(Name, Option<EndpointSlice>),
+    Node(Box<str>, Option<Node>),
+    Pod(Name, Option<Pod>),
+    /// An address behind an interface of this host, and that interface.
+    LocalRoute(Addr, Option<u32>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    pub fn of(addr: &Addr) -> Self {
+        if addr.ip().is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+
+    /// As Kubernetes spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! All tables of the model, with one writer.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use ferroflow_common::addr::Addr;
+
+use super::{Change, EndpointSlice, Name, Node, Pod, Service};
+
+/// Everything that is known of the cluster. [`World::apply`] is the only way to change it.
+#[derive(Debug, Default)]
+pub struct World {
+    /// This node's name.
+    node: Box<str>,
+    services: BTreeMap<Name, Backing>,
+    /// To which Service a slice belonged when it was last seen.
+    slice_owners: BTreeMap<Name, Box<str>>,
+    nodes: BTreeMap<Box<str>, Node>,
+    /// Of this node only.
+    pods: BTreeMap<Name, Pod>,
+    pod_addresses: BTreeSet<(Addr, Name)>,
+    local_routes: BTreeMap<Addr, u32>,
+}
+
+/// A Service and its slices, each of which may come first. Slices are kept apart, because an endpoint that moves
+/// from one to another may for a while be in both or in neither (rule 8).
+#[derive(Debug, Default)]
+pub struct Backing {
+    pub service: Option<Service>,
+    pub slices: BTreeMap<Box<str>, EndpointSlice>,
+}
+
+/// What has to be planned again after a change.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Touched {
+    Service(Name),
+    /// The local pod that has this address, or had it.
+    Endpoint(Addr),
+}
+
+impl fmt::Display for Touched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Service(name) => write!(f, "Service {name}"),
+            Self::Endpoint(addr) => write!(f, "local pod {addr}"),
+        }
+    }
+}
+
+impl World {
+    pub fn new(node: impl Into<Box<str>>) -> Self {
+        Self { node: node.into(), ..Self::default() }
+    }
+
+    /// Takes one change in and says what depends on it; a change that changes nothing touches nothing.
+    pub fn apply(&mut self, change: Change) -> Vec<Touched> {
+        match change {
+            Change::Service(name, service) => self.apply_service(name, service),
+            Change::EndpointSlice(name, slice) => self.apply_slice(name, slice),
+            Change::Node(name, node) => {
+                match node {
+                    Some(node) => self.nodes.insert(name, node),
+                    None => self.nodes.remove(&name),
+                };
+                Vec::new()
+            }
+            Change::Pod(name, pod) => self.apply_pod(name, pod),
+            Change::LocalRoute(addr, ifindex) => {
+                let old = match ifindex {
+                    Some(ifindex) => self.local_routes.insert(addr, ifindex),
+                    None => self.local_routes.remove(&addr),
+                };
+                if old == ifindex { Vec::new() } else { vec![Touched::Endpoint(addr)] }
+            }
+        }
+    }
+
+    pub fn service(&self, name: &Name) -> Option<&Backing> {
+        self.services.get(name)
+    }
+
+    /// The Services that exist, in the order of their names.
+    pub fn services(&self) -> impl Iterator<Item = (&Name, &Service)> {
+        self.services.iter().filter_map(|(name, backing)| Some((name, backing.service.as_ref()?)))
+    }
+
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.get(name)
+    }
+
+    /// The node this agent runs on, once its object was seen.
+    pub fn own_node(&self) -> Option<&Node> {
+        self.node(&self.node)
+    }
+
+    /// The pods of this node that have this address: one, but for the moment in which it passes from one to another.
+    pub fn pods_at(&self, addr: Addr) -> impl Iterator<Item = &Name> {
+        let first = (addr, Name::new("", ""));
+        self.pod_addresses.range(first..).take_while(move |(at, _)| *at == addr).map(|(_, name)| name)
+    }
+
+    /// The interface behind which a local address is.
+    pub fn local_route(&self, addr: Addr) -> Option<u32> {
+        self.local_routes.get(&addr).copied()
+    }
+
+    fn apply_service(&mut self, name: Name, service: Option<Service>) -> Vec<Touched> {
+        let backing = self.services.entry(name.clone()).or_default();
+        let unchanged = backing.service == service;
+        backing.service = service;
+        self.drop_empty(&name);
+        if unchanged { Vec::new() } else { vec![Touched::Service(name)] }
+    }
+
+    fn apply_slice(&mut self, name: Name, slice: Option<EndpointSlice>) -> Vec<Touched> {
+        let mut touched = Vec::new();
+        let old_owner = match &slice {
+            Some(slice) => self.slice_owners.insert(name.clone(), slice.service.clone()),
+            None => self.slice_owners.remove(&name),
+        };
+        if let Some(old_owner) = old_owner
+            && slice.as_ref().is_none_or(|slice| slice.service != old_owner)
+        {
+            let service = Name::new(name.namespace.clone(), old_owner);
+            if let Some(backing) = self.services.get_mut(&service) {
+                backing.slices.remove(&name.name);
+            }
+            self.drop_empty(&service);
+            touched.push(Touched::Service(service));
+        }
+        if let Some(slice) = slice {
+            let service = Name::new(name.namespace, slice.service.clone());
+            let slices = &mut self.services.entry(service.clone()).or_default().slices;
+            if slices.get(&name.name) != Some(&slice) {
+                slices.insert(name.name, slice);
+                touched.push(Touched::Service(service));
+            }
+        }
+        touched
+    }
+
+    fn apply_pod(&mut self, name: Name, pod: Option<Pod>) -> Vec<Touched> {
+        let pod = pod.filter(|pod| pod.node == self.node);
+        let mut touched = BTreeSet::new();
+        let old = match pod.clone() {
+            Some(pod) => self.pods.insert(name.clone(), pod),
+            None => self.pods.remove(&name),
+        };
+        for addr in old.iter().flat_map(|pod| &pod.addresses) {
+            self.pod_addresses.remove(&(*addr, name.clone()));
+            touched.insert(Touched::Endpoint(*addr));
+        }
+        for addr in pod.iter().flat_map(|pod| &pod.addresses) {
+            self.pod_addresses.insert((*addr, name.clone()));
+            touched.insert(Touched::Endpoint(*addr));
+        }
+        if old == pod { Vec::new() } else { touched.into_iter().collect() }
+    }
+
+    fn drop_empty(&mut self, name: &Name) {
+        if self
+            .services
+            .get(name)
+            .is_some_and(|backing| backing.service.is_none() && backing.slices.is_empty())
+        {
+            self.services.remove(name);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::service::Place;
+    use super::super::{Condition, Endpoint};
+    use super::*;
+
+    fn slice(service: &str, last: u8) -> EndpointSlice {
+        let endpoint =
+            Endpoint { addr: Addr::v4([10, 0, 0, last]), condition: Condition::Ready, place: Place::Remote };
+        EndpointSlice { service: service.into(), ports: Box::default(), endpoints: Box::new([endpoint]) }
+    }
+
+    fn service(last: u8) -> Service {
+        Service { cluster_ips: Box::new([Addr::v4([10, 96, 0, last])]), ports: Box::default() }
+    }
+
+    fn web() -> Name {
+        Name::new("default", "web")
+    }
+
+    #[test]
+    fn the_same_object_again_touches_nothing() {
+        let mut world = World::new("here");
+        for (round, touched) in [(0, 1), (1, 0)] {
+            assert_eq!(world.apply(Change::Service(web(), Some(service(1)))).len(), touched, "round {round}");
+            let slice = Change::EndpointSlice(Name::new("default", "web-1"), Some(slice("web", 1)));
+            assert_eq!(world.apply(slice).len(), touched, "round {round}");
+            let pod = Pod { node: "here".into(), addresses: Box::new([Addr::v4([10, 0, 0, 1])]) };
+            assert_eq!(world.apply(Change::Pod(web(), Some(pod))).len(), touched, "round {round}");
+            let route = Change::LocalRoute(Addr::v4([10, 0, 0, 1]), Some(7));
+            assert_eq!(world.apply(route).len(), touched, "round {round}");
+        }
+        assert_eq!(world.apply(Change::Service(Name::new("a", "unknown"), None)), []);
+        assert_eq!(world.apply(Change::EndpointSlice(Name::new("a", "unknown"), None)), []);
+    }
+
+    #[test]
+    fn rule_8_slices_are_kept_apart_and_may_come_before_their_service() {
+        let mut world = World::new("here");
+        world.apply(Change::EndpointSlice(Name::new("default", "web-1"), Some(slice("web", 1))));
+        world.apply(Change::EndpointSlice(Name::new("default", "web-2"), Some(slice("web", 1))));
+        world.apply(Change::Service(web(), Some(service(1))));
+        assert_eq!(world.service(&web()).unwrap().slices.len(), 2);
+        let gone = world.apply(Change::EndpointSlice(Name::new("default", "web-1"), None));
+        assert_eq!(gone, [Touched::Service(web())]);
+        assert_eq!(world.service(&web()).unwrap().slices.len(), 1);
+        world.apply(Change::Service(web(), None));
+        assert!(world.service(&web()).is_some(), "the slice stays for a Service that may come back");
+        world.apply(Change::EndpointSlice(Name::new("default", "web-2"), None));
+        assert!(world.service(&web()).is_none());
+    }
+
+    #[test]
+    fn a_slice_that_changes_hands_touches_both_services() {
+        let mut world = World::new("here");
+        let name = Name::new("default", "s");
+        world.apply(Change::EndpointSlice(name.clone(), Some(slice("web", 1))));
+        let touched = world.apply(Change::EndpointSlice(name, Some(slice("other", 1))));
+        assert_eq!(touched, [Touched::Service(web()), Touched::Service(Name::new("default", "other"))]);
+        assert!(world.service(&web()).is_none());
+    }
+
+    #[test]
+    fn only_pods_of_this_node_have_local_addresses() {
+        let mut world = World::new("here");
+        let addr = Addr::v4([10, 0, 0, 1]);
+        let pod = |node: &str| Pod { node: node.into(), addresses: Box::new([addr]) };
+        assert_eq!(world.apply(Change::Pod(web(), Some(pod("there")))), []);
+        assert_eq!(world.pods_at(addr).count(), 0);
+        world.apply(Change::Pod(web(), Some(pod("here"))));
+        world.apply(Change::Pod(Name::new("default", "next"), Some(pod("here"))));
+        assert_eq!(world.pods_at(addr).count(), 2);
+        assert_eq!(world.apply(Change::Pod(web(), None)), [Touched::Endpoint(addr)]);
+        assert_eq!(world.pods_at(addr).count(), 1);
+        assert_eq!(world.pods_at(Addr::v4([10, 0, 0, 2])).count(), 0);
+    }
+}

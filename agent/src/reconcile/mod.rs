@@ -1,0 +1,169 @@
+//! Makes the tables say what the plan says: restore first, then one touched key at a time, retried until it succeeds.
+//!
+//! ```text
+//!   Change ──▶ World ──Touched──▶ queue ──key──▶ plan ──rows──▶ diff with what was written ──Work──▶ maps
+//!                                   ▲                                                        │
+//!                                   └───────── failed: later, and longer each time ◀─────────┘
+//! ```
+//!
+//! Nothing is written before every source has sent all it has (rule 13): until then the tables stay what they were
+//! when the last agent died, and what is not there yet cannot be mistaken for what is gone.
+
+mod diff;
+mod queue;
+mod restore;
+mod service;
+mod tables;
+#[cfg(test)]
+mod tests;
+
+use std::time::{Duration, Instant};
+
+use crate::maps::{MapError, Maps};
+use crate::model::{Change, Touched, World};
+use crate::plan::endpoints;
+use queue::Queue;
+use service::ServiceError;
+use tables::Tables;
+
+pub use tables::Limits;
+
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// This node's name.
+    pub node: Box<str>,
+    pub limits: Limits,
+    /// How long a released id, index or slot range rests: longer than a program runs on one packet.
+    pub grace: Duration,
+}
+
+/// The one writer of the tables. It has no clock and no tasks of its own: a loop tells it what changed, and calls
+/// [`Reconciler::tick`] when [`Reconciler::due`] says so.
+#[derive(Debug)]
+pub struct Reconciler<M> {
+    world: World,
+    tables: Tables<M>,
+    queue: Queue,
+    synced: bool,
+    failures: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Service ports with an id.
+    pub services: usize,
+    pub frontends: usize,
+    pub backends: usize,
+    pub slots: u64,
+    pub endpoints: usize,
+    /// Keys that wait to be looked at.
+    pub pending: usize,
+    /// Keys that failed and will be tried again.
+    pub failing: usize,
+    /// How often something failed.
+    pub failures: u64,
+    pub writes: u64,
+}
+
+impl<M: Maps> Reconciler<M> {
+    /// Starts from what is in the tables; writes nothing.
+    ///
+    /// # Errors
+    /// Where the tables cannot be read.
+    pub fn restore(maps: M, config: &Config, now: Instant) -> Result<Self, MapError> {
+        let tables = restore::restore(maps, config)?;
+        let mut queue = Queue::default();
+        // Everything that was there is planned once, so that what is gone by now is removed.
+        for name in tables.services.keys() {
+            queue.touch(Touched::Service(name.clone()), now);
+        }
+        for addr in tables.endpoints.keys() {
+            queue.touch(Touched::Endpoint(*addr), now);
+        }
+        let world = World::new(config.node.clone());
+        Ok(Self { world, tables, queue, synced: false, failures: 0 })
+    }
+
+    /// Takes a change in; it is written at the next [`Reconciler::tick`].
+    pub fn handle(&mut self, change: Change, now: Instant) {
+        for key in self.world.apply(change) {
+            self.queue.touch(key, now);
+        }
+    }
+
+    /// Every source has sent all it has: from now on the tables follow.
+    pub fn synced(&mut self) {
+        self.synced = true;
+    }
+
+    /// When [`Reconciler::tick`] has something to do; a time that has passed means now.
+    pub fn due(&self) -> Option<Instant> {
+        self.queue.due().filter(|_| self.synced)
+    }
+
+    /// Plans and writes what is due, but not more at once than a loop can wait for; [`Reconciler::due`] says whether
+    /// there is more.
+    pub fn tick(&mut self, now: Instant) {
+        if !self.synced {
+            return;
+        }
+        for key in self.queue.take(KEYS_PER_TICK, now) {
+            match self.apply(&key, now) {
+                Ok(()) => self.queue.succeeded(&key),
+                Err(error) => {
+                    self.failures += 1;
+                    self.queue.failed(key, error.to_string().into(), now);
+                }
+            }
+            // Another service may wait for the address.
+            if std::mem::take(&mut self.tables.freed) {
+                self.queue.hurry(now);
+            }
+        }
+    }
+
+    pub fn stats(&self) -> Stats {
+        let tables = &self.tables;
+        Stats {
+            services: tables.owners.len(),
+            frontends: tables.frontends.len(),
+            backends: tables.indices.used(),
+            slots: tables.ranges.used(),
+            endpoints: tables.endpoints.len(),
+            pending: self.queue.dirty(),
+            failing: self.queue.failing().len(),
+            failures: self.failures,
+            writes: tables.maps.writes(),
+        }
+    }
+
+    /// What is not in the tables as it should be, and why.
+    pub fn failing(&self) -> impl Iterator<Item = (&Touched, &str)> {
+        self.queue.failing()
+    }
+
+    pub fn world(&self) -> &World {
+        &self.world
+    }
+
+    pub fn maps(&self) -> &M {
+        &self.tables.maps
+    }
+
+    pub fn maps_mut(&mut self) -> &mut M {
+        &mut self.tables.maps
+    }
+
+    fn apply(&mut self, key: &Touched, now: Instant) -> Result<(), ServiceError> {
+        match key {
+            Touched::Service(name) => self.tables.apply_service(&self.world, name, now),
+            Touched::Endpoint(addr) => {
+                let desired = endpoints::endpoint(&self.world, *addr);
+                Ok(self.tables.apply_endpoint(*addr, desired)?)
+            }
+        }
+    }
+}
+
+/// A few milliseconds' worth.
+const KEYS_PER_TICK: usize = 512;

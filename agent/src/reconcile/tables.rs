@@ -1,0 +1,205 @@
+//! The tables and what was written to them. A thing is recorded here only after the write it depends on succeeded,
+//! so that whatever fails can be planned again from here.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use ferroflow_common::abi::endpoint::Endpoint;
+use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey, ServiceName, Slot};
+use ferroflow_common::addr::Addr;
+
+use crate::maps::{Backends, Endpoints, Frontends, MapError, Maps, Services, Slots};
+use crate::model::Name;
+use crate::plan::ids::Numbers;
+use crate::plan::ranges::{Range, Ranges};
+
+#[derive(Debug)]
+pub(super) struct Tables<M> {
+    pub(super) maps: M,
+    pub(super) limits: Limits,
+    pub(super) grace: Duration,
+    pub(super) ids: Numbers,
+    pub(super) indices: Numbers,
+    pub(super) ranges: Ranges,
+    pub(super) services: BTreeMap<Name, Vec<PortState>>,
+    /// Whose an id is.
+    pub(super) owners: BTreeMap<u32, Name>,
+    pub(super) frontends: BTreeMap<FrontendKey, Frontend>,
+    pub(super) endpoints: BTreeMap<Addr, Endpoint>,
+    /// A frontend was removed since this was last asked.
+    pub(super) freed: bool,
+}
+
+/// How many rows the hash tables of services have room for.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Service ports.
+    pub services: u32,
+    pub frontends: u32,
+}
+
+/// One port of a Service as it is in the tables. The rest is read there: arrays are only a load away.
+#[derive(Debug)]
+pub(super) struct PortState {
+    /// The port's name; the ports of a Service are in this order.
+    pub(super) name: Box<str>,
+    pub(super) id: u32,
+    pub(super) frontends: Vec<FrontendKey>,
+    /// Indices of live rows.
+    pub(super) backends: Vec<u32>,
+}
+
+/// Writes, in the order in which they are made: nothing is named before it is there, and nothing goes before it is
+/// no longer named. Ids have their names first and longest, so that a crash leaves no row of an unknown owner.
+#[derive(Debug, Default)]
+pub(super) struct Work {
+    pub(super) names: Vec<(u32, Box<str>, ServiceName)>,
+    pub(super) backends: Vec<(u32, Backend)>,
+    pub(super) slots: Vec<(Range, Vec<Slot>)>,
+    pub(super) frontends: Vec<(FrontendKey, Frontend)>,
+    pub(super) gone_frontends: Vec<FrontendKey>,
+    /// Service ids with their backends.
+    pub(super) gone_backends: Vec<(u32, u32)>,
+    pub(super) gone_names: Vec<u32>,
+}
+
+impl<M: Maps> Tables<M> {
+    /// Does the work, which is the Service `name`'s, until a write fails.
+    pub(super) fn execute(
+        &mut self,
+        name: &Name,
+        ports: &mut Vec<PortState>,
+        work: &Work,
+        now: Instant,
+    ) -> Result<(), MapError> {
+        self.add_rows(name, ports, work)?;
+        for (key, row) in &work.frontends {
+            self.maps.put::<Frontends>(key, row)?;
+            self.record_frontend(*key, Some(*row), ports, now);
+        }
+        for key in &work.gone_frontends {
+            self.maps.delete::<Frontends>(key)?;
+            self.record_frontend(*key, None, ports, now);
+            self.freed = true;
+        }
+        self.remove_rows(ports, work, now)
+    }
+
+    /// Takes back the numbers that work which failed did not come to use.
+    pub(super) fn give_back(&mut self, ports: &[PortState], work: &Work) {
+        for (id, ..) in &work.names {
+            if ports.iter().all(|port| port.id != *id) {
+                self.ids.give_back(*id);
+            }
+        }
+        for (index, _) in &work.backends {
+            if !ports.iter().any(|port| port.backends.contains(index)) {
+                self.indices.give_back(*index);
+            }
+        }
+        for (range, _) in &work.slots {
+            self.ranges.give_back(*range);
+        }
+    }
+
+    /// Makes the row of a local pod say what it should.
+    pub(super) fn apply_endpoint(&mut self, addr: Addr, desired: Option<Endpoint>) -> Result<(), MapError> {
+        match desired {
+            Some(row) if self.endpoints.get(&addr) != Some(&row) => {
+                self.maps.put::<Endpoints>(&addr, &row)?;
+                self.endpoints.insert(addr, row);
+            }
+            None if self.endpoints.contains_key(&addr) => {
+                self.maps.delete::<Endpoints>(&addr)?;
+                self.endpoints.remove(&addr);
+            }
+            Some(_) | None => {}
+        }
+        Ok(())
+    }
+
+    fn add_rows(&mut self, name: &Name, ports: &mut Vec<PortState>, work: &Work) -> Result<(), MapError> {
+        for (id, port, text) in &work.names {
+            self.maps.put::<Services>(id, text)?;
+            self.owners.insert(*id, name.clone());
+            let state =
+                PortState { name: port.clone(), id: *id, frontends: Vec::new(), backends: Vec::new() };
+            ports.insert(ports.partition_point(|other| other.name < *port), state);
+        }
+        for (index, row) in &work.backends {
+            self.maps.write::<Backends>(*index, row)?;
+            if let Some(port) = ports.iter_mut().find(|port| port.id == row.service) {
+                port.backends.push(*index);
+            }
+        }
+        for (range, contents) in &work.slots {
+            for (slot, index) in (range.offset..).zip(contents) {
+                self.maps.write::<Slots>(slot, index)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_rows(&mut self, ports: &mut Vec<PortState>, work: &Work, now: Instant) -> Result<(), MapError> {
+        for &(id, index) in &work.gone_backends {
+            let row = self.maps.read::<Backends>(index)?;
+            let generation = row.generation.wrapping_add(1);
+            let released = Backend { flags: row.flags & !Backend::LIVE, generation, ..row };
+            self.maps.write::<Backends>(index, &released)?;
+            self.indices.rest(index, now + self.grace);
+            if let Some(port) = ports.iter_mut().find(|port| port.id == id) {
+                port.backends.retain(|other| *other != index);
+            }
+        }
+        for &id in &work.gone_names {
+            self.maps.delete::<Services>(&id)?;
+            self.ids.rest(id, now + self.grace);
+            self.owners.remove(&id);
+            ports.retain(|port| port.id != id);
+        }
+        Ok(())
+    }
+
+    /// Notes what a frontend now is, and who has it and its slots: it may have been another's.
+    fn record_frontend(
+        &mut self,
+        key: FrontendKey,
+        row: Option<Frontend>,
+        ports: &mut [PortState],
+        now: Instant,
+    ) {
+        let old = match row {
+            Some(row) => self.frontends.insert(key, row),
+            None => self.frontends.remove(&key),
+        };
+        if let Some(row) = row {
+            self.ranges.name(range_of(&row));
+        }
+        if let Some(old) = old {
+            self.ranges.unname(range_of(&old), now + self.grace);
+        }
+        let (old_id, new_id) = (old.map(|row| row.service), row.map(|row| row.service));
+        if old_id == new_id {
+            return;
+        }
+        let owner = old_id.and_then(|id| self.owners.get(&id)).and_then(|owner| self.services.get_mut(owner));
+        let others = owner.into_iter().flatten();
+        if let Some(port) = ports.iter_mut().chain(others).find(|port| Some(port.id) == old_id) {
+            port.frontends.retain(|other| *other != key);
+        }
+        if let Some(port) = ports.iter_mut().find(|port| Some(port.id) == new_id) {
+            port.frontends.push(key);
+        }
+    }
+}
+
+impl PortState {
+    /// A port of which nothing is in the tables but its name.
+    pub(super) fn new(id: u32, port: &str) -> Self {
+        Self { name: port.into(), id, frontends: Vec::new(), backends: Vec::new() }
+    }
+}
+
+pub(super) fn range_of(row: &Frontend) -> Range {
+    Range { offset: row.offset, length: row.length }
+}

@@ -1,0 +1,309 @@
+//! The text of a file to the objects in it: documents are told apart before any is parsed, so that one that does not
+//! parse does not take others with it.
+
+use std::fmt;
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::convert::{self, LABEL, SUBDOMAIN};
+use super::{Invalid, Problem};
+use crate::model::{Change, Name};
+
+/// The kinds that are read; all others are passed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Kind {
+    Service,
+    EndpointSlice,
+    Node,
+    Pod,
+}
+
+/// Which object it is.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Id {
+    kind: Kind,
+    name: Name,
+}
+
+/// One object of a document, or why it is none.
+#[derive(Debug)]
+pub(super) enum Item {
+    Object {
+        id: Id,
+        change: Change,
+    },
+    /// A kind that is not read, by its name and version.
+    Ignored(String),
+    /// An object that is wrong; what it was before stays.
+    Bad {
+        id: Id,
+        problem: Problem,
+    },
+    /// Something that might be any object.
+    Unknown(Problem),
+}
+
+/// The documents of a file that have content, with the line where each starts.
+pub(super) fn split(text: &str) -> Vec<(usize, &str)> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let mut documents = Vec::new();
+    let (mut start, mut first_line, mut offset) = (0, 1, 0);
+    for (index, line) in text.split_inclusive('\n').enumerate() {
+        if line
+            .strip_prefix("---")
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with(char::is_whitespace))
+        {
+            documents.push((first_line, &text[start..offset]));
+            (start, first_line) = (offset, index + 1);
+        }
+        offset += line.len();
+    }
+    documents.push((first_line, &text[start..]));
+    documents.retain(|(_, document)| !is_blank(document));
+    documents
+}
+
+/// The objects of one document; a `List` holds several. `place` says where the document is.
+pub(super) fn parse(text: &str, (place, first_line): (&str, usize), node: &str) -> Vec<Item> {
+    match serde_saphyr::from_str_with_options::<Value>(text, options()) {
+        Ok(Value::Null) => Vec::new(),
+        Ok(value) => items(value, place, node),
+        Err(error) => {
+            // Once more at the place it has in the file, so that the error says lines of the file.
+            let moved = "\n".repeat(first_line - 1) + text;
+            let error =
+                serde_saphyr::from_str_with_options::<Value>(&moved, options()).err().unwrap_or(error);
+            vec![Item::Unknown(problem(place, format!("this is not YAML: {}", error.without_snippet())))]
+        }
+    }
+}
+
+impl Id {
+    /// What tells that the object is gone.
+    pub(super) fn gone(&self) -> Change {
+        let name = self.name.clone();
+        match self.kind {
+            Kind::Service => Change::Service(name, None),
+            Kind::EndpointSlice => Change::EndpointSlice(name, None),
+            Kind::Node => Change::Node(name.name, None),
+            Kind::Pod => Change::Pod(name, None),
+        }
+    }
+}
+
+impl fmt::Display for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            Kind::Node => write!(f, "{:?} {}", self.kind, self.name.name),
+            Kind::Service | Kind::EndpointSlice | Kind::Pod => write!(f, "{:?} {}", self.kind, self.name),
+        }
+    }
+}
+
+impl Kind {
+    fn of(version: &str, kind: &str) -> Option<Self> {
+        match (version, kind) {
+            ("v1", "Service") => Some(Self::Service),
+            ("discovery.k8s.io/v1", "EndpointSlice") => Some(Self::EndpointSlice),
+            ("v1", "Node") => Some(Self::Node),
+            ("v1", "Pod") => Some(Self::Pod),
+            _ => None,
+        }
+    }
+
+    fn convert(self, value: Value, node: &str) -> Result<Change, String> {
+        match self {
+            Self::Service => typed(value, convert::service),
+            Self::EndpointSlice => typed(value, |object| convert::endpoint_slice(object, node)),
+            Self::Node => typed(value, convert::node),
+            Self::Pod => typed(value, convert::pod),
+        }
+    }
+
+    fn name_limit(self) -> usize {
+        match self {
+            Self::Service => LABEL,
+            Self::EndpointSlice | Self::Node | Self::Pod => SUBDOMAIN,
+        }
+    }
+}
+
+fn typed<T: DeserializeOwned>(
+    value: Value,
+    convert: impl FnOnce(&T) -> Result<Change, Invalid>,
+) -> Result<Change, String> {
+    let object: T = serde_path_to_error::deserialize(value).map_err(|error| error.to_string())?;
+    convert(&object).map_err(|error| error.to_string())
+}
+
+fn items(mut value: Value, place: &str, node: &str) -> Vec<Item> {
+    let version = text_of(&value, "apiVersion").to_owned();
+    let element = text_of(&value, "kind").strip_suffix("List").map(str::to_owned);
+    let (Some(kind), Some(Value::Array(elements))) = (element, value.get_mut("items")) else {
+        return vec![item(value, place, node)];
+    };
+    let elements = std::mem::take(elements).into_iter().enumerate();
+    let items = elements.map(|(index, mut element)| {
+        // The items of a `ServiceList` need not say that they are Services.
+        if let (false, Value::Object(fields)) = (kind.is_empty(), &mut element) {
+            fields.entry("apiVersion").or_insert_with(|| version.as_str().into());
+            fields.entry("kind").or_insert_with(|| kind.as_str().into());
+        }
+        item(element, &format!("{place}, items[{index}]"), node)
+    });
+    items.collect()
+}
+
+fn item(value: Value, place: &str, node: &str) -> Item {
+    let (version, kind) = (text_of(&value, "apiVersion"), text_of(&value, "kind"));
+    if version.is_empty() || kind.is_empty() {
+        let message = "apiVersion or kind is missing: this is no Kubernetes object".to_owned();
+        return Item::Unknown(problem(place, message));
+    }
+    let Some(kind) = Kind::of(version, kind) else {
+        return Item::Ignored(format!("{kind} ({version})"));
+    };
+    let metadata = value.get("metadata").unwrap_or(&Value::Null);
+    if let Some(name) = metadata.get("name").filter(|name| !name.is_string() && !name.is_null()) {
+        return Item::Unknown(problem(place, format!("metadata.name: {name} is not text: put it in quotes")));
+    }
+    let namespace =
+        Some(text_of(metadata, "namespace")).filter(|text| !text.is_empty() && kind != Kind::Node);
+    let id = match convert::name(namespace, text_of(metadata, "name"), kind.name_limit()) {
+        Ok(name) => Id { kind, name },
+        Err(invalid) => return Item::Unknown(problem(place, invalid.to_string())),
+    };
+    match kind.convert(value, node) {
+        Ok(change) => Item::Object { id, change },
+        Err(message) => {
+            let problem = problem(&format!("{place}, {id}"), message);
+            Item::Bad { id, problem }
+        }
+    }
+}
+
+pub(super) fn problem(place: &str, message: String) -> Problem {
+    Problem { place: place.into(), message: message.into() }
+}
+
+fn text_of<'a>(value: &'a Value, field: &str) -> &'a str {
+    value.get(field).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// Nothing but comments, directives and markers.
+fn is_blank(document: &str) -> bool {
+    document.lines().map(str::trim).all(|line| {
+        line.is_empty()
+            || line.starts_with(['#', '%'])
+            || line == "---"
+            || line == "..."
+            || line.starts_with("--- #")
+    })
+}
+
+/// The library's bounds suit a configuration file; a `List` of a whole cluster is larger. What bounds the expansion
+/// of anchors stays.
+fn options() -> serde_saphyr::Options {
+    serde_saphyr::options! {
+        with_snippet: false,
+        budget: serde_saphyr::budget! {
+            max_events: 40_000_000,
+            max_nodes: 20_000_000,
+            max_total_scalar_bytes: 512 << 20,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Vec<String> {
+        let documents = split(text);
+        let items = documents.iter().flat_map(|(line, document)| parse(document, ("f.yaml", *line), "here"));
+        items
+            .map(|item| match item {
+                Item::Object { id, .. } => id.to_string(),
+                Item::Ignored(kind) => format!("ignored {kind}"),
+                Item::Bad { id, problem } => format!("bad {id}: {problem}"),
+                Item::Unknown(problem) => format!("unknown: {problem}"),
+            })
+            .collect()
+    }
+
+    const SERVICE: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\n";
+
+    #[test]
+    fn documents_are_split_at_markers_and_numbered_by_content() {
+        let text = "\u{feff}# head\n---\na: 1\n---   # second\r\nb: |\n  ---\n  x\n---\n\n--- {c: 3}\n----\n";
+        assert_eq!(
+            split(text),
+            [(2, "---\na: 1\n"), (4, "---   # second\r\nb: |\n  ---\n  x\n"), (10, "--- {c: 3}\n----\n")]
+        );
+        assert_eq!(split("%YAML 1.2\n---\na: 1").len(), 1);
+        assert_eq!(split("").len(), 0);
+    }
+
+    #[test]
+    fn one_document_that_does_not_parse_leaves_the_others() {
+        let text = format!("{SERVICE}---\nkind: [\n---\n{}", SERVICE.replace("web", "next"));
+        let items = parsed(&text);
+        assert_eq!((items.len(), &*items[0], &*items[2]), (3, "Service default/web", "Service default/next"));
+        assert_eq!(items[1], "unknown: f.yaml: this is not YAML: unclosed bracket '[' at line 5, column 7");
+        assert_eq!(
+            parsed("apiVersion: v1\nkind: Service\nmetadata: {name: no}"),
+            ["unknown: f.yaml: metadata.name: false is not text: put it in quotes"]
+        );
+    }
+
+    #[test]
+    fn lists_hold_objects() {
+        let typed =
+            "apiVersion: v1\nkind: ServiceList\nitems: [{metadata: {name: a}}, {metadata: {name: b}}]";
+        assert_eq!(parsed(typed), ["Service default/a", "Service default/b"]);
+        let mixed = "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Node, metadata: {name: n1}}\n\
+                     - {apiVersion: v1, kind: Secret, metadata: {name: s}}\n- 7\n";
+        assert_eq!(
+            parsed(mixed),
+            [
+                "Node n1",
+                "ignored Secret (v1)",
+                "unknown: f.yaml, items[2]: apiVersion or kind is missing: this is no Kubernetes object"
+            ]
+        );
+    }
+
+    #[test]
+    fn an_error_names_place_object_and_field() {
+        let bad = |ports: &str| {
+            parsed(&format!("{SERVICE}spec: {{clusterIP: 10.96.0.1, ports: {ports}}}")).remove(0)
+        };
+        assert_eq!(
+            bad("[{port: 80, name: a}, {port: 70000, name: b}]"),
+            "bad Service default/web: f.yaml, Service default/web: spec.ports[1].port: 70000 is not a port (1-65535)"
+        );
+        let message = bad("[{port: eighty}]");
+        assert!(message.contains("spec.ports[0].port: invalid type: string \"eighty\""), "{message}");
+        assert_eq!(
+            parsed("apiVersion: v1\nkind: Pod\n")[0],
+            "unknown: f.yaml: metadata.name: is missing: every object has a name"
+        );
+    }
+
+    #[test]
+    fn json_and_quirks_of_yaml_parse() {
+        let json = r#"{"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+            "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80, "targetPort": "http"}]}}"#;
+        assert_eq!(parsed(json), ["Service default/web"]);
+        let anchors = "x: &p {port: 80}\napiVersion: v1\nkind: Service\nmetadata: {name: web, creationTimestamp: null}\n\
+                       spec: {clusterIP: 10.96.0.1, ports: [*p]}\nstatus: {}\n...\n";
+        assert_eq!(parsed(anchors), ["Service default/web"]);
+        let twice = format!("{SERVICE}kind: Pod\n");
+        assert!(
+            parsed(&twice)[0].contains("this is not YAML"),
+            "a key that stands twice: {:?}",
+            parsed(&twice)
+        );
+    }
+}

@@ -1,0 +1,48 @@
+//! Where the objects come from: sources that turn Kubernetes objects into [`Change`]s.
+//!
+//! Two sources share one converter: [`file`], a directory of ordinary Kubernetes YAML, and the Kubernetes API.
+
+pub mod convert;
+mod directory;
+mod document;
+mod fault;
+pub mod file;
+
+use std::fmt;
+
+use tokio::sync::mpsc::Sender;
+
+use crate::model::Change;
+
+pub use fault::{Fault, Invalid};
+
+/// What a source says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    Change(Change),
+    /// Everything that the source at present refuses; replaces what it said before. What an object was before it
+    /// became bad stays in force.
+    Problems(Box<[Problem]>),
+    /// Every object that exists has been sent, bad ones apart. Sent once.
+    Synced,
+}
+
+/// Something that is not served, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// `web.yaml, document 2 (line 14), Service default/web`.
+    pub place: Box<str>,
+    pub message: Box<str>,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.place, self.message)
+    }
+}
+
+pub trait Source {
+    /// Sends what there is and then what changes, until the receiver is closed. What goes wrong is retried here and
+    /// reported as [`Event::Problems`]: a receiver could do nothing about it.
+    fn run(self, events: Sender<Event>) -> impl Future<Output = ()> + Send;
+}
