@@ -4,7 +4,7 @@ use std::{
     env, fs,
     fs::File,
     path::{Path, PathBuf},
-    process::{self, Child, Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -164,8 +164,7 @@ impl Agent {
     fn spawn(&mut self) -> Result<()> {
         let log = File::options().create(true).append(true).open(&self.log)?;
         let mut command = pod_command();
-        command.arg("--cgroup").arg(&self.cgroup).args(["exec", "--parent"]).arg(process::id().to_string());
-        command.arg("--").arg(&self.binary).args(&self.args);
+        command.arg("--cgroup").arg(&self.cgroup).args(["exec", "--"]).arg(&self.binary).args(&self.args);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.child = Some(self.netns.spawn(command)?);
         Ok(())

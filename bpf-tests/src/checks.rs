@@ -98,7 +98,7 @@ impl World {
         let target = target(&self.web, protocol, family);
         let pod = self.cluster.pod(from);
         let seen = pod
-            .ask(&Ask::new(protocol, target).count(REQUESTS))
+            .ask(&Ask::new(protocol, target).count(REQUESTS).strict())
             .and_then(|outcomes| tally(&outcomes, target, pod.ip(family)))
             .and_then(|by| every_backend(&by));
         let step = format!("{protocol} over {}", family_name(family));
@@ -108,7 +108,8 @@ impl World {
     /// A service without endpoints refuses, and does not let its client wait.
     pub fn refusal(&self, from: &str, protocol: Protocol, family: Family) -> Check {
         let target = target(&self.empty, protocol, family);
-        let seen = self.cluster.pod(from).ask(&Ask::new(protocol, target).count(5)).and_then(|o| refused(&o));
+        let ask = Ask::new(protocol, target).count(5).timeout(Duration::from_secs(1));
+        let seen = self.cluster.pod(from).ask(&ask).and_then(|outcomes| refused(&outcomes));
         let step = format!("no endpoints, {protocol}");
         let expected = format!("refused in {} ms", REFUSAL_LIMIT.as_millis());
         Check { step, from: from.into(), to: target.to_string(), expected, seen }

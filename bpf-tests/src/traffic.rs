@@ -4,7 +4,7 @@ use std::{
     fmt,
     io::{BufRead as _, BufReader},
     net::SocketAddr,
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    process::{self, Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -24,6 +24,7 @@ pub struct Ask {
     interval: Duration,
     timeout: Duration,
     source_port: u16,
+    strict: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +60,7 @@ struct Read<T> {
 impl Ask {
     pub fn new(protocol: Protocol, target: SocketAddr) -> Self {
         let (interval, timeout) = (Duration::ZERO, Duration::from_secs(2));
-        Self { protocol, target, count: 1, interval, timeout, source_port: 0 }
+        Self { protocol, target, count: 1, interval, timeout, source_port: 0, strict: false }
     }
 
     pub fn http(target: SocketAddr) -> Self {
@@ -86,6 +87,11 @@ impl Ask {
         Self { source_port, ..self }
     }
 
+    /// Ends at the first failure, so that what fails does not take forty timeouts.
+    pub fn strict(self) -> Self {
+        Self { strict: true, ..self }
+    }
+
     /// The longest it can take, if no answer comes at all.
     pub(crate) fn limit(&self) -> Duration {
         (self.interval + self.timeout) * self.count + Duration::from_secs(5)
@@ -107,6 +113,7 @@ impl Ask {
         ] {
             args.extend([name.to_owned(), value]);
         }
+        args.extend(self.strict.then(|| "--strict".to_owned()));
         args
     }
 }
@@ -124,7 +131,7 @@ impl fmt::Display for Protocol {
 /// This executable as a process of a pod; arguments follow.
 pub(crate) fn pod_command() -> Command {
     let mut command = Command::new("/proc/self/exe");
-    command.arg(VERB);
+    command.arg(VERB).arg("--parent").arg(process::id().to_string());
     command
 }
 

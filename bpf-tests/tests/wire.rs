@@ -169,7 +169,7 @@ fn every_pod_reaches_every_pod(cluster: &Cluster) -> Result<()> {
             for family in Family::BOTH {
                 for protocol in [Protocol::Http, Protocol::Dns, Protocol::DnsUnconnected] {
                     let target = pod_target(to, protocol, family);
-                    let outcomes = from.ask(&Ask::new(protocol, target).count(2))?;
+                    let outcomes = from.ask(&Ask::new(protocol, target).count(2).strict())?;
                     let by = tally(&outcomes, target, from.ip(family))
                         .with_context(|| format!("{} -> {}: {protocol} {target}", from.name, to.name))?;
                     ensure!(by.keys().eq([&to.name]), "{target} is {}, answered: {by:?}", to.name);

@@ -1,7 +1,7 @@
 //! The processes in pods: this executable, started again with `pod` as its first argument.
 //!
-//! Each moves itself into its cgroup before it opens a socket, writes one line of JSON per result, and ends when its
-//! standard input closes: so none outlives the test that started it.
+//! Each moves itself into its cgroup before it opens a socket, writes one line of JSON per result, ends when its
+//! standard input closes, and dies with the process that started it.
 
 mod dns;
 mod http;
@@ -111,6 +111,9 @@ struct Cli {
     /// Cgroup to enter first.
     #[arg(long, global = true)]
     cgroup: Option<PathBuf>,
+    /// Process id of the parent, whose death it is to share.
+    #[arg(long, global = true)]
+    parent: Option<i32>,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -134,10 +137,8 @@ enum Verb {
     },
     /// One long connection that is echoed and compared byte for byte.
     Stream { target: SocketAddr },
-    /// Become another program, which dies with the parent.
+    /// Become another program.
     Exec {
-        #[arg(long)]
-        parent: i32,
         program: PathBuf,
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
@@ -156,15 +157,22 @@ struct Requests {
     timeout_ms: u64,
     #[arg(long, default_value_t = 0)]
     source_port: u16,
+    /// End at the first failure.
+    #[arg(long)]
+    strict: bool,
 }
 
 impl Cli {
     fn run(self) -> Result<()> {
+        if let Some(parent) = self.parent {
+            die_with(parent)?;
+        }
         if let Some(path) = &self.cgroup {
             crate::cgroup::enter(path).with_context(|| format!("enter cgroup {}", path.display()))?;
         }
-        if let Verb::Exec { parent, program, args } = self.verb {
-            return exec(parent, program, args);
+        if let Verb::Exec { program, args } = self.verb {
+            let error = Command::new(&program).args(args).exec();
+            return Err(error).with_context(|| format!("execute {}", program.display()));
         }
         let closed = input_closed()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -269,8 +277,12 @@ where
         let result = tokio::time::timeout(requests.timeout(), ask(requests.clone()))
             .await
             .unwrap_or_else(|_elapsed| Err(Failure::timed_out()));
+        let give_up = requests.strict && result.is_err();
         say(&Outcome { started_us: micros(started), took_us: micros(clock.elapsed()), result })?;
         made += 1;
+        if give_up {
+            break;
+        }
         tokio::select! {
             () = closed.notified() => break,
             () = tokio::time::sleep(Duration::from_millis(requests.interval_ms)) => {}
@@ -299,11 +311,11 @@ fn input_closed() -> Result<Arc<Notify>> {
     Ok(closed)
 }
 
-fn exec(parent: i32, program: PathBuf, args: Vec<String>) -> Result<()> {
+/// The parent is a thread of that process: the one that lives in the network namespace.
+fn die_with(parent: i32) -> Result<()> {
     set_pdeathsig(Signal::SIGKILL).context("ask for a signal when the parent dies")?;
     if getppid().as_raw() != parent {
         bail!("the parent has gone");
     }
-    let error = Command::new(&program).args(args).exec();
-    Err(error).with_context(|| format!("execute {}", program.display()))
+    Ok(())
 }
