@@ -71,6 +71,7 @@ impl Agent {
             let status = self.status();
             if let Ok(status) = &status
                 && status["synced"] == true
+                && self.is_of_this_process(status)
             {
                 return Ok(status.clone());
             }
@@ -168,6 +169,12 @@ impl Agent {
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.child = Some(self.netns.spawn(command)?);
         Ok(())
+    }
+
+    /// Not of the agent before a restart.
+    fn is_of_this_process(&self, status: &Value) -> bool {
+        let pid = status.get("pid").and_then(Value::as_u64);
+        pid.is_none_or(|pid| self.child.as_ref().is_some_and(|child| u64::from(child.id()) == pid))
     }
 
     fn ended(&mut self) -> Result<Option<ExitStatus>> {

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
     checks::{ECHO_SERVICE_PORT, World, pod_target, tally, target},
     cluster::{Cluster, Family},
-    pod::ECHO_PORT,
+    pod::{ECHO_PORT, FailureKind, Outcome},
     runner,
     sandbox::Sandbox,
     traffic::{Ask, Protocol},
@@ -209,23 +209,23 @@ fn refuses(world: &mut World) -> Result<()> {
 
 /// Soon the backends of `web`, as `a1` sees them in either family, are these; none: it refuses.
 fn becomes(world: &World, protocol: Protocol, backends: &[&str]) -> Result<()> {
+    let right = |outcome: &Outcome| match &outcome.result {
+        Ok(answer) => backends.contains(&answer.by.as_str()),
+        Err(failure) => backends.is_empty() && failure.kind == FailureKind::Refused,
+    };
     for family in Family::BOTH {
         let ask = Ask::new(protocol, target(&world.web, protocol, family)).interval(TICK);
-        let client = world.cluster.pod("a1").keep_asking(&ask)?;
+        let client = world.cluster.pod("a1").keep_asking(&ask.timeout(Duration::from_millis(500)))?;
         client
+            // Enough in a row that no backend is missed by chance.
             .wait_until(SOON, |outcomes| {
-                // Enough in a row that no backend is missed by chance.
-                let last = outcomes.len().checked_sub(20).map(|first| &outcomes[first..]);
-                last.is_some_and(|last| {
-                    last.iter().all(|outcome| by(outcome).is_none_or(|by| backends.contains(&by)))
-                        && last.iter().all(|outcome| outcome.failure().is_some() == backends.is_empty())
-                })
+                outcomes.iter().rev().take_while(|outcome| right(outcome)).count() >= 20
             })
             .with_context(|| format!("{protocol} {family:?}: the backends do not become {backends:?}"))?;
     }
     Ok(())
 }
 
-fn by(outcome: &bpf_tests::pod::Outcome) -> Option<&str> {
+fn by(outcome: &Outcome) -> Option<&str> {
     outcome.answer().map(|answer| answer.by.as_str())
 }
