@@ -108,7 +108,7 @@ impl World {
     /// A service without endpoints refuses, and does not let its client wait.
     pub fn refusal(&self, from: &str, protocol: Protocol, family: Family) -> Check {
         let target = target(&self.empty, protocol, family);
-        let ask = Ask::new(protocol, target).count(5).timeout(Duration::from_secs(1));
+        let ask = Ask::new(protocol, target).count(5).timeout(Duration::from_millis(500));
         let seen = self.cluster.pod(from).ask(&ask).and_then(|outcomes| refused(&outcomes));
         let step = format!("no endpoints, {protocol}");
         let expected = format!("refused in {} ms", REFUSAL_LIMIT.as_millis());

@@ -2,7 +2,8 @@
 
 use std::{process::ExitCode, time::Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use clap::Parser;
 use nix::unistd::geteuid;
 
 use crate::{
@@ -13,9 +14,18 @@ use crate::{
     traffic::Protocol,
 };
 
+/// Services of a two-node cluster of network namespaces on this machine, with the real agent on each node.
+#[derive(Debug, Parser)]
+#[command(name = "demo")]
+struct Cli {
+    /// Further arguments of the agents, such as `--socket-lb off`
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    agent_args: Vec<String>,
+}
+
 pub fn main() -> ExitCode {
     pod::run_if_asked();
-    match run() {
+    match run(&Cli::parse()) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("demo: {error:#}");
@@ -24,17 +34,18 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run() -> Result<ExitCode> {
-    anyhow::ensure!(geteuid().is_root(), "network namespaces and BPF programs need root");
+fn run(cli: &Cli) -> Result<ExitCode> {
+    ensure!(geteuid().is_root(), "network namespaces and BPF programs need root");
     let sandbox = Sandbox::enter()?;
     sandbox.exit_on_signals()?;
     let start = Instant::now();
-    let world = World::new(&sandbox, &[])?;
+    let agent_args: Vec<_> = cli.agent_args.iter().map(String::as_str).collect();
+    let world = World::new(&sandbox, &agent_args)?;
     println!("Two nodes with two pods and an agent each, ready in {:.1} s.\n", start.elapsed().as_secs_f64());
 
     print_row(["STEP", "FROM", "TO", "EXPECTED", "SEEN", "OK"]);
     let mut checks = Vec::new();
-    for check in steps(&world) {
+    for check in steps() {
         let check = check(&world);
         print_check(&check);
         checks.push(check);
@@ -52,7 +63,7 @@ fn run() -> Result<ExitCode> {
 type Step = Box<dyn Fn(&World) -> Check>;
 
 /// In order: the last one changes the service.
-fn steps(_: &World) -> Vec<Step> {
+fn steps() -> Vec<Step> {
     let mut steps: Vec<Step> = Vec::new();
     for protocol in [Protocol::Http, Protocol::Dns] {
         for family in Family::BOTH {
@@ -79,7 +90,7 @@ fn print_check(check: &Check) {
 }
 
 fn print_row([step, from, to, expected, seen, ok]: [&str; 6]) {
-    println!("{step:<18}  {from:<6}  {to:<22}  {expected:<28}  {seen:<30}  {ok}");
+    println!("{step:<18}  {from:<6}  {to:<20}  {expected:<27}  {seen:<33}  {ok}");
 }
 
 /// What the agent of the first node has programmed.

@@ -107,8 +107,8 @@ fn a_restart_applies_what_changed_meanwhile(sandbox: &Sandbox) -> Result<()> {
     })
 }
 
-/// A second of traffic before the agents end, one without them, and one after their return.
-const PHASE: Duration = Duration::from_secs(1);
+/// Of traffic before the agents end, without them, and after their return.
+const PHASE: Duration = Duration::from_millis(500);
 const LONGEST_GAP: Duration = Duration::from_secs(1);
 
 /// Requests and transfers that run from pods of both nodes, in both families.

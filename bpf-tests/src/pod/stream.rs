@@ -18,8 +18,9 @@ use tokio::{
 
 use super::{Failure, Progress, micros, say};
 
-const CHUNK: usize = 16 * 1024;
-const PACE: Duration = Duration::from_millis(2);
+/// 2 MB a second: enough to have bytes under way at any time, little enough for a small machine.
+const CHUNK: usize = 8 * 1024;
+const PACE: Duration = Duration::from_millis(4);
 const REPORT: Duration = Duration::from_millis(50);
 /// Without a byte for this long the connection counts as dead.
 const PATIENCE: Duration = Duration::from_secs(5);
