@@ -19,7 +19,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    cgroup,
+    cgroup, ethtool,
     manifests::Directory,
     netns::{End, Inside, Mac, Netns, Prefix, Route},
     pod::{Outcome, Progress, Ready},
@@ -254,6 +254,12 @@ impl Pod {
     /// Kills the server; the addresses stay.
     pub fn stop_server(&self) {
         drop(self.server.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// Makes the pod send packets with complete checksums. Otherwise they stay partial on veth devices, and no
+    /// receiver verifies them.
+    pub fn complete_checksums(&self) -> Result<()> {
+        self.netns.run(|_| ethtool::turn_off("eth0", "tx-checksum-ip-generic"))?
     }
 
     /// Packets of TCP and UDP that came with a wrong checksum.

@@ -14,6 +14,7 @@ pub mod cgroup;
 pub mod checks;
 pub mod cluster;
 pub mod demo;
+pub mod ethtool;
 pub mod manifests;
 pub mod netns;
 pub mod pod;
