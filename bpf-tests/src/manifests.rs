@@ -105,6 +105,7 @@ impl Service {
         }
     }
 
+    /// Without a selector: the endpoints are written here, not found by a controller.
     pub fn yaml(&self) -> String {
         let Self { name, cluster_ips: [first, second], ports, more } = self;
         let mut listed = String::new();
@@ -127,8 +128,6 @@ spec:
   clusterIPs: ["{first}", "{second}"]
   ipFamilies: [IPv4, IPv6]
   ipFamilyPolicy: RequireDualStack
-  selector:
-    app: {name}
 {more}  ports:
 {listed}"#
         )
@@ -159,7 +158,7 @@ metadata:
   namespace: default
   labels:
     kubernetes.io/service-name: {name}
-    endpointslice.kubernetes.io/managed-by: endpointslice-controller.k8s.io
+    endpointslice.kubernetes.io/managed-by: bpf-tests
 addressType: {address_type}
 ports:{ports}
 endpoints:{endpoints}"#
@@ -240,7 +239,7 @@ spec:
   nodeName: {node}
   containers:
   - name: pod
-    image: registry.example/pod
+    image: pod
 status:
   phase: Running
   podIP: "{v4}"
