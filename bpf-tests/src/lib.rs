@@ -1,1 +1,23 @@
+//! Tests that need a kernel: programs on packets, and clusters of network namespaces on the wire.
+//!
+//! ```text
+//!  sandbox (private mounts, cgroup subtree, signals)
+//!     └─ cluster: nodes and pods as network namespaces ── manifests (ordinary Kubernetes YAML)
+//!           ├─ agent: the real binary on a node
+//!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
+//!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
+//! ```
+#![forbid(unsafe_code)]
 
+pub mod agent;
+pub mod cgroup;
+pub mod checks;
+pub mod cluster;
+pub mod demo;
+pub mod ethtool;
+pub mod manifests;
+pub mod netns;
+pub mod pod;
+pub mod runner;
+pub mod sandbox;
+pub mod traffic;

@@ -1,0 +1,262 @@
+//! What must hold on the wire, for the demo and the tests alike.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    thread,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+
+use crate::{
+    agent::Agent,
+    cluster::{Cluster, Family, Pod},
+    manifests::{Endpoint, Port, Service},
+    pod::{DNS_PORT, ECHO_PORT, FailureKind, HTTP_PORT, Outcome},
+    sandbox::Sandbox,
+    traffic::{Ask, Protocol},
+};
+
+/// Two nodes with an agent each, a service with a backend on each node, and a service without any.
+#[derive(Debug)]
+pub struct World {
+    pub agents: Vec<Agent>,
+    /// Backends: `a2` and `b2`, so `a1` and `b1` have a local and a remote one.
+    pub web: Service,
+    pub empty: Service,
+    pub cluster: Cluster,
+}
+
+/// One line of the demo.
+#[derive(Debug)]
+pub struct Check {
+    pub step: String,
+    pub from: String,
+    pub to: String,
+    pub expected: String,
+    /// What was seen, or what was wrong about it.
+    pub seen: Result<String>,
+}
+
+pub const WEB_PORT: u16 = 80;
+pub const DNS_SERVICE_PORT: u16 = 53;
+pub const ECHO_SERVICE_PORT: u16 = 7;
+
+const BACKENDS: [&str; 2] = ["a2", "b2"];
+/// A backend of two is missed by chance once in a million million.
+const REQUESTS: u32 = 40;
+const REFUSAL_LIMIT: Duration = Duration::from_millis(200);
+const REMOVAL_LIMIT: Duration = Duration::from_secs(2);
+
+impl World {
+    /// Agents with these further arguments, synced.
+    pub fn new(sandbox: &Sandbox, agent_args: &[&str]) -> Result<Self> {
+        // Before anything is built: it may not be set.
+        crate::agent::binary()?;
+        let cluster = Cluster::new(sandbox, &["a", "b"])?;
+        let (web, empty) = (service("web", 10), service("empty", 99));
+        let manifests = cluster.manifests();
+        manifests.write_cluster(&cluster)?;
+        manifests.write_service(&web)?;
+        manifests.write_endpoints(&web, &Endpoint::ready(BACKENDS.map(|name| cluster.pod(name))))?;
+        manifests.write_service(&empty)?;
+        manifests.write_endpoints(&empty, &[])?;
+        let agents =
+            cluster.nodes().iter().map(|node| Agent::start(node, agent_args)).collect::<Result<_>>()?;
+        let mut world = Self { agents, web, empty, cluster };
+        world.wait_synced()?;
+        Ok(world)
+    }
+
+    /// Runs a test in a new world; a failure comes with the agents' logs.
+    pub fn test(
+        sandbox: &Sandbox,
+        agent_args: &[&str],
+        test: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let mut world = Self::new(sandbox, agent_args)?;
+        test(&mut world).map_err(|error| anyhow!("{error:#}\n{}", world.logs()))
+    }
+
+    pub fn wait_synced(&mut self) -> Result<()> {
+        self.agents.iter_mut().try_for_each(|agent| agent.wait_synced().map(drop))
+    }
+
+    pub fn logs(&self) -> String {
+        self.agents.iter().map(Agent::log_tail).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Makes these pods the backends of `web`.
+    pub fn set_backends(&self, pods: &[&str]) -> Result<()> {
+        let endpoints = Endpoint::ready(pods.iter().map(|name| self.cluster.pod(name)));
+        self.cluster.manifests().write_endpoints(&self.web, &endpoints)
+    }
+
+    /// Every backend of `web` answers the pod, as the service, and sees the pod's own address.
+    pub fn spread(&self, from: &str, protocol: Protocol, family: Family) -> Check {
+        let target = target(&self.web, protocol, family);
+        let pod = self.cluster.pod(from);
+        let seen = pod
+            .ask(&Ask::new(protocol, target).count(REQUESTS).strict())
+            .and_then(|outcomes| tally(&outcomes, target, pod.ip(family)))
+            .and_then(|by| every_backend(&by));
+        let step = format!("{protocol} over {}", family_name(family));
+        Check { step, from: from.into(), to: target.to_string(), expected: "a2 and b2 answer".into(), seen }
+    }
+
+    /// A service without endpoints refuses, and does not let its client wait.
+    pub fn refusal(&self, from: &str, protocol: Protocol, family: Family) -> Check {
+        let target = target(&self.empty, protocol, family);
+        let ask = Ask::new(protocol, target).count(5).timeout(Duration::from_millis(500));
+        let seen = self.cluster.pod(from).ask(&ask).and_then(|outcomes| refused(&outcomes));
+        let step = format!("no endpoints, {protocol}");
+        let expected = format!("refused in {} ms", REFUSAL_LIMIT.as_millis());
+        Check { step, from: from.into(), to: target.to_string(), expected, seen }
+    }
+
+    /// Backend `b2` goes while requests run: none fails, and it soon gets no more.
+    pub fn scale_down(&self) -> Check {
+        Check {
+            step: "scaled down".into(),
+            from: "a1, b1".into(),
+            to: "web".into(),
+            expected: format!("none fails, b2 idle in {} s", REMOVAL_LIMIT.as_secs()),
+            seen: self.run_scale_down(),
+        }
+    }
+
+    fn run_scale_down(&self) -> Result<String> {
+        let mut clients = Vec::new();
+        for (pod, protocol, family) in [
+            ("a1", Protocol::Http, Family::V4),
+            ("b1", Protocol::Http, Family::V6),
+            ("a1", Protocol::Dns, Family::V6),
+            ("b1", Protocol::Dns, Family::V4),
+        ] {
+            let ask =
+                Ask::new(protocol, target(&self.web, protocol, family)).interval(Duration::from_millis(10));
+            clients.push(self.cluster.pod(pod).keep_asking(&ask)?);
+        }
+        for client in &clients {
+            client.wait_until(Duration::from_secs(5), |outcomes| outcomes.len() >= 20)?;
+        }
+        let removed = SystemTime::now();
+        self.set_backends(&["a2"])?;
+        thread::sleep(REMOVAL_LIMIT + Duration::from_millis(300));
+        let mut outcomes = Vec::new();
+        for client in clients {
+            outcomes.extend(client.stop()?);
+        }
+        drained(&outcomes, "b2", removed)
+    }
+}
+
+impl Check {
+    /// For a test: the failure says what was expected of whom.
+    pub fn into_result(self) -> Result<()> {
+        let Self { step, from, to, expected, seen } = self;
+        seen.map(drop).with_context(|| format!("{step}: {from} -> {to}: expected: {expected}"))
+    }
+}
+
+/// A dual-stack service whose addresses end in `number`.
+pub fn service(name: &str, number: u8) -> Service {
+    let port = |name: &str, protocol, port, target| Port { name: name.into(), protocol, port, target };
+    Service {
+        name: name.into(),
+        cluster_ips: [
+            Ipv4Addr::new(10, 96, 0, number).into(),
+            Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, number.into()).into(),
+        ],
+        ports: vec![
+            port("http", "TCP", WEB_PORT, HTTP_PORT),
+            port("dns", "UDP", DNS_SERVICE_PORT, DNS_PORT),
+            port("echo", "TCP", ECHO_SERVICE_PORT, ECHO_PORT),
+        ],
+        more: String::new(),
+    }
+}
+
+/// Where the service offers the protocol.
+pub fn target(service: &Service, protocol: Protocol, family: Family) -> SocketAddr {
+    let port = match protocol {
+        Protocol::Http => WEB_PORT,
+        Protocol::Dns | Protocol::DnsUnconnected => DNS_SERVICE_PORT,
+    };
+    SocketAddr::new(service.ip(family), port)
+}
+
+/// Where a pod itself offers the protocol.
+pub fn pod_target(pod: &Pod, protocol: Protocol, family: Family) -> SocketAddr {
+    let port = match protocol {
+        Protocol::Http => HTTP_PORT,
+        Protocol::Dns | Protocol::DnsUnconnected => DNS_PORT,
+    };
+    SocketAddr::new(pod.ip(family), port)
+}
+
+/// How often each pod answered. Fails if a request failed, if an answer did not come from `server` in the eyes of
+/// the client, or if a server did not see the client's own address.
+pub fn tally(outcomes: &[Outcome], server: SocketAddr, client: IpAddr) -> Result<BTreeMap<String, usize>> {
+    let mut by = BTreeMap::new();
+    for outcome in outcomes {
+        let answer = match &outcome.result {
+            Ok(answer) => answer,
+            Err(failure) => bail!("{failure} after {:?}; {}", outcome.took(), failures(outcomes)),
+        };
+        ensure!(answer.server == server, "the client sees {} for {server}", answer.server);
+        ensure!(answer.client.ip() == client, "{} sees {} for {client}", answer.by, answer.client);
+        *by.entry(answer.by.clone()).or_insert(0) += 1;
+    }
+    Ok(by)
+}
+
+/// How many of the requests failed.
+pub fn failures(outcomes: &[Outcome]) -> String {
+    let failed = outcomes.iter().filter(|outcome| outcome.failure().is_some()).count();
+    format!("{failed} of {} failed", outcomes.len())
+}
+
+fn every_backend(by: &BTreeMap<String, usize>) -> Result<String> {
+    let shown: Vec<_> = by.iter().map(|(name, count)| format!("{name} {count}")).collect();
+    let shown = shown.join(", ");
+    ensure!(by.keys().map(String::as_str).eq(BACKENDS), "{shown}");
+    Ok(shown)
+}
+
+fn refused(outcomes: &[Outcome]) -> Result<String> {
+    for outcome in outcomes {
+        match &outcome.result {
+            Ok(answer) => bail!("{} answered", answer.by),
+            Err(failure) => ensure!(failure.kind == FailureKind::Refused, "{failure}"),
+        }
+    }
+    let longest = outcomes.iter().map(Outcome::took).max().context("no request was made")?;
+    ensure!(longest < REFUSAL_LIMIT, "refused after {longest:?}");
+    Ok(format!("refused in {:.1} ms", longest.as_secs_f64() * 1000.0))
+}
+
+fn drained(outcomes: &[Outcome], gone: &str, removed: SystemTime) -> Result<String> {
+    if let Some(failure) = outcomes.iter().find_map(Outcome::failure) {
+        bail!("{failure}; {}", failures(outcomes));
+    }
+    let after = |outcome: &Outcome| outcome.started().duration_since(removed).ok();
+    let of_gone =
+        || outcomes.iter().filter(|outcome| outcome.answer().is_some_and(|answer| answer.by == gone));
+    ensure!(of_gone().any(|outcome| after(outcome).is_none()), "{gone} never answered");
+    ensure!(
+        outcomes.iter().filter_map(after).any(|at| at > REMOVAL_LIMIT),
+        "no request after {REMOVAL_LIMIT:?}"
+    );
+    let last = of_gone().filter_map(after).max().unwrap_or_default();
+    ensure!(last < REMOVAL_LIMIT, "{gone} still answered {last:?} after it was removed");
+    Ok(format!("{}, b2 idle in {} ms", failures(outcomes), last.as_millis()))
+}
+
+fn family_name(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "IPv4",
+        Family::V6 => "IPv6",
+    }
+}

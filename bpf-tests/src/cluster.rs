@@ -1,0 +1,409 @@
+//! Nodes and pods as network namespaces.
+//!
+//! ```text
+//!  pod a1 eth0 ── pod-a1 ┐                            ┌ pod-b1 ── eth0 pod b1
+//!                        node a eth0 ── switch ── eth0 node b
+//!  pod a2 eth0 ── pod-a2 ┘                            └ pod-b2 ── eth0 pod b2
+//! ```
+//! Node N has 192.168.50.N and fd50::N on the switch and routes to the pods of the others; its pods have addresses of
+//! 10.244.N.0/24 and fd00:10:244:N::/64. The node reaches a pod by a /32 and a /128 route on the pod's interface, as
+//! a CNI plugin leaves it: that is how the agent finds local pods.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::{
+    cgroup, ethtool,
+    manifests::Directory,
+    netns::{End, Inside, Mac, Netns, Prefix, Route},
+    pod::{Outcome, Progress, Ready},
+    sandbox::{Place, Sandbox},
+    traffic::{Ask, Client, pod_command},
+};
+
+/// Fields are dropped in this order: processes first, namespaces last.
+#[derive(Debug)]
+pub struct Cluster {
+    _processes: cgroup::Tree,
+    manifests: Directory,
+    nodes: Vec<Node>,
+    _switch: Netns,
+}
+
+#[derive(Debug)]
+pub struct Node {
+    /// As Kubernetes knows it: `node-a`.
+    pub name: String,
+    pub v4: Ipv4Addr,
+    pub v6: Ipv6Addr,
+    pub pods: Vec<Pod>,
+    /// Holds the cgroups of its pods, and nothing else.
+    pub cgroup: PathBuf,
+    /// Of its agent: not below `cgroup`.
+    pub agent_cgroup: PathBuf,
+    pub bpffs: PathBuf,
+    /// What its agent reads.
+    pub manifests: PathBuf,
+    /// For files of its agent.
+    pub logs: PathBuf,
+    pub netns: Arc<Netns>,
+    number: u8,
+}
+
+#[derive(Debug)]
+pub struct Pod {
+    pub name: String,
+    /// As Kubernetes knows it: `node-a`.
+    pub node: String,
+    pub v4: Ipv4Addr,
+    pub v6: Ipv6Addr,
+    /// The node's end of its veth.
+    pub interface: String,
+    pub netns: Netns,
+    cgroup: PathBuf,
+    server: Mutex<Option<Client<Ready>>>,
+}
+
+/// The next hop of every pod; its link-layer address is that of the node's end of the veth.
+const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+const PODS_PER_NODE: u8 = 2;
+
+impl Cluster {
+    /// Nodes of these names (`a` becomes `node-a` with pods `a1` and `a2`), their pods serving.
+    pub fn new(sandbox: &Sandbox, nodes: &[&str]) -> Result<Self> {
+        Self::with_pods(sandbox, nodes, PODS_PER_NODE)
+    }
+
+    pub fn with_pods(sandbox: &Sandbox, nodes: &[&str], pods: u8) -> Result<Self> {
+        let place = sandbox.place()?;
+        let processes = cgroup::Tree::create(place.cgroup.clone())?;
+        let manifests = Directory::create(&place.dir)?;
+        let switch = Netns::new("switch")?;
+        switch.run(|inside| inside.bridge("br0"))??;
+        let mut built = Vec::new();
+        for (name, number) in nodes.iter().zip(1..) {
+            let node = Node::new(
+                name,
+                number,
+                Directories { place: &place, processes: &processes, manifests: &manifests },
+            )
+            .with_context(|| format!("make node {name}"))?;
+            node.plug_into(&switch)?;
+            built.push(node);
+        }
+        for node in &built {
+            node.route_to(&built)?;
+        }
+        for (node, name) in built.iter_mut().zip(nodes) {
+            for number in 1..=pods {
+                let pod = Pod::new(node, format!("{name}{number}"), number, &processes)
+                    .with_context(|| format!("make pod {name}{number}"))?;
+                node.pods.push(pod);
+            }
+        }
+        let cluster = Self { _processes: processes, manifests, nodes: built, _switch: switch };
+        cluster.serve()?;
+        Ok(cluster)
+    }
+
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// By its short name.
+    ///
+    /// # Panics
+    /// If there is none: the test is wrong.
+    pub fn node(&self, name: &str) -> &Node {
+        let found = self.nodes.iter().find(|node| node.name == node_name(name));
+        found.unwrap_or_else(|| panic!("no node {name}"))
+    }
+
+    /// # Panics
+    /// If there is none: the test is wrong.
+    pub fn pod(&self, name: &str) -> &Pod {
+        self.pods().find(|pod| pod.name == name).unwrap_or_else(|| panic!("no pod {name}"))
+    }
+
+    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+        self.nodes.iter().flat_map(|node| &node.pods)
+    }
+
+    /// What all agents read.
+    pub fn manifests(&self) -> &Directory {
+        &self.manifests
+    }
+
+    /// Starts all servers, then waits for all.
+    fn serve(&self) -> Result<()> {
+        self.pods().try_for_each(Pod::start_server)?;
+        self.pods().try_for_each(Pod::wait_server)
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Directories<'a> {
+    place: &'a Place,
+    processes: &'a cgroup::Tree,
+    manifests: &'a Directory,
+}
+
+impl Node {
+    pub fn pod_cidr_v4(&self) -> Prefix {
+        Prefix { addr: Ipv4Addr::new(10, 244, self.number, 0).into(), len: 24 }
+    }
+
+    pub fn pod_cidr_v6(&self) -> Prefix {
+        Prefix { addr: pod_v6(self.number, 0).into(), len: 64 }
+    }
+
+    fn new(short: &str, number: u8, directories: Directories<'_>) -> Result<Self> {
+        let Directories { place, processes, manifests } = directories;
+        let name = node_name(short);
+        let netns = Netns::new(&name)?;
+        for (sysctl, value) in [("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")] {
+            netns.sysctl(sysctl, value)?;
+        }
+        let bpffs = place.bpffs.join(&name);
+        std::fs::create_dir(&bpffs).with_context(|| format!("create {}", bpffs.display()))?;
+        Ok(Self {
+            v4: Ipv4Addr::new(192, 168, 50, number),
+            v6: Ipv6Addr::new(0xfd50, 0, 0, 0, 0, 0, 0, number.into()),
+            pods: Vec::new(),
+            cgroup: processes.child(&name)?,
+            agent_cgroup: processes.child(format!("agents/{name}"))?,
+            bpffs,
+            manifests: manifests.path().to_owned(),
+            logs: place.dir.clone(),
+            netns: Arc::new(netns),
+            name,
+            number,
+        })
+    }
+
+    fn plug_into(&self, switch: &Netns) -> Result<()> {
+        let port = End { name: self.name.clone(), mac: mac(self.number, 0, 0) };
+        let eth0 = End { name: "eth0".into(), mac: mac(self.number, 0, 1) };
+        switch.veth(&port, &self.netns, &eth0)?;
+        switch.run(move |inside| inside.enslave(&port.name, "br0"))??;
+        let addresses = [Prefix { addr: self.v4.into(), len: 24 }, Prefix { addr: self.v6.into(), len: 64 }];
+        self.netns.run(move |inside| addresses.into_iter().try_for_each(|a| inside.address("eth0", a)))?
+    }
+
+    /// Routes to the pods of all other nodes.
+    fn route_to(&self, nodes: &[Self]) -> Result<()> {
+        let routes: Vec<_> = nodes
+            .iter()
+            .filter(|node| node.number != self.number)
+            .flat_map(|node| {
+                let (v4, v6) = (Some(node.v4.into()), Some(node.v6.into()));
+                [(node.pod_cidr_v4(), v4), (node.pod_cidr_v6(), v6)]
+            })
+            .map(|(to, via)| Route { to, via, dev: "eth0" })
+            .collect();
+        self.netns.run(move |inside| routes.into_iter().try_for_each(|route| inside.route(route)))?
+    }
+}
+
+impl Pod {
+    /// Of the address family.
+    pub fn ip(&self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => self.v4.into(),
+            Family::V6 => self.v6.into(),
+        }
+    }
+
+    pub fn http(&self, target: SocketAddr, count: u32) -> Result<Vec<Outcome>> {
+        self.ask(&Ask::http(target).count(count))
+    }
+
+    pub fn dns(&self, target: SocketAddr, count: u32) -> Result<Vec<Outcome>> {
+        self.ask(&Ask::dns(target).count(count))
+    }
+
+    /// Makes the requests one after the other, and waits for the last.
+    pub fn ask(&self, ask: &Ask) -> Result<Vec<Outcome>> {
+        self.client(&ask.args())?.finish(ask.limit())
+    }
+
+    /// Goes on until the client is stopped.
+    pub fn keep_asking(&self, ask: &Ask) -> Result<Client<Outcome>> {
+        self.client(&ask.clone().count(0).args())
+    }
+
+    /// A transfer that goes on until the client is stopped; the target is an echo server.
+    pub fn stream(&self, target: SocketAddr) -> Result<Client<Progress>> {
+        self.client(&["stream".to_owned(), target.to_string()])
+    }
+
+    /// As the node restarts a container: same address, all connections gone.
+    pub fn restart_server(&self) -> Result<()> {
+        self.stop_server();
+        self.start_server()?;
+        self.wait_server()
+    }
+
+    /// Kills the server; the addresses stay.
+    pub fn stop_server(&self) {
+        drop(self.server.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// Makes the pod send packets with complete checksums. Otherwise they stay partial on veth devices, and no
+    /// receiver verifies them.
+    pub fn complete_checksums(&self) -> Result<()> {
+        self.netns.run(|_| ethtool::turn_off("eth0", "tx-checksum-ip-generic"))?
+    }
+
+    /// Packets of TCP and UDP that came with a wrong checksum.
+    pub fn checksum_errors(&self) -> Result<u64> {
+        let v4 = self.netns.proc_net("snmp")?;
+        let v6 = self.netns.proc_net("snmp6")?;
+        Ok(snmp(&v4, "Tcp:", "InCsumErrors")?
+            + snmp(&v4, "Udp:", "InCsumErrors")?
+            + snmp6(&v6, "Udp6InCsumErrors"))
+    }
+
+    fn new(node: &Node, name: String, number: u8, processes: &cgroup::Tree) -> Result<Self> {
+        let interface = format!("pod-{name}");
+        ensure!(interface.len() < 16, "{interface} is too long for an interface");
+        let pod = Self {
+            netns: Netns::new(&name)?,
+            node: node.name.clone(),
+            v4: Ipv4Addr::new(10, 244, node.number, number + 1),
+            v6: pod_v6(node.number, u16::from(number) + 1),
+            interface: interface.clone(),
+            cgroup: processes.child(format!("{}/{name}", node.name))?,
+            server: Mutex::new(None),
+            name,
+        };
+        let host = End { name: interface, mac: mac(node.number, number, 1) };
+        let eth0 = End { name: "eth0".into(), mac: mac(node.number, number, 2) };
+        node.netns.veth(&host, &pod.netns, &eth0)?;
+        let addresses: [IpAddr; 2] = [pod.v4.into(), pod.v6.into()];
+        pod.netns.run(move |inside| {
+            addresses.into_iter().try_for_each(|a| configure_pod(inside, a, host.mac))
+        })??;
+        node.netns.run(move |inside| {
+            addresses.into_iter().try_for_each(|a| configure_host(inside, &host.name, a, eth0.mac))
+        })??;
+        Ok(pod)
+    }
+
+    fn start_server(&self) -> Result<()> {
+        let args = ["serve", "--name", &self.name].map(str::to_owned);
+        *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.client(&args)?);
+        Ok(())
+    }
+
+    fn wait_server(&self) -> Result<()> {
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        let server = server.as_ref().with_context(|| format!("{} has no server", self.name))?;
+        server
+            .wait_until(Duration::from_secs(5), |lines| !lines.is_empty())
+            .with_context(|| format!("the server of {}", self.name))?;
+        Ok(())
+    }
+
+    fn client<T: serde::de::DeserializeOwned + Clone + Send + 'static>(
+        &self,
+        args: &[String],
+    ) -> Result<Client<T>> {
+        let mut command = pod_command();
+        command.arg("--cgroup").arg(&self.cgroup).args(args);
+        Client::start(command, |command| self.netns.spawn(command))
+    }
+}
+
+/// Of addresses: most tests run once for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+
+    pub fn of(addr: IpAddr) -> Self {
+        if addr.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+}
+
+fn configure_pod(inside: &Inside, addr: IpAddr, gateway_mac: Mac) -> Result<()> {
+    let (gateway, any) = gateway(addr);
+    inside.address("eth0", host_prefix(addr))?;
+    inside.neighbour("eth0", gateway, gateway_mac)?;
+    inside.route(Route { to: host_prefix(gateway), via: None, dev: "eth0" })?;
+    inside.route(Route { to: any, via: Some(gateway), dev: "eth0" })
+}
+
+fn configure_host(inside: &Inside, dev: &str, addr: IpAddr, mac: Mac) -> Result<()> {
+    inside.neighbour(dev, addr, mac)?;
+    inside.route(Route { to: host_prefix(addr), via: None, dev })
+}
+
+fn gateway(addr: IpAddr) -> (IpAddr, Prefix) {
+    match Family::of(addr) {
+        Family::V4 => (GATEWAY_V4.into(), Prefix { addr: Ipv4Addr::UNSPECIFIED.into(), len: 0 }),
+        Family::V6 => (GATEWAY_V6.into(), Prefix { addr: Ipv6Addr::UNSPECIFIED.into(), len: 0 }),
+    }
+}
+
+fn host_prefix(addr: IpAddr) -> Prefix {
+    Prefix { addr, len: if addr.is_ipv4() { 32 } else { 128 } }
+}
+
+fn pod_v6(node: u8, host: u16) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 0x10, 0x244, node.into(), 0, 0, 0, host)
+}
+
+fn node_name(short: &str) -> String {
+    format!("node-{short}")
+}
+
+/// Locally administered, readable in a packet dump.
+fn mac(node: u8, pod: u8, end: u8) -> Mac {
+    [2, 0, 0, node, pod, end]
+}
+
+/// The counter `name` of the lines that begin with `table`: first the names, then the values.
+fn snmp(text: &str, table: &str, name: &str) -> Result<u64> {
+    let mut lines = text.lines().filter(|line| line.starts_with(table)).map(str::split_whitespace);
+    let (names, values) = (lines.next(), lines.next());
+    let mut columns = names.into_iter().flatten().zip(values.into_iter().flatten());
+    let (_, value) =
+        columns.find(|(column, _)| *column == name).with_context(|| format!("no {table} {name}"))?;
+    value.parse().with_context(|| format!("{table} {name} is {value}"))
+}
+
+/// 0 if the kernel does not count it.
+fn snmp6(text: &str, name: &str) -> u64 {
+    let line = text
+        .lines()
+        .map(str::split_whitespace)
+        .find_map(|mut line| (line.next() == Some(name)).then(|| line.next()));
+    line.flatten().and_then(|value| value.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_found_by_their_names() {
+        let text =
+            "Tcp: RtoAlgorithm InErrs InCsumErrors\nTcp: 1 0 7\nUdp: InDatagrams InCsumErrors\nUdp: 9 3\n";
+        assert_eq!(snmp(text, "Tcp:", "InCsumErrors").unwrap(), 7);
+        assert_eq!(snmp(text, "Udp:", "InCsumErrors").unwrap(), 3);
+        assert!(snmp(text, "Udp:", "Missing").is_err());
+        assert_eq!(snmp6("Udp6InDatagrams 4\nUdp6InCsumErrors 2\n", "Udp6InCsumErrors"), 2);
+    }
+}

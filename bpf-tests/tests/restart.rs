@@ -1,0 +1,190 @@
+//! Agents that are killed, restarted and left dead while pods talk through services.
+#![forbid(unsafe_code)]
+
+use std::{
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use bpf_tests::{
+    agent::Agent,
+    checks::{ECHO_SERVICE_PORT, World, failures, target},
+    cluster::Family,
+    pod::{Outcome, Progress},
+    runner,
+    sandbox::Sandbox,
+    traffic::{Ask, Client, Protocol},
+};
+
+fn main() -> ExitCode {
+    runner::main(&[
+        ("kill_9_loses_nothing", kill_9_loses_nothing),
+        ("kill_9_loses_nothing_on_the_packet_path", kill_9_loses_nothing_on_the_packet_path),
+        ("kill_9_loses_nothing_under_clsact", kill_9_loses_nothing_under_clsact),
+        ("a_stopped_agent_leaves_its_services", a_stopped_agent_leaves_its_services),
+        (
+            "a_restart_over_an_unchanged_cluster_writes_nothing",
+            a_restart_over_an_unchanged_cluster_writes_nothing,
+        ),
+        ("tables_can_be_listed_without_an_agent", tables_can_be_listed_without_an_agent),
+        ("a_restart_applies_what_changed_meanwhile", a_restart_applies_what_changed_meanwhile),
+    ])
+}
+
+fn kill_9_loses_nothing(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| survives(world, Agent::kill9))
+}
+
+fn kill_9_loses_nothing_on_the_packet_path(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &["--socket-lb", "off"], |world| survives(world, Agent::kill9))
+}
+
+fn kill_9_loses_nothing_under_clsact(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &["--socket-lb", "off", "--attach", "clsact"], |world| survives(world, Agent::kill9))
+}
+
+fn a_stopped_agent_leaves_its_services(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| survives(world, |agent| agent.stop().map(drop)))
+}
+
+fn a_restart_over_an_unchanged_cluster_writes_nothing(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| {
+        for agent in &mut world.agents {
+            agent.kill9()?;
+            agent.restart()?;
+            writes_nothing(agent)?;
+        }
+        Ok(())
+    })
+}
+
+fn tables_can_be_listed_without_an_agent(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| {
+        world.spread("a1", Protocol::Dns, Family::V4).into_result()?;
+        for agent in &mut world.agents {
+            agent.kill9()?;
+        }
+        let agent = world.agents.first().context("no agent")?;
+        let services = agent.verb(&["service", "list"])?;
+        for family in Family::BOTH {
+            let ip = world.web.ip(family).to_string();
+            ensure!(services.contains(&ip), "`service list` does not show {ip}:\n{services}");
+        }
+        let connections = agent.verb(&["conntrack", "list"])?;
+        let client = world.cluster.pod("a1").v4.to_string();
+        ensure!(connections.contains(&client), "`conntrack list` does not show {client}:\n{connections}");
+        for verb in ["service", "conntrack"] {
+            let json = agent.verb(&[verb, "list", "-o", "json"])?;
+            ensure!(
+                serde_json::from_str::<serde_json::Value>(&json).is_ok(),
+                "`{verb} list -o json`:\n{json}"
+            );
+        }
+        Ok(())
+    })
+}
+
+fn a_restart_applies_what_changed_meanwhile(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| {
+        world.agents.iter_mut().try_for_each(Agent::kill9)?;
+        world.set_backends(&["a2"])?;
+        world.agents.iter_mut().try_for_each(Agent::restart)?;
+        world.wait_synced()?;
+        for from in ["a1", "b1"] {
+            for protocol in [Protocol::Http, Protocol::Dns] {
+                for family in Family::BOTH {
+                    let ask = Ask::new(protocol, target(&world.web, protocol, family)).count(20);
+                    let outcomes = world.cluster.pod(from).ask(&ask)?;
+                    let right = |outcome: &Outcome| outcome.answer().is_some_and(|answer| answer.by == "a2");
+                    let wrong = outcomes.iter().find(|outcome| !right(outcome));
+                    ensure!(wrong.is_none(), "{from}, {protocol}, {family:?}: {wrong:?}");
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Of traffic before the agents end, without them, and after their return.
+const PHASE: Duration = Duration::from_millis(500);
+const LONGEST_GAP: Duration = Duration::from_secs(1);
+
+/// Requests and transfers that run from pods of both nodes, in both families.
+struct Traffic {
+    requests: Vec<Client<Outcome>>,
+    streams: Vec<Client<Progress>>,
+}
+
+impl Traffic {
+    fn start(world: &World) -> Result<Self> {
+        let (mut requests, mut streams) = (Vec::new(), Vec::new());
+        for from in ["a1", "b1"] {
+            let pod = world.cluster.pod(from);
+            for family in Family::BOTH {
+                for protocol in [Protocol::Http, Protocol::Dns] {
+                    let ask = Ask::new(protocol, target(&world.web, protocol, family));
+                    requests.push(pod.keep_asking(&ask.interval(Duration::from_millis(10)))?);
+                }
+                streams.push(pod.stream((world.web.ip(family), ECHO_SERVICE_PORT).into())?);
+            }
+        }
+        Ok(Self { requests, streams })
+    }
+
+    /// All of it goes on: something new comes everywhere.
+    fn flows(&self) -> Result<()> {
+        let limit = Duration::from_secs(5);
+        for client in &self.requests {
+            let before = client.seen().len();
+            client.wait_until(limit, |outcomes| outcomes.len() > before + 10)?;
+        }
+        for stream in &self.streams {
+            let before = stream.seen().last().map_or(0, |progress| progress.verified);
+            stream.wait_until(limit, |seen| {
+                seen.last().is_some_and(|last| last.verified > before || last.ended.is_some())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Result<()> {
+        for client in self.requests {
+            let outcomes = client.stop()?;
+            if let Some(failure) = outcomes.iter().find_map(Outcome::failure) {
+                bail!("{failure}; {}", failures(&outcomes));
+            }
+        }
+        for stream in self.streams {
+            let last = stream.stop()?.pop().context("a stream said nothing")?;
+            ensure!(last.ended == Some(Ok(())), "{last:?}");
+            ensure!(Duration::from_micros(last.longest_gap_us) < LONGEST_GAP, "{last:?}");
+        }
+        Ok(())
+    }
+}
+
+/// Traffic does not notice that agents end and come back, and they find nothing to write.
+fn survives(world: &mut World, end: impl Fn(&mut Agent) -> Result<()>) -> Result<()> {
+    let traffic = Traffic::start(world)?;
+    traffic.flows()?;
+    thread::sleep(PHASE);
+    world.agents.iter_mut().try_for_each(&end)?;
+    thread::sleep(PHASE);
+    traffic.flows().context("without agents")?;
+    for agent in &mut world.agents {
+        agent.restart()?;
+        writes_nothing(agent)?;
+    }
+    thread::sleep(PHASE);
+    traffic.flows().context("after the restart")?;
+    traffic.finish()
+}
+
+fn writes_nothing(agent: &mut Agent) -> Result<()> {
+    let start = Instant::now();
+    let status = agent.wait_synced()?;
+    ensure!(status["writes"] == 0, "synced {:?} after a restart, having written: {status}", start.elapsed());
+    Ok(())
+}
