@@ -20,6 +20,7 @@
 pub mod boottime;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod datapath;
 pub mod maps;
 pub mod model;

@@ -51,6 +51,15 @@ impl KernelMaps {
         Ok(Self { dir: dir.to_owned(), hashes, arrays, writes: 0 })
     }
 
+    /// How many rows a hash table has room for.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn capacity<T: HashTable>(&self) -> Result<u32, MapError> {
+        let info = pinned(&self.dir, T::NAME)?.info().map_err(|error| kernel_error(T::NAME, "info", error))?;
+        Ok(info.max_entries())
+    }
+
     /// What the agent said last.
     ///
     /// # Errors

@@ -1,0 +1,275 @@
+//! `ferroflow agent`: the loop that joins the stages. All decisions are in them; here is only who is told what, when.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use aya_log::EbpfLogger;
+use ferroflow_common::abi::state::AgentState;
+use tokio::io::unix::AsyncFd;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc::{self, Receiver};
+use tokio::time::sleep_until;
+
+use crate::boottime;
+use crate::config;
+use crate::datapath::{self, Datapath, DatapathError, Lock};
+use crate::maps::kernel::KernelMaps;
+use crate::maps::{MapError, Maps as _};
+use crate::model::Change;
+use crate::net::{self, NetError, RouteEvent};
+use crate::reconcile::{self, Limits, Reconciler};
+use crate::watch::file::{FileSource, Timing};
+use crate::watch::{Event, Source as _};
+
+/// Longer than any program runs on a packet, and than any reader of a slot range holds what it read.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// How long a failed attachment waits for its next try.
+const ATTACH_RETRY: Duration = Duration::from_secs(1);
+
+/// How many changes may wait between a source and the loop.
+const QUEUE: usize = 1024;
+
+/// Runs until it is told to stop (SIGTERM, SIGINT). The programs, their attachments and the tables stay: stopping the
+/// agent stops nothing else.
+///
+/// # Errors
+/// [`DaemonError`] where it cannot start.
+pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
+    let _lock = Lock::acquire(&config.bpffs.dir)?;
+    let cgroup = match &config.cgroup {
+        Some(dir) => dir.clone(),
+        None => datapath::cgroup2_mount()?,
+    };
+    if !config.manifests.is_dir() {
+        tracing::warn!(dir = %config.manifests.display(), "no such directory: nothing is served until it is there");
+    }
+    let options = datapath::Options {
+        bpffs: config.bpffs.clone(),
+        socket_lb: config.socket_lb,
+        attach: config.attach,
+        log_drops: config.log_drops,
+    };
+    let mut datapath = Datapath::load(datapath::embedded_object()?, options)?;
+    datapath.attach_cgroup(&cgroup)?;
+    if config.log_drops {
+        log_drops(&mut datapath)?;
+    }
+    let reconciler = restore(config)?;
+    tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "started");
+
+    let (events, objects) = mpsc::channel(QUEUE);
+    let source = FileSource::new(&config.manifests, config.node_name.as_str(), Timing::default());
+    tokio::spawn(source.run(events));
+    let (events, routes) = mpsc::channel(QUEUE);
+    let watching = tokio::spawn(net::watch_routes(events));
+    let pods = Attachments { attached: datapath.pinned_pods()?.into_iter().collect(), ..Attachments::default() };
+    let state = first_words(config);
+    Daemon { datapath, reconciler, pods, state, awaited: 2 }.serve(objects, routes).await?;
+    watching.abort();
+    tracing::info!("stopped; the programs go on with the tables as they are");
+    Ok(())
+}
+
+fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
+    let maps = KernelMaps::open(&config.bpffs.maps())?;
+    let limits = Limits { services: maps.capacity::<crate::maps::Services>()?, frontends: maps.capacity::<crate::maps::Frontends>()? };
+    let node = config.node_name.as_str().into();
+    Reconciler::restore(maps, &reconcile::Config { node, limits, grace: GRACE }, Instant::now())
+}
+
+/// Reads what the programs log; only with `--log-drops`, since every line costs a packet time.
+fn log_drops(datapath: &mut Datapath) -> Result<(), DaemonError> {
+    let logger = EbpfLogger::init(datapath.programs())?;
+    let mut logger = AsyncFd::new(logger)?;
+    tokio::spawn(async move {
+        while let Ok(mut ready) = logger.readable_mut().await {
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
+        }
+    });
+    Ok(())
+}
+
+struct Daemon {
+    datapath: Datapath,
+    reconciler: Reconciler<KernelMaps>,
+    pods: Attachments,
+    state: AgentState,
+    /// Sources that have not yet sent all they have.
+    awaited: u32,
+}
+
+/// Which interfaces carry the pod programs of this agent.
+#[derive(Default)]
+struct Attachments {
+    /// Of this agent or, before it has looked, of the one before.
+    attached: BTreeSet<u32>,
+    /// Those that this agent has attached to.
+    renewed: BTreeSet<u32>,
+    retry: Option<Instant>,
+}
+
+impl Daemon {
+    async fn serve(
+        mut self,
+        mut objects: Receiver<Event>,
+        mut routes: Receiver<RouteEvent>,
+    ) -> Result<(), DaemonError> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        self.report()?;
+        loop {
+            let due = [self.reconciler.due(), self.pods.retry].into_iter().flatten().min();
+            tokio::select! {
+                _ = terminate.recv() => return Ok(()),
+                _ = interrupt.recv() => return Ok(()),
+                Some(event) = objects.recv() => self.object(event),
+                event = routes.recv() => match event {
+                    Some(event) => self.route(event),
+                    None => return Err(DaemonError::Routes),
+                },
+                () = sleep_until(due.unwrap_or_else(far_away).into()), if due.is_some() => {}
+            }
+            // What has queued up meanwhile goes in before anything is written.
+            while let Ok(event) = objects.try_recv() {
+                self.object(event);
+            }
+            while let Ok(event) = routes.try_recv() {
+                self.route(event);
+            }
+            self.reconciler.tick(Instant::now());
+            if self.awaited == 0 {
+                self.attach();
+            }
+            self.report()?;
+        }
+    }
+
+    fn object(&mut self, event: Event) {
+        match event {
+            Event::Change(change) => self.reconciler.handle(change, Instant::now()),
+            Event::Problems(problems) => {
+                for problem in &problems {
+                    tracing::error!("not served: {problem}");
+                }
+                self.state.rejected = u32::try_from(problems.len()).unwrap_or(u32::MAX);
+            }
+            Event::Synced => self.source_synced(),
+        }
+    }
+
+    fn route(&mut self, event: RouteEvent) {
+        match event {
+            RouteEvent::Changed(net::RouteChange { addr, ifindex }) => {
+                self.reconciler.handle(Change::LocalRoute(addr, ifindex), Instant::now());
+            }
+            RouteEvent::Synced => self.source_synced(),
+        }
+    }
+
+    fn source_synced(&mut self) {
+        self.awaited = self.awaited.saturating_sub(1);
+        if self.awaited == 0 {
+            self.reconciler.synced();
+        }
+    }
+
+    /// Attaches to the interfaces that the endpoints are behind and lets go of the others.
+    fn attach(&mut self) {
+        let pods = &mut self.pods;
+        let wanted: BTreeSet<u32> = self.reconciler.endpoints().map(|endpoint| endpoint.ifindex).collect();
+        pods.retry = None;
+        for &ifindex in wanted.difference(&pods.renewed.clone()) {
+            match self.datapath.attach_pod(ifindex) {
+                Ok(()) => {
+                    pods.renewed.insert(ifindex);
+                    pods.attached.insert(ifindex);
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot attach to a pod's interface; trying again");
+                    pods.retry = Some(Instant::now() + ATTACH_RETRY);
+                }
+            }
+        }
+        for &ifindex in pods.attached.clone().difference(&wanted) {
+            match self.datapath.detach_pod(ifindex) {
+                Ok(()) => {
+                    pods.renewed.remove(&ifindex);
+                    pods.attached.remove(&ifindex);
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot detach from an interface; trying again");
+                    pods.retry = Some(Instant::now() + ATTACH_RETRY);
+                }
+            }
+        }
+    }
+
+    /// Says how things are, where `ferroflow status` finds it; written only when it changed.
+    fn report(&mut self) -> Result<(), MapError> {
+        let stats = self.reconciler.stats();
+        let synced = self.awaited == 0 && stats.pending == 0 && stats.failing == 0 && self.pods.retry.is_none();
+        let state = AgentState {
+            synced: u32::from(synced),
+            writes: stats.writes,
+            retries: stats.failures,
+            ..self.state
+        };
+        if state != self.state || state.writes == 0 {
+            self.reconciler.maps().set_agent_state(state)?;
+        }
+        if synced && self.state.synced == 0 {
+            let reconcile::Stats { services, frontends, backends, endpoints, writes, .. } = stats;
+            tracing::info!(services, frontends, backends, endpoints, writes, "in sync");
+        }
+        self.state = state;
+        Ok(())
+    }
+}
+
+fn first_words(config: &config::Agent) -> AgentState {
+    AgentState {
+        pid: std::process::id(),
+        synced: 0,
+        started: u64::from(boottime::seconds()),
+        writes: 0,
+        retries: 0,
+        rejected: 0,
+        reserved: 0,
+        version: text(env!("CARGO_PKG_VERSION")),
+        node: text(&config.node_name),
+    }
+}
+
+/// The text, cut where the field ends.
+fn text<const N: usize>(text: &str) -> [u8; N] {
+    let mut field = [0; N];
+    for (to, from) in field.iter_mut().zip(text.bytes()) {
+        *to = from;
+    }
+    field
+}
+
+fn far_away() -> Instant {
+    Instant::now() + Duration::from_secs(3600)
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    #[error(transparent)]
+    Datapath(#[from] DatapathError),
+    #[error(transparent)]
+    Map(#[from] MapError),
+    #[error(transparent)]
+    Net(#[from] NetError),
+    #[error("the watch of the kernel's routes ended")]
+    Routes,
+    #[error("cannot read the programs' log: {0}")]
+    Log(#[from] aya_log::Error),
+    #[error("{}: {source}", path.display())]
+    Path { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+}
