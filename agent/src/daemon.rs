@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use aya_log::EbpfLogger;
 use ferroflow_common::abi::state::AgentState;
-use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, Receiver};
 use tokio::time::sleep_until;
@@ -14,8 +13,8 @@ use tokio::time::sleep_until;
 use crate::boottime;
 use crate::config;
 use crate::datapath::{self, Datapath, DatapathError, Lock};
+use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
-use crate::maps::{MapError, Maps as _};
 use crate::model::Change;
 use crate::net::{self, NetError, RouteEvent};
 use crate::reconcile::{self, Limits, Reconciler};
@@ -27,6 +26,9 @@ const GRACE: Duration = Duration::from_secs(2);
 
 /// How long a failed attachment waits for its next try.
 const ATTACH_RETRY: Duration = Duration::from_secs(1);
+
+/// How often the programs' log is read: for eyes, and its buffer holds thousands of lines.
+const LOG_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How many changes may wait between a source and the loop.
 const QUEUE: usize = 1024;
@@ -64,7 +66,8 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     tokio::spawn(source.run(events));
     let (events, routes) = mpsc::channel(QUEUE);
     let watching = tokio::spawn(net::watch_routes(events));
-    let pods = Attachments { attached: datapath.pinned_pods()?.into_iter().collect(), ..Attachments::default() };
+    let pods =
+        Attachments { attached: datapath.pinned_pods()?.into_iter().collect(), ..Attachments::default() };
     let state = first_words(config);
     Daemon { datapath, reconciler, pods, state, awaited: 2 }.serve(objects, routes).await?;
     watching.abort();
@@ -74,19 +77,22 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
 
 fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
     let maps = KernelMaps::open(&config.bpffs.maps())?;
-    let limits = Limits { services: maps.capacity::<crate::maps::Services>()?, frontends: maps.capacity::<crate::maps::Frontends>()? };
+    let limits = Limits {
+        services: maps.capacity::<crate::maps::Services>()?,
+        frontends: maps.capacity::<crate::maps::Frontends>()?,
+    };
     let node = config.node_name.as_str().into();
     Reconciler::restore(maps, &reconcile::Config { node, limits, grace: GRACE }, Instant::now())
 }
 
 /// Reads what the programs log; only with `--log-drops`, since every line costs a packet time.
 fn log_drops(datapath: &mut Datapath) -> Result<(), DaemonError> {
-    let logger = EbpfLogger::init(datapath.programs())?;
-    let mut logger = AsyncFd::new(logger)?;
+    let mut logger = EbpfLogger::init(datapath.programs())?;
+    let mut turns = tokio::time::interval(LOG_INTERVAL);
     tokio::spawn(async move {
-        while let Ok(mut ready) = logger.readable_mut().await {
-            ready.get_inner_mut().flush();
-            ready.clear_ready();
+        loop {
+            turns.tick().await;
+            logger.flush();
         }
     });
     Ok(())
@@ -210,7 +216,8 @@ impl Daemon {
     /// Says how things are, where `ferroflow status` finds it; written only when it changed.
     fn report(&mut self) -> Result<(), MapError> {
         let stats = self.reconciler.stats();
-        let synced = self.awaited == 0 && stats.pending == 0 && stats.failing == 0 && self.pods.retry.is_none();
+        let synced =
+            self.awaited == 0 && stats.pending == 0 && stats.failing == 0 && self.pods.retry.is_none();
         let state = AgentState {
             synced: u32::from(synced),
             writes: stats.writes,

@@ -69,7 +69,7 @@ fn object(toolchain: &Toolchain, linker: &Path) -> Result<PathBuf> {
     // build-std is unstable; the pinned compiler makes it reproducible all the same.
     cargo.env("RUSTC_BOOTSTRAP", "1").env("CARGO_TARGET_DIR", &target);
     cargo.env(target_key(BPF, "LINKER"), linker);
-    cargo.env(target_key(BPF, "RUSTFLAGS"), "-Cdebuginfo=2 -Clink-arg=--btf");
+    cargo.env(target_key(BPF, "RUSTFLAGS"), BPF_FLAGS);
     // The debug information becomes the BTF.
     cargo.env("CARGO_PROFILE_RELEASE_STRIP", "none");
     succeed(&mut cargo)?;
@@ -111,6 +111,9 @@ fn target_key(triple: &str, key: &str) -> String {
     format!("CARGO_TARGET_{}_{key}", triple.replace('-', "_").to_uppercase())
 }
 
+/// BTF gives maps their types; LLVM 22's in-order expansion of small copies crashes ("Post-RA pseudo instruction
+/// expansion") on a copy that is aligned to more than eight bytes.
+const BPF_FLAGS: &str = "-Cdebuginfo=2 -Clink-arg=--btf -Clink-arg=--disable-expand-memcpy-in-order";
 const BPF: &str = "bpfel-unknown-none";
 const OBJECT: &str = "ferroflow-bpf";
 const BINARY: &str = "ferroflow";

@@ -56,7 +56,8 @@ impl KernelMaps {
     /// # Errors
     /// The kernel's refusal.
     pub fn capacity<T: HashTable>(&self) -> Result<u32, MapError> {
-        let info = pinned(&self.dir, T::NAME)?.info().map_err(|error| kernel_error(T::NAME, "info", error))?;
+        let info =
+            pinned(&self.dir, T::NAME)?.info().map_err(|error| kernel_error(T::NAME, "info", error))?;
         Ok(info.max_entries())
     }
 

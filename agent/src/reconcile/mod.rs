@@ -19,6 +19,8 @@ mod tests;
 
 use std::time::{Duration, Instant};
 
+use ferroflow_common::abi::endpoint::Endpoint;
+
 use crate::maps::{MapError, Maps};
 use crate::model::{Change, Touched, World};
 use crate::plan::endpoints;
@@ -140,6 +142,11 @@ impl<M: Maps> Reconciler<M> {
     /// What is not in the tables as it should be, and why.
     pub fn failing(&self) -> impl Iterator<Item = (&Touched, &str)> {
         self.queue.failing()
+    }
+
+    /// The local pods as they are in the table.
+    pub fn endpoints(&self) -> impl Iterator<Item = &Endpoint> {
+        self.tables.endpoints.values()
     }
 
     pub fn world(&self) -> &World {
