@@ -54,10 +54,8 @@ drop_reasons! {
     Reject = 7, "reject-failed";
     /// An IPv6 extension header chain longer than the programs follow.
     ExtensionHeaders = 8, "extension-headers";
-    /// A pod reached itself through a service on the packet path; that needs its source translated.
-    Hairpin = 9, "hairpin";
     /// A packet that must not be answered (RST, ICMP error) for a service without endpoints.
-    NoEndpoint = 10, "no-endpoint";
+    NoEndpoint = 9, "no-endpoint";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

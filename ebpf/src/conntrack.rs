@@ -33,7 +33,7 @@ pub fn follow<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Know
     if entry.expires < now {
         return Known::Nothing;
     }
-    let (direction, end) = if entry.kind == Entry::FORWARD {
+    let (direction, end) = if entry.is_forward() {
         if chooses_again(tables, headers, &entry) {
             tables.untrack(&partner::<F>(&headers.tuple, &entry));
             return Known::Nothing;
@@ -47,7 +47,7 @@ pub fn follow<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Know
         (Direction::Reply, End::Source)
     };
     refresh(tables, &tracked, headers, Refresh { entry, direction, now });
-    Known::Flow(Rewrite { end, addr: entry.nat, port: entry.nat_port })
+    Known::Flow(Rewrite { end, addr: entry.nat, port: entry.nat_port, looped: entry.is_looped() })
 }
 
 /// Only a SYN moves a TCP flow, and only to where it is not a retransmission to a live backend (rules 30, 35). A UDP
@@ -95,17 +95,19 @@ fn refresh<F: Family, T: Tables<F>>(tables: &T, own: &T::Tracked, headers: &Head
 #[inline(always)]
 fn partner<F: Family>(tuple: &Tuple<F::Bytes>, entry: &Entry) -> Aligned<Tuple<F::Bytes>> {
     let nat = F::bytes(&entry.nat);
-    if entry.kind == Entry::FORWARD {
+    // Which addresses the packet and its partner's share (see `Entry::LOOPED`).
+    let (own, other) = if entry.is_looped() { (tuple.src, tuple.dst) } else { (tuple.dst, tuple.src) };
+    if entry.is_forward() {
         Aligned(Tuple {
             src: nat,
             src_port: entry.nat_port,
-            dst: tuple.src,
+            dst: other,
             dst_port: tuple.src_port,
             ..*tuple
         })
     } else {
         Aligned(Tuple {
-            src: tuple.dst,
+            src: own,
             src_port: tuple.dst_port,
             dst: nat,
             dst_port: entry.nat_port,
@@ -128,17 +130,20 @@ pub fn open<F: Family, T: Tables<F>>(
 ) -> Result<Rewrite, DropReason> {
     let tuple = &headers.tuple;
     let state = State::NEW;
+    let looped = backend.addr == F::addr(tuple.src);
+    let loops = if looped { Entry::LOOPED } else { 0 };
     let forward = Entry {
         nat: backend.addr,
         nat_port: backend.port,
-        kind: Entry::FORWARD,
+        kind: Entry::FORWARD | loops,
         state: state.0,
         service: backend.service,
         backend: index,
         generation: backend.generation,
         expires: tables.now().wrapping_add(state.lifetime(tuple.proto)),
     };
-    let reply = Entry { nat: F::addr(tuple.dst), nat_port: tuple.dst_port, kind: Entry::REPLY, ..forward };
+    let reply =
+        Entry { nat: F::addr(tuple.dst), nat_port: tuple.dst_port, kind: Entry::REPLY | loops, ..forward };
     let reply_tuple = partner::<F>(tuple, &forward);
     match tables.track(&reply_tuple, &reply, OnConflict::Fail) {
         Ok(()) => {}
@@ -149,7 +154,7 @@ pub fn open<F: Family, T: Tables<F>>(
         tables.untrack(&reply_tuple);
         return Err(DropReason::ConntrackInsert);
     }
-    Ok(Rewrite { end: End::Destination, addr: backend.addr, port: backend.port })
+    Ok(Rewrite { end: End::Destination, addr: backend.addr, port: backend.port, looped })
 }
 
 /// Replaces a reply entry that is of the same frontend or no longer lives.

@@ -25,6 +25,8 @@ pub struct Rewrite {
     pub end: End,
     pub addr: Addr,
     pub port: Port,
+    /// The other end's address becomes what this end's was (`Entry::LOOPED` says why).
+    pub looped: bool,
 }
 
 /// Gives one end of the packet another address and port and mends both checksums.
@@ -40,31 +42,60 @@ pub fn rewrite<F: Family, P: Packet>(
 where
     F::Bytes: Store,
 {
-    let Rewrite { end, addr, port } = *to;
+    let Rewrite { end, addr, port, looped } = *to;
     let tuple = &headers.tuple;
     let (old, old_port, addr_off, port_off) = match end {
         End::Source => (tuple.src, tuple.src_port, F::SRC_OFF, 0),
         End::Destination => (tuple.dst, tuple.dst_port, F::DST_OFF, 2),
     };
-    let new = F::bytes(&addr);
-    let addresses = difference::<F>(&old, &new);
-    let ports = if old_port == port {
-        Sum::ZERO
-    } else {
-        Sum::ZERO.less_half(u16::from_ne_bytes(old_port.be)).half(u16::from_ne_bytes(port.be))
-    };
-    let udp = tuple.proto == Proto::UDP;
-    let check = if udp { offset_of!(UdpHdr, check) } else { offset_of!(TcpHdr, check) } as u32;
-    let change = L4Change { addresses, ports, zero_is_none: udp, l3_unsummed: F::CSUM_OFF.is_none() };
+    if looped {
+        let (other, other_off) = match end {
+            End::Source => (tuple.dst, F::DST_OFF),
+            End::Destination => (tuple.src, F::SRC_OFF),
+        };
+        replace::<F, P>(packet, headers, other_off, &other, &old)?;
+    }
+    replace::<F, P>(packet, headers, addr_off, &old, &F::bytes(&addr))?;
+    if old_port == port {
+        return Ok(());
+    }
+    let ports = Sum::ZERO.less_half(u16::from_ne_bytes(old_port.be)).half(u16::from_ne_bytes(port.be));
+    let (check, zero_is_none) = checksum(tuple.proto);
+    packet.change_l4_checksum(headers.l4 + check, &L4Change::Ports { ports, zero_is_none })?;
+    packet.write(headers.l4 + port_off, &port.be)
+}
+
+/// Gives the address at `offset` in the IP header another value.
+#[inline(always)]
+fn replace<F: Family, P: Packet>(
+    packet: &mut P,
+    headers: &Headers<F>,
+    offset: u32,
+    old: &F::Bytes,
+    new: &F::Bytes,
+) -> Result<(), DropReason>
+where
+    F::Bytes: Store,
+{
+    let addresses = difference::<F>(old, new);
+    let (check, zero_is_none) = checksum(headers.tuple.proto);
+    let l3_unsummed = F::CSUM_OFF.is_none();
+    let change = L4Change::Addresses { addresses, zero_is_none, l3_unsummed };
     packet.change_l4_checksum(headers.l4 + check, &change)?;
     if let Some(check) = F::CSUM_OFF {
         packet.change_l3_checksum(L3 + check, addresses)?;
     }
-    new.store(packet, L3 + addr_off)?;
-    if old_port != port {
-        packet.write(headers.l4 + port_off, &port.be)?;
+    new.store(packet, L3 + offset)
+}
+
+/// Where the checksum is in the transport header, and whether zero there means none.
+#[inline(always)]
+const fn checksum(proto: Proto) -> (u32, bool) {
+    if proto.number == Proto::UDP.number {
+        (offset_of!(UdpHdr, check) as u32, true)
+    } else {
+        (offset_of!(TcpHdr, check) as u32, false)
     }
-    Ok(())
 }
 
 /// New minus old, over the words that this family has.

@@ -12,18 +12,20 @@ pub const L3: u32 = EthHdr::LEN as u32;
 /// How many bytes [`Packet::sum`] adds up at the most.
 pub const SUM_MAX: u32 = 128;
 
-/// How a change enters a transport checksum.
+/// How a change enters a transport checksum: new words minus old ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct L4Change {
-    /// New minus old address words, which the pseudo-header covers.
-    pub addresses: Sum,
-    /// New minus old port words.
-    pub ports: Sum,
-    /// A checksum of zero means there is none and it stays so (UDP over IPv4, RFC 768).
-    pub zero_is_none: bool,
-    /// The IP header has no checksum of its own, so changing an address does not cancel out in a sum over the whole
-    /// packet.
-    pub l3_unsummed: bool,
+pub enum L4Change {
+    /// Of addresses, which the pseudo-header covers.
+    Addresses {
+        addresses: Sum,
+        /// A checksum of zero means there is none and it stays so (UDP over IPv4, RFC 768).
+        zero_is_none: bool,
+        /// The IP header has no checksum of its own, so changing an address does not cancel out in a sum over the
+        /// whole packet.
+        l3_unsummed: bool,
+    },
+    /// Of ports, which are in the transport header itself.
+    Ports { ports: Sum, zero_is_none: bool },
 }
 
 /// Reads and rewrites a packet. Offsets are from the Ethernet header.
@@ -123,12 +125,13 @@ impl Packet for Bytes {
     }
 
     fn change_l4_checksum(&mut self, offset: u32, change: &L4Change) -> Result<(), DropReason> {
-        if change.zero_is_none && self.bytes(offset) == Some([0, 0]) {
+        let (L4Change::Addresses { addresses: sum, zero_is_none, .. }
+        | L4Change::Ports { ports: sum, zero_is_none }) = *change;
+        if zero_is_none && self.bytes(offset) == Some([0, 0]) {
             return Ok(());
         }
-        self.change(offset, change.addresses)?;
-        self.change(offset, change.ports)?;
-        if change.zero_is_none && self.bytes(offset) == Some([0, 0]) {
+        self.change(offset, sum)?;
+        if zero_is_none && self.bytes(offset) == Some([0, 0]) {
             self.write(offset, &[0xff, 0xff])?;
         }
         Ok(())

@@ -90,7 +90,11 @@ where
     match conntrack::follow::<F, T>(tables, &headers) {
         Known::Flow(to) => {
             nat::rewrite(packet, &headers, &to)?;
-            let next = if to.end == End::Destination { to.addr } else { dst };
+            let next = match to.end {
+                End::Destination => to.addr,
+                End::Source if to.looped => F::addr(headers.tuple.src),
+                End::Source => dst,
+            };
             Ok(Fate::Goes(route::route::<F, T>(tables, &next)))
         }
         Known::Nothing => {
@@ -122,9 +126,6 @@ where
         Choice::Backend { index, backend } => (index, backend),
         Choice::Reject => return Ok(Fate::Refused),
     };
-    if backend.addr == F::addr(tuple.src) {
-        return Err(DropReason::Hairpin);
-    }
     let to = conntrack::open(tables, &headers, index, &backend)?;
     nat::rewrite(packet, &headers, &to)?;
     Ok(Fate::Goes(route::route::<F, T>(tables, &to.addr)))

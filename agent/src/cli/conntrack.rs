@@ -53,7 +53,7 @@ pub(super) fn list(maps: &KernelMaps) -> Result<Answer, CliError> {
 
 /// `None` for the reply half of a flow and for what has expired.
 fn row<F: Family>(maps: &KernelMaps, tuple: &Tuple<F::Bytes>, entry: &Entry, now: u32) -> Option<Row> {
-    if entry.kind != Entry::FORWARD || entry.expires < now {
+    if !entry.is_forward() || entry.expires < now {
         return None;
     }
     let backend = maps.read::<Backends>(entry.backend).ok();

@@ -39,7 +39,7 @@ pub struct Entry {
     /// the frontend's.
     pub nat: Addr,
     pub nat_port: Port,
-    /// [`Entry::FORWARD`] or [`Entry::REPLY`].
+    /// [`Entry::FORWARD`] or [`Entry::REPLY`], with [`Entry::LOOPED`].
     pub kind: u8,
     /// The bits of [`crate::tcp::State`].
     pub state: u8,
@@ -54,4 +54,17 @@ pub struct Entry {
 impl Entry {
     pub const FORWARD: u8 = 1;
     pub const REPLY: u8 = 2;
+    /// The client is its own backend (rule 26 b). A pod does not take packets from its own address, so the frontend's
+    /// address stands in for the client's: the other end's address becomes what the rewritten end's was.
+    pub const LOOPED: u8 = 4;
+
+    #[inline(always)]
+    pub const fn is_forward(&self) -> bool {
+        self.kind & Self::FORWARD != 0
+    }
+
+    #[inline(always)]
+    pub const fn is_looped(&self) -> bool {
+        self.kind & Self::LOOPED != 0
+    }
 }

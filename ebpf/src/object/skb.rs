@@ -127,21 +127,22 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn change_l4_checksum(&mut self, offset: u32, change: &L4Change) -> Result<(), DropReason> {
-        let zero = if change.zero_is_none { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
-        let addresses = u64::from(change.addresses.folded());
+        let (sum, zero_is_none, pseudo) = match *change {
+            L4Change::Addresses { addresses, zero_is_none, .. } => {
+                (addresses, zero_is_none, u64::from(BPF_F_PSEUDO_HDR))
+            }
+            L4Change::Ports { ports, zero_is_none } => (ports, zero_is_none, 0),
+        };
+        let zero = if zero_is_none { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
+        let sum = u64::from(sum.folded());
         self.0
-            .l4_csum_replace(offset as usize, 0, addresses, zero | u64::from(BPF_F_PSEUDO_HDR))
+            .l4_csum_replace(offset as usize, 0, sum, zero | pseudo)
             .map_err(|_errno| DropReason::Rewrite)?;
-        if change.ports != Sum::ZERO {
-            self.0
-                .l4_csum_replace(offset as usize, 0, u64::from(change.ports.folded()), zero)
-                .map_err(|_errno| DropReason::Rewrite)?;
-        }
-        if change.l3_unsummed {
+        if let L4Change::Addresses { l3_unsummed: true, .. } = change {
             // The helper takes the address change out of a CHECKSUM_COMPLETE sum as if an IPv4 header checksum had
             // cancelled it; IPv6 has none, so it goes back in (what the flag BPF_F_IPV6 does since 6.16).
             // SAFETY: the context is the program's own; on any other kind of checksum the helper does nothing.
-            unsafe { bpf_csum_update(self.0.as_ptr().cast(), addresses as u32) };
+            unsafe { bpf_csum_update(self.0.as_ptr().cast(), sum as u32) };
         }
         Ok(())
     }
