@@ -1,7 +1,6 @@
 //! `ferroflow agent`: the loop that joins the stages. All decisions are in them; here is only who is told what, when.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use aya_log::EbpfLogger;
@@ -12,7 +11,8 @@ use tokio::time::sleep_until;
 
 use crate::boottime;
 use crate::config;
-use crate::datapath::{self, Datapath, DatapathError, Lock};
+use crate::datapath::{self, Datapath, DatapathError};
+use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
 use crate::model::Change;
@@ -39,6 +39,7 @@ const QUEUE: usize = 1024;
 /// # Errors
 /// [`DaemonError`] where it cannot start.
 pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
+    datapath::prepare(&config.bpffs)?;
     let _lock = Lock::acquire(&config.bpffs.dir)?;
     let cgroup = match &config.cgroup {
         Some(dir) => dir.clone(),
@@ -266,6 +267,8 @@ fn far_away() -> Instant {
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
     #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error(transparent)]
     Datapath(#[from] DatapathError),
     #[error(transparent)]
     Map(#[from] MapError),
@@ -275,8 +278,6 @@ pub enum DaemonError {
     Routes,
     #[error("cannot read the programs' log: {0}")]
     Log(#[from] aya_log::Error),
-    #[error("{}: {source}", path.display())]
-    Path { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
     Io(#[from] std::io::Error),
 }

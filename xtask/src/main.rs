@@ -57,8 +57,8 @@ enum Verb {
         /// Only what needs neither root nor a BPF linker
         #[arg(long)]
         unit: bool,
-        /// Run only tests whose name contains one of these
-        filter: Vec<String>,
+        /// Run only tests whose name contains this
+        filter: Option<String>,
     },
     /// Check the architecture: who may import whom, file names, where `unsafe` may stand
     Layers,
@@ -90,7 +90,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Demo { args } => return demo::run(&toolchain, &args),
         Verb::Test { unit, filter } => {
             let scope = if unit { Scope::Unit } else { Scope::All };
-            return Ok(test::run(&toolchain, scope, &filter).report());
+            return Ok(test::run(&toolchain, scope, filter.as_deref()).report());
         }
         Verb::Layers => layers::run(toolchain.root())?,
         Verb::Ci => return ci::run(&toolchain),

@@ -7,7 +7,7 @@ use super::table::table;
 use super::{Answer, CliError, open};
 use crate::boottime;
 use crate::config::Query;
-use crate::datapath::Lock;
+use crate::lock::Lock;
 use crate::maps::kernel::KernelMaps;
 use crate::maps::{Backends, Endpoints, Frontends, MapError, Maps as _, Services};
 

@@ -64,18 +64,18 @@ impl Backend {
     pub const LIVE: u8 = 1;
 }
 
-/// Who a service id is, as `namespace/name:port`, ended by zeros. Names are at most 63 bytes and port names 15
-/// (RFC 1123, RFC 6335), and an unnamed port leaves out the colon.
+/// Who a service id is, as `namespace/name:port`, ended by zeros. Each of the three is a DNS label of at most 63 bytes
+/// (RFC 1123), and an unnamed port leaves out the colon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct ServiceName {
-    pub text: [u8; 152],
+    pub text: [u8; 192],
 }
 
 impl ServiceName {
     /// `None` where the text is longer than the field.
     pub fn new(text: &str) -> Option<Self> {
-        let mut bytes = [0; 152];
+        let mut bytes = [0; 192];
         bytes.get_mut(..text.len())?.copy_from_slice(text.as_bytes());
         Some(Self { text: bytes })
     }
@@ -93,10 +93,10 @@ mod tests {
 
     #[test]
     fn a_service_name_fits_or_is_refused() {
-        let longest = core::str::from_utf8(&[b'a'; 152]).unwrap();
+        let longest = core::str::from_utf8(&[b'a'; 192]).unwrap();
         for text in ["default/web:http", "", longest] {
             assert_eq!(ServiceName::new(text).unwrap().as_str(), Some(text));
         }
-        assert_eq!(ServiceName::new(core::str::from_utf8(&[b'a'; 153]).unwrap()), None);
+        assert_eq!(ServiceName::new(core::str::from_utf8(&[b'a'; 193]).unwrap()), None);
     }
 }
