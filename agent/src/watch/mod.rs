@@ -7,6 +7,7 @@ mod directory;
 mod document;
 mod fault;
 pub mod file;
+mod list;
 
 use std::fmt;
 
