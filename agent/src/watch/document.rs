@@ -266,7 +266,9 @@ mod tests {
         }
         assert_eq!(
             parsed("just text"),
-            ["unknown: f.yaml: cannot be read: invalid type: string \"just text\""]
+            [
+                "unknown: f.yaml: cannot be read: invalid type: string \"just text\", expected a Kubernetes object"
+            ]
         );
     }
 
