@@ -325,8 +325,11 @@ fn of_two_services_with_one_address_the_first_keeps_it() {
     next.handle(&able).handle(&web()).it.synced();
     next.settle();
     assert_eq!((next.errors().len(), next.view()), (1, run.view()));
-    run.apply(&[gone("web")]);
-    assert_eq!(run.view()["10.96.0.1:80/TCP"], "10.0.9.9:8080");
+    run.handle(&[gone("web")]);
+    run.it.tick(run.now);
+    assert_eq!(run.it.due(), Some(run.now), "the other does not wait for its next attempt");
+    run.it.tick(run.now);
+    assert_eq!((run.errors(), &*run.view()["10.96.0.1:80/TCP"]), (vec![], "10.0.9.9:8080"));
 }
 
 #[test]
@@ -401,6 +404,38 @@ fn damaged_tables_are_repaired() {
     assert_eq!(next.it.maps().dump::<Services>().unwrap().len(), 1);
     let Stats { services, frontends, backends, slots, .. } = next.stats();
     assert_eq!((services, frontends, backends, slots), (1, 1, 2, 2));
+}
+
+#[test]
+fn ranges_that_overlap_are_not_kept() {
+    let mut run = Run::new();
+    run.apply(&web());
+    let (key, right) = run.it.maps().dump::<Frontends>().unwrap()[0];
+    let mut maps = FakeMaps::new(SIZES, Search::Never);
+    maps.put::<Services>(&right.service, &ServiceName::new("default/web:http").unwrap()).unwrap();
+    for index in 1..=2 {
+        maps.write::<Backends>(index, &run.it.maps().read::<Backends>(index).unwrap()).unwrap();
+        maps.write::<Slots>(right.offset + index - 1, &index).unwrap();
+    }
+    maps.put::<Frontends>(&key, &right).unwrap();
+    // Comes first, and lies over the second half of the right one.
+    let other = FrontendKey { addr: addr("10.96.0.0"), ..key };
+    maps.put::<Frontends>(&other, &Frontend { offset: right.offset + 1, ..right }).unwrap();
+    let mut next = Run::restart(maps);
+    next.it.synced();
+    next.apply(&web());
+    next.now += GRACE;
+    for service in ["a", "b", "c"] {
+        let endpoints = slice(service, service, &["10.0.7.1", "10.0.7.2"]);
+        next.apply(&[
+            self::service(service, &[&format!("10.97.0.{}", service.len())], &["http:80"]),
+            endpoints,
+        ]);
+        next.it.maps().contradiction().unwrap();
+        next.apply(&[gone(service)]);
+        next.now += GRACE;
+    }
+    assert_eq!(next.view(), run.view());
 }
 
 #[test]
