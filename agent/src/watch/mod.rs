@@ -1,6 +1,6 @@
 //! Where the objects come from: sources that turn Kubernetes objects into [`Change`]s.
 //!
-//! Two sources share one converter: [`file`], a directory of ordinary Kubernetes YAML, and the Kubernetes API.
+//! Two sources share one converter: [`mod@file`], a directory of ordinary Kubernetes YAML, and the Kubernetes API.
 
 pub mod convert;
 mod directory;
