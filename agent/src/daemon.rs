@@ -158,9 +158,6 @@ impl Daemon {
         match event {
             Event::Change(change) => self.reconciler.handle(change, Instant::now()),
             Event::Problems(problems) => {
-                for problem in &problems {
-                    tracing::error!("not served: {problem}");
-                }
                 self.state.rejected = u32::try_from(problems.len()).unwrap_or(u32::MAX);
             }
             Event::Synced => self.source_synced(),

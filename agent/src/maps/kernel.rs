@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError as AyaError, PerCpuArray};
+use aya::pin::PinError;
 use aya::sys::SyscallError;
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::state::AgentState;
@@ -115,14 +116,12 @@ impl KernelMaps {
             .map_err(|error| kernel_error(name, "dump", error))
     }
 
-    fn hash<T: HashTable>(&self) -> Result<HashMap<&MapData, Raw<T::Key>, Raw<T::Value>>, MapError> {
+    fn hash<T: HashTable>(&self) -> Result<Hash<&MapData, T>, MapError> {
         let map = self.hashes.get(T::NAME).ok_or_else(|| self.missing(T::NAME))?;
         HashMap::try_from(map).map_err(|error| kernel_error(T::NAME, "open", error))
     }
 
-    fn hash_mut<T: HashTable>(
-        &mut self,
-    ) -> Result<HashMap<&mut MapData, Raw<T::Key>, Raw<T::Value>>, MapError> {
+    fn hash_mut<T: HashTable>(&mut self) -> Result<Hash<&mut MapData, T>, MapError> {
         let missing = self.missing(T::NAME);
         let map = self.hashes.get_mut(T::NAME).ok_or(missing)?;
         HashMap::try_from(map).map_err(|error| kernel_error(T::NAME, "open", error))
@@ -134,6 +133,9 @@ impl KernelMaps {
 }
 
 const STATE: &str = "agent";
+
+/// aya's typed view of one of our tables.
+type Hash<M, T> = HashMap<M, Raw<<T as HashTable>::Key>, Raw<<T as HashTable>::Value>>;
 
 impl Maps for KernelMaps {
     fn dump<T: HashTable>(&self) -> Result<Vec<(T::Key, T::Value)>, MapError> {
@@ -252,14 +254,12 @@ fn pinned(dir: &Path, name: &'static str) -> Result<MapData, MapError> {
 }
 
 fn errno(error: &AyaError) -> Option<i32> {
-    match error {
-        AyaError::SyscallError(SyscallError { io_error, .. }) => io_error.raw_os_error(),
-        AyaError::KeyNotFound => Some(libc::ENOENT),
-        AyaError::PinError {
-            error: aya::pin::PinError::SyscallError(SyscallError { io_error, .. }), ..
-        } => io_error.raw_os_error(),
-        _ => None,
+    if let AyaError::SyscallError(SyscallError { io_error, .. })
+    | AyaError::PinError { error: PinError::SyscallError(SyscallError { io_error, .. }), .. } = error
+    {
+        return io_error.raw_os_error();
     }
+    matches!(error, AyaError::KeyNotFound).then_some(libc::ENOENT)
 }
 
 fn kernel_error(map: &'static str, call: &'static str, error: AyaError) -> MapError {
