@@ -12,6 +12,7 @@ use tokio::time::sleep_until;
 use crate::boottime;
 use crate::config;
 use crate::datapath::{self, Datapath, DatapathError};
+use crate::gc;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
@@ -67,11 +68,13 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     tokio::spawn(source.run(events));
     let (events, routes) = mpsc::channel(QUEUE);
     let watching = tokio::spawn(net::watch_routes(events));
+    let sweeping = tokio::spawn(gc::run(config.bpffs.maps()));
     let pods =
         Attachments { attached: datapath.pinned_pods()?.into_iter().collect(), ..Attachments::default() };
     let state = first_words(config);
     Daemon { datapath, reconciler, pods, said: None, state, awaited: 2 }.serve(objects, routes).await?;
     watching.abort();
+    sweeping.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
 }
