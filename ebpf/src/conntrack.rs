@@ -98,21 +98,9 @@ fn partner<F: Family>(tuple: &Tuple<F::Bytes>, entry: &Entry) -> Aligned<Tuple<F
     // Which addresses the packet and its partner's share (see `Entry::LOOPED`).
     let (own, other) = if entry.is_looped() { (tuple.src, tuple.dst) } else { (tuple.dst, tuple.src) };
     if entry.is_forward() {
-        Aligned(Tuple {
-            src: nat,
-            src_port: entry.nat_port,
-            dst: other,
-            dst_port: tuple.src_port,
-            ..*tuple
-        })
+        Aligned(Tuple { src: nat, src_port: entry.nat_port, dst: other, dst_port: tuple.src_port, ..*tuple })
     } else {
-        Aligned(Tuple {
-            src: own,
-            src_port: tuple.dst_port,
-            dst: nat,
-            dst_port: entry.nat_port,
-            ..*tuple
-        })
+        Aligned(Tuple { src: own, src_port: tuple.dst_port, dst: nat, dst_port: entry.nat_port, ..*tuple })
     }
 }
 
