@@ -25,8 +25,12 @@
 #![forbid(unsafe_code)]
 
 pub mod conntrack;
+#[cfg(not(target_arch = "bpf"))]
+pub mod frame;
 pub mod lb;
 pub mod nat;
+#[cfg(not(target_arch = "bpf"))]
+pub mod noise;
 pub mod packet;
 pub mod parse;
 pub mod pod;

@@ -123,3 +123,118 @@ impl<const N: usize> Store for [u8; N] {
         packet.write(offset, self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::{Frame, Names, Transport, UdpChecksum, both_families, verify};
+    use crate::noise::Noise;
+    use crate::packet::Bytes;
+    use crate::parse::{Parse, headers};
+
+    both_families!(
+        either_end_is_rewritten_and_the_checksums_hold,
+        a_looped_flow_changes_both_addresses,
+        a_datagram_without_checksum_stays_without,
+        a_datagram_with_checksum_never_loses_it,
+        a_wrong_checksum_stays_wrong,
+    );
+
+    fn rewritten<F>(frame: &Frame, to: &Rewrite) -> Vec<u8>
+    where
+        F: Parse<Bytes: Store>,
+    {
+        let Bytes(bytes) = rewritten_bytes::<F>(frame.packet(), to);
+        bytes
+    }
+
+    fn rewritten_bytes<F>(mut packet: Bytes, to: &Rewrite) -> Bytes
+    where
+        F: Parse<Bytes: Store>,
+    {
+        let headers = headers::<F, Bytes>(&packet).unwrap().unwrap();
+        rewrite(&mut packet, &headers, to).unwrap();
+        packet
+    }
+
+    fn to(end: End, (addr, port): (Addr, u16)) -> Rewrite {
+        Rewrite { end, addr, port: Port::new(port), looped: false }
+    }
+
+    fn either_end_is_rewritten_and_the_checksums_hold<F>()
+    where
+        F: Names + Parse<Bytes: Store>,
+    {
+        let mut noise = Noise(1);
+        let (client, vip) = ((F::pod(1), 4000), (F::vip(1), 80));
+        for round in 0..500 {
+            let length = noise.below(64);
+            let payload = noise.bytes(length);
+            let to_pod = (F::pod(noise.below(256) as u8), noise.number() as u16);
+            for frame in [Frame::tcp(client, vip, 2), Frame::udp(client, vip)] {
+                for frame in [frame.clone().payload(&payload), frame.extended().payload(&payload)] {
+                    let forward = rewritten::<F>(&frame, &to(End::Destination, to_pod));
+                    assert_eq!(forward, frame.clone().sent_to(to_pod).build(), "round {round}");
+                    verify(&forward).unwrap();
+                    let reply = rewritten::<F>(&frame, &to(End::Source, to_pod));
+                    assert_eq!(reply, frame.clone().sent_from(to_pod).build(), "round {round}");
+                }
+            }
+        }
+    }
+
+    fn a_looped_flow_changes_both_addresses<F>()
+    where
+        F: Names + Parse<Bytes: Store>,
+    {
+        let (pod, vip) = (F::pod(1), F::vip(1));
+        for frame in [Frame::tcp((pod, 4000), (vip, 80), 2), Frame::udp((pod, 4000), (vip, 80))] {
+            let forward = Rewrite { looped: true, ..to(End::Destination, (pod, 8080)) };
+            let expected = frame.clone().sent_from((vip, 4000)).sent_to((pod, 8080));
+            assert_eq!(rewritten::<F>(&frame, &forward), expected.build());
+            let reply = expected.answer(0x12);
+            let back = Rewrite { looped: true, ..to(End::Source, (vip, 80)) };
+            assert_eq!(rewritten::<F>(&reply, &back), frame.answer(0x12).build());
+        }
+    }
+
+    fn a_datagram_without_checksum_stays_without<F>()
+    where
+        F: Names + Parse<Bytes: Store>,
+    {
+        let none = Transport::Udp { checksum: UdpChecksum::None };
+        let frame = Frame::new((F::pod(1), 4000), (F::vip(1), 53), none).payload(b"query");
+        let pod = (F::pod(2), 5353);
+        let forward = rewritten::<F>(&frame, &to(End::Destination, pod));
+        assert_eq!(forward, frame.sent_to(pod).build());
+    }
+
+    /// Every value of one payload word, so also the one whose checksum comes out as zero.
+    fn a_datagram_with_checksum_never_loses_it<F>()
+    where
+        F: Names + Parse<Bytes: Store>,
+    {
+        let frame = Frame::udp((F::pod(1), 4000), (F::vip(1), 53));
+        let pod = (F::pod(2), 5353);
+        let mut other_forms = 0;
+        for word in 0..=u16::MAX {
+            let frame = frame.clone().payload(&word.to_be_bytes());
+            let forward = rewritten::<F>(&frame, &to(End::Destination, pod));
+            let check = forward.len() - 4;
+            assert_ne!(forward[check..check + 2], [0, 0], "{word}");
+            other_forms += usize::from(forward[check..check + 2] == [0xff, 0xff]);
+            verify(&forward).unwrap();
+        }
+        assert!(other_forms > 0);
+    }
+
+    fn a_wrong_checksum_stays_wrong<F>()
+    where
+        F: Names + Parse<Bytes: Store>,
+    {
+        let Bytes(mut bytes) = Frame::tcp((F::pod(1), 4000), (F::vip(1), 80), 2).payload(b"abcd").packet();
+        *bytes.last_mut().unwrap() ^= 0x10;
+        let Bytes(bytes) = rewritten_bytes::<F>(Bytes(bytes), &to(End::Destination, (F::pod(2), 8080)));
+        assert_eq!(verify(&bytes).unwrap_err(), "TCP checksum");
+    }
+}

@@ -1,13 +1,13 @@
 //! The two ways past a pod's interface.
 
-use ferroflow_common::family::{Family as _, V4, V6};
+use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
 use crate::conntrack::{self, Known};
 use crate::lb::{self, Choice};
 use crate::nat::{self, End, Store};
 use crate::packet::Packet;
-use crate::parse::{self, Fragment, Parse};
+use crate::parse::{self, Fragment, Headers, Parse};
 use crate::reject::{self, Answer};
 use crate::route;
 use crate::tables::Tables;
@@ -89,6 +89,7 @@ where
     let dst = F::addr(headers.tuple.dst);
     match conntrack::follow::<F, T>(tables, &headers) {
         Known::Flow(to) => {
+            whole(&headers)?;
             nat::rewrite(packet, &headers, &to)?;
             let next = match to.end {
                 End::Destination => to.addr,
@@ -116,9 +117,7 @@ where
     T: Tables<F>,
 {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
-    if headers.fragment == Fragment::First {
-        return Err(DropReason::Fragment);
-    }
+    whole(&headers)?;
     let tuple = &headers.tuple;
     let frontend =
         lb::frontend(tables, F::addr(tuple.dst), tuple.dst_port, tuple.proto).ok_or(DropReason::NoBackend)?;
@@ -147,7 +146,241 @@ where
 {
     let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Verdict::Stack) };
     if let Known::Flow(to) = conntrack::follow::<F, T>(tables, &headers) {
+        whole(&headers)?;
         nat::rewrite(packet, &headers, &to)?;
     }
     Ok(Verdict::Stack)
+}
+
+/// A first fragment that is to be rewritten: nothing would rewrite the later ones, which have no ports, so the datagram
+/// could never be put together again.
+#[inline(always)]
+fn whole<F: Family>(headers: &Headers<F>) -> Result<(), DropReason> {
+    if headers.fragment == Fragment::First { Err(DropReason::Fragment) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use ferroflow_common::addr::Addr;
+    use ferroflow_common::tcp::Flags;
+
+    use super::*;
+    use crate::frame::{Frame, Names, Part, Socket, Transport, UdpChecksum, both_families, verify};
+    use crate::noise::{Noise, world};
+    use crate::packet::Bytes;
+    use crate::tables::fake::Fake;
+
+    both_families!(
+        a_service_is_reached_and_answers_as_itself,
+        a_remote_backend_is_the_stacks_and_its_answer_enters,
+        a_pod_address_is_no_service,
+        rule_14_and_15_without_endpoints,
+        fragments_of_a_service_are_told_and_others_pass,
+        truncated_at_every_length,
+        a_datagram_without_checksum_is_served,
+        a_slot_without_backend_is_told,
+        noise_leaves_packets_whole,
+    );
+
+    const SYN: u8 = Flags::SYN;
+    const ACK: u8 = Flags::ACK;
+
+    /// The first packet of a client in pod 1 to service 1, TCP and UDP, and where the backends listen.
+    fn flows<F: Names>() -> [(Frame, u16); 2] {
+        let client = (F::pod(1), 4000);
+        [
+            (Frame::tcp(client, (F::vip(1), 80), SYN), 8080),
+            (Frame::udp(client, (F::vip(1), 53)).payload(b"query"), 5353),
+        ]
+    }
+
+    /// The world with one backend for everything.
+    fn only(addr: Addr) -> Fake {
+        let mut fake = world();
+        let like = |proto| fake.backends.iter().position(|row| row.addr == addr && row.proto == proto);
+        let slots = fake.slots.iter().map(|&slot| like(fake.backends[slot as usize].proto).unwrap() as u32);
+        fake.slots = slots.collect();
+        fake
+    }
+
+    fn a_service_is_reached_and_answers_as_itself<F: Names>() {
+        for (frame, port) in flows::<F>() {
+            for frame in [frame.clone(), frame.extended()] {
+                let fake = only(F::pod(2));
+                let backend: Socket = (F::pod(2), port);
+                for _ in 0..3 {
+                    let there = frame.clone().sent_to(backend);
+                    assert_eq!(frame.leave(&fake), Ok((Verdict::Pod { ifindex: 12 }, there.build())));
+                    let back = frame.answer(SYN | ACK).sent_from(backend).leave(&fake);
+                    assert_eq!(back, Ok((Verdict::Pod { ifindex: 11 }, frame.answer(SYN | ACK).build())));
+                }
+                assert_eq!(fake.tracked().len(), 2);
+            }
+        }
+    }
+
+    fn a_remote_backend_is_the_stacks_and_its_answer_enters<F: Names>() {
+        for (frame, port) in flows::<F>() {
+            let fake = only(F::pod(3));
+            let backend: Socket = (F::pod(3), port);
+            assert_eq!(frame.leave(&fake), Ok((Verdict::Stack, frame.clone().sent_to(backend).build())));
+            let back = frame.answer(SYN | ACK).sent_from(backend).enter(&fake);
+            assert_eq!(back, Ok((Verdict::Stack, frame.answer(SYN | ACK).build())));
+            let stranger = frame.answer(ACK).sent_from((F::pod(3), port + 1));
+            assert_eq!(stranger.enter(&fake), Ok((Verdict::Stack, stranger.build())));
+        }
+    }
+
+    fn a_pod_address_is_no_service<F: Names>() {
+        let fake = world();
+        for (frame, _) in flows::<F>() {
+            let local = frame.clone().sent_to((F::pod(2), 80));
+            assert_eq!(local.leave(&fake), Ok((Verdict::Pod { ifindex: 12 }, local.build())));
+            let other_port = frame.clone().sent_to((F::vip(1), 443));
+            assert_eq!(other_port.leave(&fake), Ok((Verdict::Stack, other_port.build())));
+            let remote = frame.sent_to((F::pod(3), 80));
+            for packet in [remote.leave(&fake), remote.enter(&fake)] {
+                assert_eq!(packet, Ok((Verdict::Stack, remote.build())));
+            }
+        }
+        let icmp = Frame::icmp(F::pod(1), F::vip(1), 8, 0);
+        assert_eq!(icmp.leave(&fake), Ok((Verdict::Stack, icmp.build())));
+        assert!(fake.tracked().is_empty());
+    }
+
+    fn rule_14_and_15_without_endpoints<F: Names>() {
+        let fake = world();
+        for (frame, _) in flows::<F>() {
+            let refused = frame.clone().sent_to((F::vip(9), frame.dst_port));
+            assert!(matches!(refused.leave(&fake), Ok((Verdict::Reply, _))));
+            let dropped = frame.clone().sent_to((F::vip(8), frame.dst_port));
+            assert_eq!(dropped.leave(&fake), Err(DropReason::NoLocalEndpoint));
+        }
+        assert!(fake.tracked().is_empty(), "a refusal tracks nothing");
+    }
+
+    fn fragments_of_a_service_are_told_and_others_pass<F: Names>() {
+        let fake = only(F::pod(3));
+        for (frame, port) in flows::<F>() {
+            let frame = frame.payload(&[5; 64]);
+            let first = frame.clone().part(Part::First);
+            let later = frame.clone().part(Part::Later(1480));
+            // Before its flow is known, and after: the rest of the datagram is not rewritten either way.
+            for _ in 0..2 {
+                assert_eq!(first.leave(&fake), Err(DropReason::Fragment));
+                assert_eq!(later.leave(&fake), Ok((Verdict::Stack, later.build())));
+                assert!(frame.leave(&fake).is_ok());
+            }
+            let answer = frame.answer(ACK).sent_from((F::pod(3), port)).payload(&[5; 64]).part(Part::First);
+            assert_eq!(answer.enter(&fake), Err(DropReason::Fragment));
+            for part in [Part::First, Part::Later(1480)] {
+                let other = frame.clone().sent_to((F::pod(3), 9)).part(part);
+                assert_eq!(other.leave(&fake), Ok((Verdict::Stack, other.build())));
+                assert_eq!(other.enter(&fake), Ok((Verdict::Stack, other.build())));
+            }
+        }
+    }
+
+    fn truncated_at_every_length<F: Names>() {
+        let fake = world();
+        let mut frames = Vec::new();
+        for (frame, port) in flows::<F>() {
+            assert!(frame.leave(&fake).is_ok());
+            let refused = frame.clone().sent_to((F::vip(9), frame.dst_port)).payload(b"payload");
+            let reply = frame.answer(ACK).sent_from((F::pod(2), port));
+            frames.extend([frame.clone(), frame.extended(), refused.clone().extended(), refused, reply]);
+        }
+        let before = fake.tracked();
+        for frame in frames {
+            let whole = frame.build();
+            for length in 0..whole.len() {
+                for step in [leaving::<Bytes, Fake>, entering::<Bytes, Fake>] {
+                    let mut packet = Bytes(whole[..length].to_vec());
+                    let verdict = step(&mut packet, &fake);
+                    assert!(
+                        matches!(verdict, Ok(Verdict::Stack) | Err(DropReason::Truncated)),
+                        "{verdict:?}"
+                    );
+                    assert_eq!(packet.0, whole[..length]);
+                }
+            }
+        }
+        assert_eq!(fake.tracked(), before);
+    }
+
+    fn a_datagram_without_checksum_is_served<F: Names>() {
+        let fake = only(F::pod(2));
+        let none = Transport::Udp { checksum: UdpChecksum::None };
+        let frame = Frame::new((F::pod(1), 4000), (F::vip(1), 53), none).payload(b"query");
+        let there = frame.clone().sent_to((F::pod(2), 5353)).build();
+        assert_eq!(frame.leave(&fake), Ok((Verdict::Pod { ifindex: 12 }, there)));
+        let back = frame.answer(0).sent_from((F::pod(2), 5353)).leave(&fake);
+        assert_eq!(back, Ok((Verdict::Pod { ifindex: 11 }, frame.answer(0).build())));
+    }
+
+    fn a_slot_without_backend_is_told<F: Names>() {
+        let mut fake = world();
+        fake.slots.fill(0);
+        for (frame, _) in flows::<F>() {
+            assert_eq!(frame.leave(&fake), Err(DropReason::NoBackend));
+        }
+        assert!(fake.tracked().is_empty());
+    }
+
+    /// Whatever comes, a packet is dropped as it was, or goes as it was, or goes with right checksums if it came so.
+    fn noise_leaves_packets_whole<F: Names>() {
+        let (mut fake, mut noise) = (world(), Noise(u64::from(F::ETHERTYPE)));
+        let mut changed = 0;
+        for round in 0..20_000 {
+            if noise.percent(2) {
+                fake.clock.set(fake.clock.get() + noise.pick(&[1, 31, 100, 4_000]));
+                let index = noise.below(fake.backends.len());
+                fake.backends[index].generation += 1;
+            }
+            let bytes = if noise.percent(80) { noise.frame::<F>().build() } else { noise.packet() };
+            let mut packet = Bytes(bytes.clone());
+            let verdict =
+                if noise.percent(75) { leaving(&mut packet, &fake) } else { entering(&mut packet, &fake) };
+            if packet.0 == bytes {
+                continue;
+            }
+            changed += 1;
+            assert!(verdict.is_ok(), "{round}: {verdict:?} and changed");
+            if verify(&bytes).is_ok() {
+                assert_eq!(verify(&packet.0), Ok(()), "{round}: {verdict:?}");
+            }
+        }
+        assert!(changed > 5_000, "{changed} packets were changed");
+    }
+
+    #[test]
+    fn what_is_not_ip_is_the_stacks() {
+        let fake = world();
+        let arp = [&[0xff; 12][..], &[8, 6], &[0; 28]].concat();
+        let vlan = [&[2; 12][..], &[0x81, 0, 0, 1, 8, 0], &[0x45; 40]].concat();
+        for bytes in [arp, vlan, vec![], vec![1; 13], vec![8; 14]] {
+            for step in [leaving::<Bytes, Fake>, entering::<Bytes, Fake>] {
+                let mut packet = Bytes(bytes.clone());
+                assert_eq!(step(&mut packet, &fake), Ok(Verdict::Stack));
+                assert_eq!(packet.0, bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn random_bytes_do_no_harm() {
+        let (fake, mut noise) = (world(), Noise(99));
+        for _ in 0..50_000 {
+            let length = noise.below(200);
+            let mut bytes = noise.bytes(length);
+            if let Some(kind) = bytes.get_mut(12..15) {
+                kind.copy_from_slice(&noise.pick(&[[8, 0, 0x45], [0x86, 0xdd, 0x60], [8, 0, 0x4f]]));
+            }
+            for step in [leaving::<Bytes, Fake>, entering::<Bytes, Fake>] {
+                let mut packet = Bytes(bytes.clone());
+                let verdict = step(&mut packet, &fake);
+                assert!(packet.0 == bytes || verdict.is_ok());
+            }
+        }
+    }
 }
