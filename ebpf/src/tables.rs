@@ -119,7 +119,7 @@ pub(crate) mod fake {
                 let flags = Backend::LIVE;
                 self.backends.push(Backend { addr, port, proto, flags, generation: 1, service, reserved: 0 });
             }
-            let key = FrontendKey { addr, port: Port::new(port), proto, scope: FrontendKey::ANY };
+            let key = FrontendKey { addr, port: Port::new(port), proto, scope: FrontendKey::EXTERNAL };
             let length = backends.len() as u32;
             self.frontends
                 .insert(key, Frontend { service, offset, length, flags: Frontend::REJECT, affinity: 0 });
