@@ -23,7 +23,7 @@ pub enum Choice {
 /// One hash lookup says whether this is a service at all.
 #[inline(always)]
 pub fn frontend<T: Services>(tables: &T, addr: Addr, port: Port, proto: Proto) -> Option<Frontend> {
-    tables.frontend(&FrontendKey { addr, port, proto, scope: FrontendKey::ANY })
+    tables.frontend(&FrontendKey { addr, port, proto, scope: FrontendKey::EXTERNAL })
 }
 
 /// The backend that `hash` chooses among the frontend's slots.

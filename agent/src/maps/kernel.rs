@@ -18,7 +18,10 @@ use ferroflow_common::verdict::DropReason;
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use super::batch;
-use super::{ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Plain, Services, Slots};
+use super::{
+    ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Plain, Services, Slots,
+    SourceRanges,
+};
 
 /// A value whose bytes may go to the kernel and come from it.
 #[derive(Clone, Copy)]
@@ -43,7 +46,8 @@ impl KernelMaps {
     /// [`MapError::Missing`] where no agent has run.
     pub fn open(dir: &Path) -> Result<Self, MapError> {
         let mut hashes = BTreeMap::new();
-        for name in [Frontends::NAME, Services::NAME, Endpoints::NAME] {
+        // To the system calls a trie is a hash table with a key of this layout.
+        for name in [Frontends::NAME, SourceRanges::NAME, Services::NAME, Endpoints::NAME] {
             hashes.insert(name, Map::HashMap(pinned(dir, name)?));
         }
         let mut arrays = BTreeMap::new();

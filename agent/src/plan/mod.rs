@@ -51,7 +51,12 @@ pub fn service<'a>(name: &Name, backing: &'a Backing) -> Result<Desired<'a>, Pla
 /// The frontend of a port at one of the Service's addresses.
 pub fn frontends<'a>(service: &'a Service, port: &'a ServicePort) -> impl Iterator<Item = FrontendKey> + 'a {
     let ServicePort { name: _, proto, port } = *port;
-    service.cluster_ips.iter().map(move |&addr| FrontendKey { addr, port, proto, scope: FrontendKey::ANY })
+    service.cluster_ips.iter().map(move |&addr| FrontendKey {
+        addr,
+        port,
+        proto,
+        scope: FrontendKey::EXTERNAL,
+    })
 }
 
 /// The id's name in the tables: `namespace/name:port`, without the colon where the port has no name.

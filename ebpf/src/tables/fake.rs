@@ -46,7 +46,7 @@ impl Fake {
             let flags = Backend::LIVE;
             self.backends.push(Backend { addr, port, proto, flags, generation: 1, service, reserved: 0 });
         }
-        let key = FrontendKey { addr, port: Port::new(port), proto, scope: FrontendKey::ANY };
+        let key = FrontendKey { addr, port: Port::new(port), proto, scope: FrontendKey::EXTERNAL };
         let length = backends.len() as u32;
         let frontend = Frontend { service, offset, length, flags: Frontend::REJECT, affinity: 0 };
         self.frontends.entry(key).insert_entry(frontend).into_mut()

@@ -50,7 +50,7 @@ fn damaged_tables_are_repaired() {
         addr: Addr::v4([10, 96, 0, last]),
         port: Port::new(80),
         proto: Proto::TCP,
-        scope: FrontendKey::ANY,
+        scope: FrontendKey::EXTERNAL,
     };
     let frontend = Frontend { service: 9, offset: 1999, length: 5, flags: 0, affinity: 3 };
     maps.put::<Frontends>(&key(1), &frontend).unwrap();
