@@ -34,7 +34,7 @@ fn a_sweep_deletes_what_expired(sandbox: &Sandbox) -> Result<()> {
     let _programs = Datapath::load(&fs::read(object)?, options)?;
     let now = boottime::seconds();
     let table = Map::LruHashMap(MapData::from_pin(bpffs.maps().join("conntrack_v4"))?);
-    let mut table = HashMap::<_, [u8; 16], [u8; 36]>::try_from(table)?;
+    let mut table = HashMap::<_, [u8; 16], [u8; 56]>::try_from(table)?;
     for number in 0..FLOWS {
         let (tuple, entry) = flow(number, if number % 3 == 0 { now - 5 } else { now + 600 });
         let (key, value) = (tuple.as_bytes().try_into()?, entry.as_bytes().try_into()?);
@@ -63,10 +63,13 @@ fn flow(number: u32, expires: u32) -> (Tuple<[u8; 4]>, Entry) {
         reserved: [0; 3],
     };
     let entry = Entry {
-        nat: Addr::v4([10, 244, 1, 2]),
-        nat_port: Port::new(5353),
+        src: Addr::v4([10, high, mid, low]),
+        dst: Addr::v4([10, 244, 1, 2]),
+        src_port: Port::new(40_000),
+        dst_port: Port::new(5353),
         kind: Entry::FORWARD,
         state: 0,
+        reserved: [0; 2],
         service: 1,
         backend: 1,
         generation: 1,

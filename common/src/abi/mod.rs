@@ -21,5 +21,5 @@ const _: () = {
     assert!(size_of::<lb::Affinity>() == 12);
     assert!(size_of::<conntrack::Tuple<[u8; 4]>>() == 16);
     assert!(size_of::<conntrack::Tuple<[u8; 16]>>() == 40);
-    assert!(size_of::<conntrack::Entry>() == 36);
+    assert!(size_of::<conntrack::Entry>() == 56);
 };

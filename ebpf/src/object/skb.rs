@@ -84,6 +84,23 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn forget(&self, number: u32) -> u32 {
+        let mut number = u64::from(number);
+        let unknown = u64::from(self.0.len());
+        // SAFETY: adds nothing: what is mixed in is taken out again, which the verifier does not relate.
+        unsafe {
+            asm!(
+                "{0} ^= {1}",
+                "{0} ^= {1}",
+                inout(reg) number,
+                in(reg) unknown,
+                options(pure, nomem, nostack),
+            );
+        }
+        number as u32
+    }
+
+    #[inline(always)]
     fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
         if let Some(words) = self.linear(offset) {
             return Some(words);
@@ -98,9 +115,14 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn sum(&self, offset: u32, length: u32) -> Option<Sum> {
-        if length == 0 || length > SUM_MAX || length & 3 != 0 {
+        let mut length = u64::from(length);
+        // SAFETY: adds nothing; the compiler no longer knows a bound that it may have seen elsewhere, and so leaves
+        // the check below to the register that the verifier looks at.
+        unsafe { asm!("{0} += 0", inout(reg) length, options(pure, nomem, nostack)) };
+        if length == 0 || length > u64::from(SUM_MAX) || length & 3 != 0 {
             return None;
         }
+        let length = length as u32;
         let mut bytes = [0u32; SUM_MAX as usize / 4];
         let buffer = bytes.as_mut_ptr();
         // SAFETY: `length` is at most the size of the buffer.
