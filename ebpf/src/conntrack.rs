@@ -121,14 +121,14 @@ pub fn open<F: Family, T: Tables<F>>(
     tables: &T,
     headers: &Headers<F>,
     index: u32,
-    masquerade: Option<Addr>,
+    masquerade: Option<F::Bytes>,
 ) -> Result<(), DropReason> {
     let tuple = &headers.tuple;
     // The stack is short: one tuple and one entry, which are the reply's first and the forward one's then.
     let backend = tables.backend(index).ok_or(DropReason::NoBackend)?;
     let mut reply_tuple = Aligned(Tuple {
         src: F::bytes(&backend.addr),
-        dst: masquerade.map_or(tuple.src, |addr| F::bytes(&addr)),
+        dst: masquerade.unwrap_or(tuple.src),
         src_port: backend.port,
         dst_port: if masquerade.is_some() { random_port(tables.random()) } else { tuple.src_port },
         proto: tuple.proto,
@@ -137,14 +137,16 @@ pub fn open<F: Family, T: Tables<F>>(
     if F::words(&reply_tuple.src) == F::words(&tuple.src) {
         reply_tuple.0.dst = tuple.dst;
     }
+    let frontend = F::addr(tuple.dst);
     let mut entry = Entry {
-        src: F::addr(tuple.dst),
+        src: frontend,
         dst: F::addr(tuple.src),
         src_port: tuple.dst_port,
         dst_port: tuple.src_port,
         kind: Entry::REPLY,
         state: State::NEW.0,
-        reserved: [0; 2],
+        flags: if own(tables, &frontend) { Entry::OWN_SOURCE } else { 0 },
+        reserved: 0,
         service: backend.service,
         backend: index,
         generation: backend.generation,
@@ -156,11 +158,17 @@ pub fn open<F: Family, T: Tables<F>>(
     entry.src_port = reply_tuple.dst_port;
     entry.dst_port = reply_tuple.src_port;
     entry.kind = Entry::FORWARD;
+    entry.flags = if masquerade.is_some() { Entry::OWN_SOURCE } else { 0 };
     if tables.track(tuple, &entry, OnConflict::Replace).is_err() {
         tables.untrack(&reply_tuple);
         return Err(DropReason::ConntrackInsert);
     }
     Ok(())
+}
+
+#[inline(always)]
+fn own<T: Services>(tables: &T, addr: &Addr) -> bool {
+    tables.node_address(addr).is_some()
 }
 
 /// Enters the reply's tuple, under another client port where this one is another flow's.

@@ -25,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 pub mod conntrack;
+pub mod device;
 #[cfg(not(target_arch = "bpf"))]
 pub mod frame;
 pub mod lb;
@@ -36,5 +37,6 @@ pub mod parse;
 pub mod pod;
 pub mod reject;
 pub mod route;
+pub mod service;
 pub mod socket;
 pub mod tables;

@@ -9,6 +9,7 @@ use ferroflow_common::family::Family;
 use ferroflow_common::verdict::DropReason;
 use network_types::tcp::TcpHdr;
 use network_types::udp::UdpHdr;
+use zerocopy::transmute_ref;
 
 use crate::packet::{L3, L4Change, Packet};
 use crate::parse::Headers;
@@ -16,17 +17,29 @@ use crate::parse::Headers;
 /// What a packet's ends become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rewrite {
-    pub src: Addr,
-    pub dst: Addr,
+    /// Source and destination, side by side as in a header.
+    pub addrs: [Addr; 2],
     pub src_port: Port,
     pub dst_port: Port,
+    /// The bits of [`Entry::flags`].
+    pub flags: u8,
 }
 
 impl Rewrite {
     #[inline(always)]
     pub const fn of(entry: &Entry) -> Self {
-        let Entry { src, dst, src_port, dst_port, .. } = *entry;
-        Self { src, dst, src_port, dst_port }
+        let Entry { src, dst, src_port, dst_port, flags, .. } = *entry;
+        Self { addrs: [src, dst], src_port, dst_port, flags }
+    }
+
+    #[inline(always)]
+    pub const fn src(&self) -> &Addr {
+        &self.addrs[0]
+    }
+
+    #[inline(always)]
+    pub const fn dst(&self) -> &Addr {
+        &self.addrs[1]
     }
 }
 
@@ -45,7 +58,7 @@ where
     F::Bytes: Ends,
 {
     let tuple = &headers.tuple;
-    let (src, dst) = (F::bytes(&to.src), F::bytes(&to.dst));
+    let (src, dst) = (F::bytes(to.src()), F::bytes(to.dst()));
     let addresses = difference::<F>(difference::<F>(Sum::ZERO, &tuple.src, &src), &tuple.dst, &dst);
     let (check, zero_is_none) = checksum(tuple.proto);
     let l3_unsummed = F::CSUM_OFF.is_none();
@@ -54,7 +67,7 @@ where
     if let Some(check) = F::CSUM_OFF {
         packet.change_l3_checksum(L3 + check, addresses)?;
     }
-    F::Bytes::store(packet, L3 + F::SRC_OFF, src, dst)?;
+    F::Bytes::store(packet, L3 + F::SRC_OFF, to)?;
     if (tuple.src_port, tuple.dst_port) == (to.src_port, to.dst_port) {
         return Ok(());
     }
@@ -94,24 +107,22 @@ fn difference<F: Family>(sum: Sum, old: &F::Bytes, new: &F::Bytes) -> Sum {
 pub trait Ends: Sized {
     /// # Errors
     /// [`DropReason::Rewrite`].
-    fn store<P: Packet>(packet: &mut P, offset: u32, src: Self, dst: Self) -> Result<(), DropReason>;
+    fn store<P: Packet>(packet: &mut P, offset: u32, to: &Rewrite) -> Result<(), DropReason>;
 }
 
 impl Ends for [u8; 4] {
     #[inline(always)]
-    fn store<P: Packet>(packet: &mut P, offset: u32, src: Self, dst: Self) -> Result<(), DropReason> {
-        let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (src, dst);
+    fn store<P: Packet>(packet: &mut P, offset: u32, to: &Rewrite) -> Result<(), DropReason> {
+        let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (to.src().v4_bytes(), to.dst().v4_bytes());
         packet.write(offset, &[s0, s1, s2, s3, d0, d1, d2, d3])
     }
 }
 
 impl Ends for [u8; 16] {
     #[inline(always)]
-    fn store<P: Packet>(packet: &mut P, offset: u32, src: Self, dst: Self) -> Result<(), DropReason> {
-        let mut both = [0; 32];
-        both[..16].copy_from_slice(&src);
-        both[16..].copy_from_slice(&dst);
-        packet.write(offset, &both)
+    fn store<P: Packet>(packet: &mut P, offset: u32, to: &Rewrite) -> Result<(), DropReason> {
+        let both: &[u8; 32] = transmute_ref!(&to.addrs);
+        packet.write(offset, both)
     }
 }
 
@@ -158,10 +169,10 @@ mod tests {
     /// The frame's ends, one of them replaced.
     fn to(frame: &Frame, end: End, (addr, port): (Addr, u16)) -> Rewrite {
         let (src_port, dst_port) = (Port::new(frame.src_port), Port::new(frame.dst_port));
-        let same = Rewrite { src: frame.src, dst: frame.dst, src_port, dst_port };
+        let same = Rewrite { addrs: [frame.src, frame.dst], src_port, dst_port, flags: 0 };
         match end {
-            End::Source => Rewrite { src: addr, src_port: Port::new(port), ..same },
-            End::Destination => Rewrite { dst: addr, dst_port: Port::new(port), ..same },
+            End::Source => Rewrite { addrs: [addr, frame.dst], src_port: Port::new(port), ..same },
+            End::Destination => Rewrite { addrs: [frame.src, addr], dst_port: Port::new(port), ..same },
         }
     }
 

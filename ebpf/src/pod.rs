@@ -1,15 +1,15 @@
 //! The two ways past a pod's interface.
 
-use ferroflow_common::family::{Family, V4, V6};
+use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
 use crate::conntrack;
-use crate::lb::{self, Choice};
+use crate::lb;
 use crate::nat::{self, Ends};
 use crate::packet::Packet;
-use crate::parse::{self, Fragment, Headers, Parse};
-use crate::reject::{self, Answer};
+use crate::parse::{self, Parse};
 use crate::route;
+use crate::service::{self, Fate, Origin, Outcome, whole};
 use crate::tables::Tables;
 
 /// A packet that a pod sends, at the host's end of its interface.
@@ -23,13 +23,14 @@ where
     T: Tables<V4> + Tables<V6>,
 {
     match packet.ethertype() {
-        V4::ETHERTYPE => leave_in_steps::<V4, P, T>(packet, tables),
-        V6::ETHERTYPE => leave_in_steps::<V6, P, T>(packet, tables),
+        V4::ETHERTYPE => service::in_steps::<V4, P, T>(packet, tables, Origin::Pod, leave::<V4, P, T>),
+        V6::ETHERTYPE => service::in_steps::<V6, P, T>(packet, tables, Origin::Pod, leave::<V6, P, T>),
         _ => Ok(Verdict::Stack),
     }
 }
 
-/// A packet that the node's stack hands to a pod.
+/// A packet that the node's stack hands to a pod, or sends out of a device: what it may need is to come from the
+/// service that it answers for.
 ///
 /// # Errors
 /// Why the packet is dropped.
@@ -40,52 +41,26 @@ where
     T: Tables<V4> + Tables<V6>,
 {
     match packet.ethertype() {
-        V4::ETHERTYPE => enter::<V4, P, T>(packet, tables),
-        V6::ETHERTYPE => enter::<V6, P, T>(packet, tables),
+        V4::ETHERTYPE => service::final_verdict(enter::<V4, P, T>(packet, tables)),
+        V6::ETHERTYPE => service::final_verdict(enter::<V6, P, T>(packet, tables)),
         _ => Ok(Verdict::Stack),
     }
 }
 
-/// What becomes of a packet that leaves a pod.
-enum Fate {
-    Goes(Verdict),
-    /// The first packet of a flow to a service.
-    Opens,
-}
-
-/// What a new flow gets.
-enum Opened {
-    Tracked,
-    /// No endpoint: the packet is to be turned into its own refusal.
-    Refused,
-}
-
-/// One step after the other, not one inside the other: each is a function of its own in the kernel and has the 512
-/// bytes of stack that a chain of calls may use nearly to itself. A step reads the headers again, and the first packet
-/// of a flow takes the way of the second once its flow is tracked; which only that packet pays.
-#[inline(always)]
-fn leave_in_steps<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
+/// A packet of a flow that is known, or of no service.
+#[inline(never)]
+fn leave<F, P, T>(packet: &mut P, tables: &T) -> Outcome
 where
-    F: Answer,
+    F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    for _ in 0..2 {
-        if let Fate::Goes(verdict) = leave::<F, P, T>(packet, tables)? {
-            return Ok(verdict);
-        }
-        if matches!(open::<F, P, T>(packet, tables)?, Opened::Refused) {
-            return refuse::<F, P>(packet);
-        }
-    }
-    // Another flow took the place of the one that was tracked a moment ago.
-    Err(DropReason::ConntrackInsert)
+    Outcome::of(try_leave(packet, tables))
 }
 
-/// A packet of a flow that is known, or of no service.
-#[inline(never)]
-fn leave<F, P, T>(packet: &mut P, tables: &T) -> Result<Fate, DropReason>
+#[inline(always)]
+fn try_leave<F, P, T>(packet: &mut P, tables: &T) -> Result<Fate, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
@@ -93,53 +68,36 @@ where
     T: Tables<F>,
 {
     let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Fate::Goes(Verdict::Stack)) };
-    let dst = F::addr(headers.tuple.dst);
     if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
         whole(&headers)?;
         nat::rewrite(packet, &headers, &to)?;
-        return Ok(Fate::Goes(route::route::<F, T>(tables, &to.dst)));
+        return Ok(Fate::Goes(route::rewritten::<F, T>(tables, &to)));
     }
-    if lb::frontend(tables, dst, headers.tuple.dst_port, headers.tuple.proto).is_some() {
+    let mut key = lb::key::<F>(&headers.tuple);
+    if lb::is_service(tables.frontend(&key)) {
         return Ok(Fate::Opens);
     }
-    Ok(Fate::Goes(route::route::<F, T>(tables, &dst)))
+    // Most packets are for a pod of this node or of another; only what is for neither may be for a NodePort.
+    let verdict = route::route::<F, T>(tables, &key.addr);
+    if verdict == Verdict::Stack && lb::is_service(lb::node_port(tables, &mut key)) {
+        return Ok(Fate::Opens);
+    }
+    Ok(Fate::Goes(verdict))
 }
 
-/// Chooses a backend for a new flow to a service.
 #[inline(never)]
-fn open<F, P, T>(packet: &mut P, tables: &T) -> Result<Opened, DropReason>
+fn enter<F, P, T>(packet: &mut P, tables: &T) -> Outcome
 where
     F: Parse,
+    F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
-    whole(&headers)?;
-    let tuple = &headers.tuple;
-    let (dst, port, proto) = (F::addr(tuple.dst), tuple.dst_port, tuple.proto);
-    let frontend = lb::frontend(tables, dst, port, proto).ok_or(DropReason::NoBackend)?;
-    let frontend = lb::internal(tables, frontend, dst, port, proto);
-    let (client, now) = (F::addr(tuple.src), tables.now());
-    let index = match lb::kept(tables, &frontend, client, now) {
-        Some(index) => index,
-        None => match lb::choose(tables, &frontend, lb::flow_hash::<F>(tuple))? {
-            Choice::Backend { index, .. } => index,
-            Choice::Reject => return Ok(Opened::Refused),
-        },
-    };
-    lb::keep(tables, &frontend, client, index, now);
-    conntrack::open(tables, &headers, index, None)?;
-    Ok(Opened::Tracked)
+    Outcome::of(try_enter(packet, tables).map(Fate::Goes))
 }
 
-#[inline(never)]
-fn refuse<F: Answer, P: Packet>(packet: &mut P) -> Result<Verdict, DropReason> {
-    let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Reject)?;
-    reject::reject(packet, &headers)
-}
-
-#[inline(never)]
-fn enter<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
+#[inline(always)]
+fn try_enter<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
@@ -152,13 +110,6 @@ where
         nat::rewrite(packet, &headers, &to)?;
     }
     Ok(Verdict::Stack)
-}
-
-/// A first fragment that is to be rewritten: nothing would rewrite the later ones, which have no ports, so the datagram
-/// could never be put together again.
-#[inline(always)]
-fn whole<F: Family>(headers: &Headers<F>) -> Result<(), DropReason> {
-    if headers.fragment == Fragment::First { Err(DropReason::Fragment) } else { Ok(()) }
 }
 
 #[cfg(test)]

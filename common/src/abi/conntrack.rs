@@ -46,7 +46,9 @@ pub struct Entry {
     pub kind: u8,
     /// The bits of [`crate::tcp::State`].
     pub state: u8,
-    pub reserved: [u8; 2],
+    /// [`Entry::OWN_SOURCE`].
+    pub flags: u8,
+    pub reserved: u8,
     pub service: u32,
     pub backend: u32,
     /// The backend's generation when the flow chose it.
@@ -58,4 +60,7 @@ pub struct Entry {
 impl Entry {
     pub const FORWARD: u8 = 1;
     pub const REPLY: u8 = 2;
+    /// The source becomes this node's own address: the stack would take such a packet for a forgery, so it goes out of
+    /// its device at once.
+    pub const OWN_SOURCE: u8 = 1;
 }

@@ -7,6 +7,7 @@
 pub mod conntrack;
 pub mod endpoint;
 pub mod lb;
+pub mod node;
 pub mod socket;
 pub mod state;
 

@@ -11,6 +11,7 @@ use ferroflow_common::abi::lb::{
     Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient, ServiceName, SourceRange,
     SourceRangeKey,
 };
+use ferroflow_common::abi::node::{Masquerade, NodeAddress};
 use ferroflow_common::abi::socket::Translation;
 use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::addr::Addr;
@@ -42,6 +43,12 @@ static SERVICES: HashMap<u32, ServiceName, 131_072, ON_DEMAND> = HashMap::new();
 
 #[btf_map(name = "endpoints", pin_by_name)]
 static ENDPOINTS: HashMap<Addr, Endpoint, 4_096, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "node_addresses", pin_by_name)]
+static NODE_ADDRESSES: HashMap<Addr, NodeAddress, 1_024, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "masquerade", pin_by_name)]
+static MASQUERADE: Array<Masquerade, 1, MMAP> = Array::new();
 
 #[btf_map(name = "conntrack_v4", pin_by_name)]
 static CONNTRACK_V4: LruHashMap<Tuple<[u8; 4]>, Entry, 262_144> = LruHashMap::new();
@@ -76,6 +83,12 @@ impl Services for Kernel {
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
         // SAFETY: copied before anything else is called; the agent replaces a row by a new one, never in place.
         unsafe { FRONTENDS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn node_address(&self, addr: &Addr) -> Option<NodeAddress> {
+        // SAFETY: copied before anything else is called.
+        unsafe { NODE_ADDRESSES.get(addr) }.copied()
     }
 
     #[inline(always)]
@@ -131,10 +144,12 @@ pub(crate) trait Flows: Family {
     fn lookup(tuple: &Aligned<Tuple<Self::Bytes>>) -> Option<*mut Entry>;
     fn insert(tuple: &Aligned<Tuple<Self::Bytes>>, entry: &Entry, flags: u64) -> Result<(), i32>;
     fn remove(tuple: &Aligned<Tuple<Self::Bytes>>);
+    /// The node's address of this family.
+    fn own(masquerade: &Masquerade) -> Self::Bytes;
 }
 
 macro_rules! flows {
-    ($family:ty, $map:ident) => {
+    ($family:ty, $map:ident, $own:ident) => {
         impl Flows for $family {
             #[inline(always)]
             fn lookup(tuple: &Aligned<Tuple<Self::Bytes>>) -> Option<*mut Entry> {
@@ -151,12 +166,17 @@ macro_rules! flows {
                 // That it is gone already is what was wanted.
                 let _gone = $map.remove(&tuple.0);
             }
+
+            #[inline(always)]
+            fn own(masquerade: &Masquerade) -> Self::Bytes {
+                Self::bytes(&masquerade.$own)
+            }
         }
     };
 }
 
-flows!(V4, CONNTRACK_V4);
-flows!(V6, CONNTRACK_V6);
+flows!(V4, CONNTRACK_V4, v4);
+flows!(V6, CONNTRACK_V6, v6);
 
 const EEXIST: i32 = -17;
 
@@ -195,6 +215,11 @@ impl<F: Flows> Tables<F> for Kernel {
     fn endpoint(&self, addr: &Addr) -> Option<Endpoint> {
         // SAFETY: copied before anything else is called.
         unsafe { ENDPOINTS.get(addr) }.copied()
+    }
+
+    #[inline(always)]
+    fn masquerade(&self) -> F::Bytes {
+        F::own(MASQUERADE.get(0).unwrap_or(&Masquerade { v4: Addr::UNSPECIFIED, v6: Addr::UNSPECIFIED }))
     }
 
     #[inline(always)]

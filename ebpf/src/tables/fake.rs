@@ -7,6 +7,7 @@ use std::rc::Rc;
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
+use ferroflow_common::abi::node::NodeAddress;
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::{Family, V4, V6};
 
@@ -15,6 +16,8 @@ use super::{Aligned, InsertError, OnConflict, Services, Tables, Tracked};
 #[derive(Debug, Default)]
 pub struct Fake {
     pub frontends: HashMap<FrontendKey, Frontend>,
+    /// This node's own addresses; the first of a family masquerades.
+    pub node: BTreeMap<Addr, NodeAddress>,
     /// Who is admitted where ranges say so, one by one.
     pub ranges: Vec<ServiceClient>,
     pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
@@ -131,6 +134,10 @@ impl Services for Fake {
         self.frontends.get(key).copied()
     }
 
+    fn node_address(&self, addr: &Addr) -> Option<NodeAddress> {
+        self.node.get(addr).copied()
+    }
+
     fn allows(&self, client: &ServiceClient) -> bool {
         self.ranges.contains(client)
     }
@@ -187,6 +194,11 @@ macro_rules! tables {
 
             fn endpoint(&self, addr: &Addr) -> Option<Endpoint> {
                 self.endpoints.get(addr).copied()
+            }
+
+            fn masquerade(&self) -> <$family as Family>::Bytes {
+                let own = self.node.keys().find(|addr| addr.ip().is_ipv6() == <$family>::CSUM_OFF.is_none());
+                <$family>::bytes(own.unwrap_or(&Addr::UNSPECIFIED))
             }
 
             fn now(&self) -> u32 {

@@ -5,6 +5,7 @@ use core::ops::Deref;
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
+use ferroflow_common::abi::node::NodeAddress;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::Family;
 
@@ -26,6 +27,8 @@ impl<T> Deref for Aligned<T> {
 /// The load-balancing tables.
 pub trait Services {
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend>;
+    /// This node's own address, if it is one.
+    fn node_address(&self, addr: &Addr) -> Option<NodeAddress>;
     /// Whether a range that the service admits has the client (rule 22).
     fn allows(&self, client: &ServiceClient) -> bool;
     fn remembered(&self, key: &AffinityKey) -> Option<Affinity>;
@@ -74,6 +77,8 @@ pub trait Tables<F: Family>: Services {
     ) -> Result<(), InsertError>;
     fn untrack(&self, tuple: &Aligned<Tuple<F::Bytes>>);
     fn endpoint(&self, addr: &Addr) -> Option<Endpoint>;
+    /// This node's address that stands in for clients; unspecified where it has none of the family.
+    fn masquerade(&self) -> F::Bytes;
     /// Seconds of `CLOCK_BOOTTIME`.
     fn now(&self) -> u32;
     fn random(&self) -> u32;
