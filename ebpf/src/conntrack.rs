@@ -33,28 +33,46 @@ pub fn follow<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Know
     if entry.expires < now {
         return Known::Nothing;
     }
-    let (direction, end) = if entry.is_forward() {
-        if chooses_again(tables, headers, &entry) {
-            if let Some((tuple, _row)) = other(tables, headers, &entry) {
-                tables.untrack(&tuple);
-            }
-            return Known::Nothing;
+    let change = change(tables, headers, &entry, now);
+    if let Change::Refreshed { state, expires } = change {
+        tracked.store_state(state.0, expires);
+    }
+    if change != Change::None {
+        change_other(tables, headers, &entry, change);
+    }
+    if change == Change::Ends {
+        // A forward entry is about to be replaced.
+        if !entry.is_forward() {
+            tables.untrack(&headers.tuple);
         }
-        (Direction::Forward, End::Destination)
+        return Known::Nothing;
+    }
+    let end = if entry.is_forward() { End::Destination } else { End::Source };
+    Known::Flow(Rewrite { end, addr: entry.nat, port: entry.nat_port, looped: entry.is_looped() })
+}
+
+/// What a packet does to its flow's two entries.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Change {
+    None,
+    Refreshed {
+        state: State,
+        expires: u32,
+    },
+    /// The packet opens another flow.
+    Ends,
+}
+
+#[inline(always)]
+fn change<F: Family, T: Services>(tables: &T, headers: &Headers<F>, entry: &Entry, now: u32) -> Change {
+    let (direction, ends) = if entry.is_forward() {
+        (Direction::Forward, chooses_again(tables, headers, entry))
     } else {
         // A server that opens a connection from its service port to a former client's port: not a reply, and neither
         // is what follows (rule 35).
-        if headers.flags.opens() {
-            if let Some((tuple, _row)) = other(tables, headers, &entry) {
-                tables.untrack(&tuple);
-            }
-            tables.untrack(&headers.tuple);
-            return Known::Nothing;
-        }
-        (Direction::Reply, End::Source)
+        (Direction::Reply, headers.flags.opens())
     };
-    refresh(tables, &tracked, headers, Refresh { entry, direction, now });
-    Known::Flow(Rewrite { end, addr: entry.nat, port: entry.nat_port, looped: entry.is_looped() })
+    if ends { Change::Ends } else { refreshed(headers, entry, direction, now) }
 }
 
 /// Only a SYN moves a TCP flow, and only to where it is not a retransmission to a live backend (rules 30, 35). A UDP
@@ -73,44 +91,33 @@ fn gone<T: Services>(tables: &T, entry: &Entry) -> bool {
     tables.backend(entry.backend).is_none_or(|backend: Backend| backend.generation != entry.generation)
 }
 
-/// An entry as it was read, with what its packet adds.
-struct Refresh {
-    entry: Entry,
-    direction: Direction,
-    now: u32,
-}
-
-/// Writes state and expiry where they changed by more than an eighth of the lifetime, to both entries: a busy flow is
-/// written every few seconds, not at every packet.
+/// State and expiry where they changed by more than an eighth of the lifetime: a busy flow is written every few seconds,
+/// not at every packet.
 #[inline(always)]
-fn refresh<F: Family, T: Tables<F>>(tables: &T, own: &T::Tracked, headers: &Headers<F>, seen: Refresh) {
-    let Refresh { entry, direction, now } = seen;
+fn refreshed<F: Family>(headers: &Headers<F>, entry: &Entry, direction: Direction, now: u32) -> Change {
     let state = State(entry.state).after(headers.flags, direction);
     let lifetime = state.lifetime(headers.tuple.proto);
     let expires = now.wrapping_add(lifetime);
     let due = expires > entry.expires.saturating_add(lifetime / 8);
-    if state.0 == entry.state && !due {
-        return;
-    }
-    own.store_state(state.0, expires);
-    if let Some((_tuple, row)) = other(tables, headers, &entry) {
-        row.store_state(state.0, expires);
-    }
+    if state.0 != entry.state || due { Change::Refreshed { state, expires } } else { Change::None }
 }
 
-/// The other direction's entry with its tuple, unless a flow of another frontend has taken that tuple over since.
+/// The same for the other direction's entry, unless a flow of another frontend has taken its tuple over since.
 #[inline(always)]
-fn other<F: Family, T: Tables<F>>(
-    tables: &T,
-    headers: &Headers<F>,
-    entry: &Entry,
-) -> Option<(Aligned<Tuple<F::Bytes>>, T::Tracked)> {
+fn change_other<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>, entry: &Entry, change: Change) {
     let own = &headers.tuple;
     let tuple = partner::<F>(own, entry);
-    let row = tables.tracked(&tuple)?;
+    let Some(row) = tables.tracked(&tuple) else { return };
     let (addr, port) = if entry.is_forward() { (own.dst, own.dst_port) } else { (own.src, own.src_port) };
-    let seen = row.load();
-    (seen.nat == F::addr(addr) && seen.nat_port == port).then_some((tuple, row))
+    let other = row.load();
+    if F::bytes(&other.nat) != addr || other.nat_port != port {
+        return;
+    }
+    match change {
+        Change::None => {}
+        Change::Refreshed { state, expires } => row.store_state(state.0, expires),
+        Change::Ends => tables.untrack(&tuple),
+    }
 }
 
 /// The tuple of the same flow's other direction.
@@ -501,6 +508,9 @@ mod tests {
             let net = Net::new::<F>(Proto::TCP);
             let server = net.establish();
             net.send(close);
+            if close == ACK {
+                net.fake.conntrack.borrow_mut().retain(|_, row| !row.load().is_forward());
+            }
             for (frame, enters) in [
                 (Frame::tcp(server, net.client, SYN), false),
                 (Frame::tcp(net.client, server, SYN | ACK), false),
