@@ -443,23 +443,20 @@ mod tests {
     }
 
     fn a_tuple_is_taken_over_when_its_flow_is_over<F: Names>() {
-        // Expired, closed by a reset, or the client's own earlier flow whose forward entry is gone.
-        let over: [(Proto, fn(&Net)); 3] = [
-            (Proto::UDP, |net| net.wait(31)),
-            (Proto::TCP, |net| net.wait(61)),
-            (Proto::TCP, |net| {
-                net.send(Flags::RST);
-            }),
-        ];
-        for (proto, end) in over {
+        // Expired, or closed by a reset.
+        for (proto, seconds, flags) in
+            [(Proto::UDP, 31, None), (Proto::TCP, 61, None), (Proto::TCP, 0, Some(Flags::RST))]
+        {
             let mut net = Net::new::<F>(proto);
             let backend = net.only(1);
             net.send(SYN);
-            end(&net);
+            net.wait(seconds);
+            flags.map(|flags| net.send(flags));
             let second = Net { vip: (F::vip(2), 80), ..net };
             assert_eq!(second.send(SYN), backend);
             second.answer(backend, SYN | ACK);
         }
+        // The client's own earlier flow, whose forward entry is gone.
         let net = Net::single::<F>(Proto::UDP);
         let backend = net.send(0);
         net.fake.conntrack.borrow_mut().retain(|_, row| !row.load().is_forward());

@@ -61,7 +61,7 @@ fn lints(toolchain: &Toolchain) -> Result<Tally> {
     let mut clippy = toolchain.cargo();
     clippy.args(["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"]);
     check(&mut clippy)?;
-    check(&mut compile::object_cargo(toolchain, "clippy").args(["--", "--deny", "warnings"]))
+    check(compile::object_cargo(toolchain, "clippy").args(["--", "--deny", "warnings"]))
 }
 
 fn check(command: &mut Command) -> Result<Tally> {
