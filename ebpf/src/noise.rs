@@ -43,7 +43,7 @@ impl Noise {
     /// A packet of the world, seldom damaged, seldom anything at all.
     pub fn packet(&mut self) -> Vec<u8> {
         if self.percent(3) {
-            let length = 15 + self.below(120);
+            let length = SHORTEST + self.below(120);
             let mut bytes = self.bytes(length);
             let kind = self.pick(&[[8, 0], [0x86, 0xdd], [8, 6], [0x81, 0]]);
             bytes[12..14].copy_from_slice(&kind);
@@ -51,6 +51,7 @@ impl Noise {
         }
         let frame = if self.percent(50) { self.frame::<V4>() } else { self.frame::<V6>() };
         let mut bytes = frame.build();
+        bytes.resize(bytes.len().max(SHORTEST), 0);
         if self.percent(12) {
             self.damage(&mut bytes);
         }
@@ -91,7 +92,7 @@ impl Noise {
     fn ends<F: Names>(&mut self, proto: Proto) -> (Socket, Socket) {
         let (service, target) = if proto == Proto::TCP { (80, 8080) } else { (53, 5353) };
         let client = (F::pod(self.pick(&[1, 2, 4])), self.pick(&[4000, 4001, 4002]));
-        let vip = (F::vip(self.pick(&[1, 1, 1, 2, 2, 8, 9])), service);
+        let vip = (F::vip(self.pick(&[1, 1, 1, 2, 2, 3, 8, 9])), service);
         let backend = (F::pod(self.pick(&[2, 3])), target);
         match self.below(10) {
             0..5 => (client, vip),
@@ -125,7 +126,7 @@ impl Noise {
 
     fn damage(&mut self, bytes: &mut Vec<u8>) {
         match self.below(4) {
-            0 => bytes.truncate((15 + self.below(bytes.len())).min(bytes.len())),
+            0 => bytes.truncate(SHORTEST + self.below(bytes.len() - SHORTEST + 1)),
             1 => {
                 let padding = 1 + self.below(20);
                 bytes.extend(self.bytes(padding));
@@ -138,6 +139,9 @@ impl Noise {
         }
     }
 }
+
+/// The kernel runs programs on no shorter IPv6 packet, and every packet here has this length.
+const SHORTEST: usize = 54;
 
 /// Services of both families, with what may go wrong between them: two frontends of one backend, a pod that is its own
 /// backend, one frontend that refuses and one that drops. Pods 1 and 2 are local.
@@ -153,6 +157,7 @@ fn services<F: Names>(fake: &mut Fake) {
         let backends: [(Addr, u16); 2] = [(F::pod(2), target), (F::pod(3), target)];
         fake.service(F::vip(1), port, proto, &backends);
         fake.service(F::vip(2), port, proto, &backends[..1]);
+        fake.service(F::vip(3), port, proto, &backends[1..]);
         fake.service(F::vip(8), port, proto, &[]).flags = 0;
         fake.service(F::vip(9), port, proto, &[]);
     }

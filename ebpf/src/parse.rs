@@ -105,7 +105,7 @@ impl Parse for V6 {
         let dst = Self::from_words([d0, d1, d2, d3]);
         let mut l4 = L3 + Self::HDR_LEN;
         let mut part = Fragment::Whole;
-        for _ in 0..=EXTENSION_HEADERS {
+        for _ in 0..EXTENSION_HEADERS {
             if !extension(next) {
                 return Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part });
             }
@@ -126,7 +126,10 @@ impl Parse for V6 {
                 return Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part });
             }
         }
-        Err(DropReason::ExtensionHeaders)
+        if extension(next) {
+            return Err(DropReason::ExtensionHeaders);
+        }
+        Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part })
     }
 }
 

@@ -33,6 +33,7 @@ pub struct Fake {
     thrown: Cell<u32>,
     /// How often a flow's state was written.
     pub refreshed: Rc<Cell<u32>>,
+    pub lookups: Cell<Lookups>,
 }
 
 impl Fake {
@@ -88,6 +89,16 @@ impl Fake {
         self.conntrack.borrow().iter().map(|(tuple, row)| (*tuple, row.load())).collect()
     }
 
+    fn count_hash(&self) {
+        let lookups = self.lookups.get();
+        self.lookups.set(Lookups { hash: lookups.hash + 1, ..lookups });
+    }
+
+    fn count_array(&self) {
+        let lookups = self.lookups.get();
+        self.lookups.set(Lookups { array: lookups.array + 1, ..lookups });
+    }
+
     fn wide<F: Family>(tuple: &Aligned<Tuple<F::Bytes>>) -> Tuple<[u8; 16]> {
         Tuple {
             src: F::addr(tuple.src).bytes,
@@ -98,6 +109,13 @@ impl Fake {
             reserved: [0; 3],
         }
     }
+}
+
+/// How often tables were read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lookups {
+    pub hash: u32,
+    pub array: u32,
 }
 
 /// What index 0 holds.
@@ -131,6 +149,7 @@ impl Tracked for Row {
 
 impl Services for Fake {
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
+        self.count_hash();
         self.frontends.get(key).copied()
     }
 
@@ -151,10 +170,12 @@ impl Services for Fake {
     }
 
     fn slot(&self, slot: u32) -> Option<u32> {
+        self.count_array();
         self.slots.get(slot as usize).copied()
     }
 
     fn backend(&self, index: u32) -> Option<Backend> {
+        self.count_array();
         self.backends.get(index as usize).copied()
     }
 }
@@ -165,6 +186,7 @@ macro_rules! tables {
             type Tracked = Row;
 
             fn tracked(&self, tuple: &Aligned<Tuple<<$family as Family>::Bytes>>) -> Option<Row> {
+                self.count_hash();
                 self.conntrack.borrow().get(&Self::wide::<$family>(tuple)).cloned()
             }
 
@@ -193,6 +215,7 @@ macro_rules! tables {
             }
 
             fn endpoint(&self, addr: &Addr) -> Option<Endpoint> {
+                self.count_hash();
                 self.endpoints.get(addr).copied()
             }
 
