@@ -1,7 +1,6 @@
 //! `ferroflow agent`: the loop that joins the stages. All decisions are in them; here is only who is told what, when.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use aya_log::EbpfLogger;
@@ -12,7 +11,9 @@ use tokio::time::sleep_until;
 
 use crate::boottime;
 use crate::config;
-use crate::datapath::{self, Datapath, DatapathError, Lock};
+use crate::datapath::{self, Datapath, DatapathError};
+use crate::gc;
+use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
 use crate::model::Change;
@@ -39,6 +40,7 @@ const QUEUE: usize = 1024;
 /// # Errors
 /// [`DaemonError`] where it cannot start.
 pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
+    datapath::prepare(&config.bpffs)?;
     let _lock = Lock::acquire(&config.bpffs.dir)?;
     let cgroup = match &config.cgroup {
         Some(dir) => dir.clone(),
@@ -66,11 +68,13 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     tokio::spawn(source.run(events));
     let (events, routes) = mpsc::channel(QUEUE);
     let watching = tokio::spawn(net::watch_routes(events));
+    let sweeping = tokio::spawn(gc::run(config.bpffs.maps()));
     let pods =
         Attachments { attached: datapath.pinned_pods()?.into_iter().collect(), ..Attachments::default() };
     let state = first_words(config);
-    Daemon { datapath, reconciler, pods, state, awaited: 2 }.serve(objects, routes).await?;
+    Daemon { datapath, reconciler, pods, said: None, state, awaited: 2 }.serve(objects, routes).await?;
     watching.abort();
+    sweeping.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
 }
@@ -102,6 +106,8 @@ struct Daemon {
     datapath: Datapath,
     reconciler: Reconciler<KernelMaps>,
     pods: Attachments,
+    /// What was last said where `ferroflow status` finds it; nothing yet.
+    said: Option<AgentState>,
     state: AgentState,
     /// Sources that have not yet sent all they have.
     awaited: u32,
@@ -157,9 +163,6 @@ impl Daemon {
         match event {
             Event::Change(change) => self.reconciler.handle(change, Instant::now()),
             Event::Problems(problems) => {
-                for problem in &problems {
-                    tracing::error!("not served: {problem}");
-                }
                 self.state.rejected = u32::try_from(problems.len()).unwrap_or(u32::MAX);
             }
             Event::Synced => self.source_synced(),
@@ -218,20 +221,19 @@ impl Daemon {
         let stats = self.reconciler.stats();
         let synced =
             self.awaited == 0 && stats.pending == 0 && stats.failing == 0 && self.pods.retry.is_none();
-        let state = AgentState {
-            synced: u32::from(synced),
-            writes: stats.writes,
-            retries: stats.failures,
-            ..self.state
-        };
-        if state != self.state || state.writes == 0 {
-            self.reconciler.maps().set_agent_state(state)?;
+        self.state.synced = u32::from(synced);
+        self.state.writes = stats.writes;
+        self.state.retries = stats.failures;
+        if self.said == Some(self.state) {
+            return Ok(());
         }
-        if synced && self.state.synced == 0 {
+        self.reconciler.maps().set_agent_state(self.state)?;
+        let was_synced = self.said.is_some_and(|said| said.synced != 0);
+        if synced && !was_synced {
             let reconcile::Stats { services, frontends, backends, endpoints, writes, .. } = stats;
             tracing::info!(services, frontends, backends, endpoints, writes, "in sync");
         }
-        self.state = state;
+        self.said = Some(self.state);
         Ok(())
     }
 }
@@ -266,6 +268,8 @@ fn far_away() -> Instant {
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
     #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error(transparent)]
     Datapath(#[from] DatapathError),
     #[error(transparent)]
     Map(#[from] MapError),
@@ -275,8 +279,6 @@ pub enum DaemonError {
     Routes,
     #[error("cannot read the programs' log: {0}")]
     Log(#[from] aya_log::Error),
-    #[error("{}: {source}", path.display())]
-    Path { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
     Io(#[from] std::io::Error),
 }

@@ -22,6 +22,8 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod datapath;
+pub mod gc;
+pub mod lock;
 pub mod maps;
 pub mod model;
 pub mod net;

@@ -10,6 +10,8 @@
 //! | `frontends` | hash | [`abi::lb::FrontendKey`] -> [`abi::lb::Frontend`] | agent | programs, CLI |
 //! | `slots` | array, mmap | slot -> [`abi::lb::Slot`] | agent | programs, CLI |
 //! | `backends` | array, mmap | index -> [`abi::lb::Backend`] | agent | programs, CLI |
+//! | `source_ranges` | LPM trie | [`abi::lb::SourceRangeKey`] -> [`abi::lb::SourceRange`] | agent | programs |
+//! | `affinity` | LRU hash | [`abi::lb::AffinityKey`] -> [`abi::lb::Affinity`] | programs | programs |
 //! | `services` | hash | service id -> [`abi::lb::ServiceName`] | agent | agent (restore), CLI |
 //! | `endpoints` | hash | [`addr::Addr`] -> [`abi::endpoint::Endpoint`] | agent | programs, CLI |
 //! | `conntrack_v4`, `conntrack_v6` | LRU hash | [`abi::conntrack::Tuple`] -> [`abi::conntrack::Entry`] | programs | programs, CLI; the agent deletes what expired |

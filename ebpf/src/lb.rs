@@ -1,7 +1,7 @@
 //! Which service a destination is, and which backend a flow gets.
 
 use ferroflow_common::abi::conntrack::Tuple;
-use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey};
+use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey};
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::Family;
 use ferroflow_common::hash;
@@ -23,7 +23,47 @@ pub enum Choice {
 /// One hash lookup says whether this is a service at all.
 #[inline(always)]
 pub fn frontend<T: Services>(tables: &T, addr: Addr, port: Port, proto: Proto) -> Option<Frontend> {
-    tables.frontend(&FrontendKey { addr, port, proto, scope: FrontendKey::ANY })
+    tables.frontend(&FrontendKey { addr, port, proto, scope: FrontendKey::EXTERNAL })
+}
+
+/// The row for traffic from this node's own pods and host (rule 16).
+#[inline(always)]
+pub fn internal<T: Services>(
+    tables: &T,
+    external: Frontend,
+    addr: Addr,
+    port: Port,
+    proto: Proto,
+) -> Frontend {
+    if external.flags & Frontend::INTERNAL_ROW == 0 {
+        return external;
+    }
+    let key = FrontendKey { addr, port, proto, scope: FrontendKey::INTERNAL };
+    tables.frontend(&key).unwrap_or(external)
+}
+
+/// The backend that a client has kept, where the service has affinity and it may still be used (rule 29).
+#[inline(always)]
+pub fn kept<T: Services>(tables: &T, frontend: &Frontend, client: Addr, now: u32) -> Option<u32> {
+    if frontend.affinity == 0 || frontend.length == 0 {
+        return None;
+    }
+    let kept = tables.remembered(&AffinityKey { client, service: frontend.service })?;
+    let backend = tables.backend(kept.backend)?;
+    let fresh = now <= kept.last_used.saturating_add(frontend.affinity);
+    (fresh && backend.generation == kept.generation && frontend.chooses(&backend)).then_some(kept.backend)
+}
+
+/// Keeps the client at its backend for as long as the service says from now on.
+#[inline(always)]
+pub fn keep<T: Services>(tables: &T, frontend: &Frontend, client: Addr, index: u32, now: u32) {
+    if frontend.affinity == 0 {
+        return;
+    }
+    if let Some(Backend { generation, .. }) = tables.backend(index) {
+        let choice = Affinity { backend: index, generation, last_used: now };
+        tables.remember(&AffinityKey { client, service: frontend.service }, &choice);
+    }
 }
 
 /// The backend that `hash` chooses among the frontend's slots.
@@ -130,5 +170,49 @@ mod tests {
         assert_eq!(choose(&fake, &lookup(&fake), 7), Err(DropReason::NoBackend));
         fake.slots.clear();
         assert_eq!(choose(&fake, &lookup(&fake), 7), Err(DropReason::NoBackend));
+    }
+
+    #[test]
+    fn rule_29_a_client_keeps_its_backend_while_it_may_be_used() {
+        let mut fake = Fake::default();
+        let frontend = fake.service(VIP, 80, Proto::TCP, &PODS);
+        frontend.affinity = 100;
+        let frontend = *frontend;
+        for backend in &mut fake.backends {
+            backend.flags |= Backend::CLUSTER;
+        }
+        let client = Addr::v4([10, 244, 1, 9]);
+        let kept = |fake: &Fake, now| kept(fake, &frontend, client, now);
+        assert_eq!(kept(&fake, 1_000), None, "a new client chooses");
+        keep(&fake, &frontend, client, 2, 1_000);
+        assert_eq!(kept(&fake, 1_100), Some(2));
+        assert_eq!(kept(&fake, 1_101), None, "too long ago");
+        keep(&fake, &frontend, client, 2, 1_090);
+        assert_eq!(kept(&fake, 1_190), Some(2), "each use counts from then");
+        assert_eq!(
+            super::kept(&fake, &Frontend { affinity: 0, ..frontend }, client, 1_100),
+            None,
+            "turned off"
+        );
+        let local = Frontend { flags: Frontend::LOCAL, ..frontend };
+        assert_eq!(super::kept(&fake, &local, client, 1_100), None, "not one of those it chooses among");
+        fake.backends[2].generation += 1;
+        assert_eq!(kept(&fake, 1_100), None, "gone");
+    }
+
+    #[test]
+    fn rule_16_traffic_of_the_node_has_a_row_of_its_own() {
+        let mut fake = Fake::default();
+        let external = fake.service(VIP, 80, Proto::TCP, &[]);
+        external.flags = Frontend::INTERNAL_ROW;
+        let external = *external;
+        let port = Port::new(80);
+        assert_eq!(internal(&fake, external, VIP, port, Proto::TCP), external, "not written yet");
+        let key = FrontendKey { addr: VIP, port, proto: Proto::TCP, scope: FrontendKey::INTERNAL };
+        let row = Frontend { length: 3, ..external };
+        fake.frontends.insert(key, row);
+        assert_eq!(internal(&fake, external, VIP, port, Proto::TCP), row);
+        let alone = Frontend { flags: 0, ..external };
+        assert_eq!(internal(&fake, alone, VIP, port, Proto::TCP), alone);
     }
 }

@@ -121,6 +121,7 @@ impl Parse for V6 {
                 l4 += (u32::from(extension[1]) + 1) * 8;
             }
             next = extension[0];
+            l4 = packet.forget(l4);
             if part == Fragment::Later {
                 return Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part });
             }
@@ -159,10 +160,11 @@ const fn extension(next: u8) -> bool {
 /// [`DropReason::Truncated`] where a header does not fit, [`DropReason::ExtensionHeaders`].
 #[inline(always)]
 pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, DropReason> {
-    let network = F::network(packet)?;
+    let mut network = F::network(packet)?;
     if network.fragment == Fragment::Later {
         return Ok(None);
     }
+    network.l4 = packet.forget(network.l4);
     let (ports, length, flags) = if network.proto == Proto::TCP {
         let [ports, _seq, _ack, control, _check] =
             packet.words::<{ TcpHdr::LEN / 4 }>(network.l4).ok_or(DropReason::Truncated)?;

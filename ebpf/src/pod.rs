@@ -3,9 +3,9 @@
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack::{self, Known};
+use crate::conntrack;
 use crate::lb::{self, Choice};
-use crate::nat::{self, End, Store};
+use crate::nat::{self, Ends};
 use crate::packet::Packet;
 use crate::parse::{self, Fragment, Headers, Parse};
 use crate::reject::{self, Answer};
@@ -51,29 +51,36 @@ enum Fate {
     Goes(Verdict),
     /// The first packet of a flow to a service.
     Opens,
-    /// To be turned into its own refusal.
+}
+
+/// What a new flow gets.
+enum Opened {
+    Tracked,
+    /// No endpoint: the packet is to be turned into its own refusal.
     Refused,
 }
 
 /// One step after the other, not one inside the other: each is a function of its own in the kernel and has the 512
-/// bytes of stack that a chain of calls may use nearly to itself. A step reads the headers again, which only the first
-/// packet of a flow pays.
+/// bytes of stack that a chain of calls may use nearly to itself. A step reads the headers again, and the first packet
+/// of a flow takes the way of the second once its flow is tracked; which only that packet pays.
 #[inline(always)]
 fn leave_in_steps<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
 where
     F: Answer,
-    F::Bytes: Store,
+    F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let mut fate = leave::<F, P, T>(packet, tables)?;
-    if matches!(fate, Fate::Opens) {
-        fate = open::<F, P, T>(packet, tables)?;
+    for _ in 0..2 {
+        if let Fate::Goes(verdict) = leave::<F, P, T>(packet, tables)? {
+            return Ok(verdict);
+        }
+        if matches!(open::<F, P, T>(packet, tables)?, Opened::Refused) {
+            return refuse::<F, P>(packet);
+        }
     }
-    match fate {
-        Fate::Goes(verdict) => Ok(verdict),
-        Fate::Refused | Fate::Opens => refuse::<F, P>(packet),
-    }
+    // Another flow took the place of the one that was tracked a moment ago.
+    Err(DropReason::ConntrackInsert)
 }
 
 /// A packet of a flow that is known, or of no service.
@@ -81,53 +88,48 @@ where
 fn leave<F, P, T>(packet: &mut P, tables: &T) -> Result<Fate, DropReason>
 where
     F: Parse,
-    F::Bytes: Store,
+    F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
     let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Fate::Goes(Verdict::Stack)) };
     let dst = F::addr(headers.tuple.dst);
-    match conntrack::follow::<F, T>(tables, &headers) {
-        Known::Flow(to) => {
-            whole(&headers)?;
-            nat::rewrite(packet, &headers, &to)?;
-            let next = match to.end {
-                End::Destination => to.addr,
-                End::Source if to.looped => F::addr(headers.tuple.src),
-                End::Source => dst,
-            };
-            Ok(Fate::Goes(route::route::<F, T>(tables, &next)))
-        }
-        Known::Nothing => {
-            if lb::frontend(tables, dst, headers.tuple.dst_port, headers.tuple.proto).is_some() {
-                return Ok(Fate::Opens);
-            }
-            Ok(Fate::Goes(route::route::<F, T>(tables, &dst)))
-        }
+    if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
+        whole(&headers)?;
+        nat::rewrite(packet, &headers, &to)?;
+        return Ok(Fate::Goes(route::route::<F, T>(tables, &to.dst)));
     }
+    if lb::frontend(tables, dst, headers.tuple.dst_port, headers.tuple.proto).is_some() {
+        return Ok(Fate::Opens);
+    }
+    Ok(Fate::Goes(route::route::<F, T>(tables, &dst)))
 }
 
-/// The first packet of a flow to a service.
+/// Chooses a backend for a new flow to a service.
 #[inline(never)]
-fn open<F, P, T>(packet: &mut P, tables: &T) -> Result<Fate, DropReason>
+fn open<F, P, T>(packet: &mut P, tables: &T) -> Result<Opened, DropReason>
 where
     F: Parse,
-    F::Bytes: Store,
     P: Packet,
     T: Tables<F>,
 {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
     whole(&headers)?;
     let tuple = &headers.tuple;
-    let frontend =
-        lb::frontend(tables, F::addr(tuple.dst), tuple.dst_port, tuple.proto).ok_or(DropReason::NoBackend)?;
-    let (index, backend) = match lb::choose(tables, &frontend, lb::flow_hash::<F>(tuple))? {
-        Choice::Backend { index, backend } => (index, backend),
-        Choice::Reject => return Ok(Fate::Refused),
+    let (dst, port, proto) = (F::addr(tuple.dst), tuple.dst_port, tuple.proto);
+    let frontend = lb::frontend(tables, dst, port, proto).ok_or(DropReason::NoBackend)?;
+    let frontend = lb::internal(tables, frontend, dst, port, proto);
+    let (client, now) = (F::addr(tuple.src), tables.now());
+    let index = match lb::kept(tables, &frontend, client, now) {
+        Some(index) => index,
+        None => match lb::choose(tables, &frontend, lb::flow_hash::<F>(tuple))? {
+            Choice::Backend { index, .. } => index,
+            Choice::Reject => return Ok(Opened::Refused),
+        },
     };
-    let to = conntrack::open(tables, &headers, index, &backend)?;
-    nat::rewrite(packet, &headers, &to)?;
-    Ok(Fate::Goes(route::route::<F, T>(tables, &to.addr)))
+    lb::keep(tables, &frontend, client, index, now);
+    conntrack::open(tables, &headers, index, None)?;
+    Ok(Opened::Tracked)
 }
 
 #[inline(never)]
@@ -140,12 +142,12 @@ fn refuse<F: Answer, P: Packet>(packet: &mut P) -> Result<Verdict, DropReason> {
 fn enter<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
 where
     F: Parse,
-    F::Bytes: Store,
+    F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
     let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Verdict::Stack) };
-    if let Known::Flow(to) = conntrack::follow::<F, T>(tables, &headers) {
+    if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
         whole(&headers)?;
         nat::rewrite(packet, &headers, &to)?;
     }

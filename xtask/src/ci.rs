@@ -75,7 +75,7 @@ fn layers(toolchain: &Toolchain) -> Result<Tally> {
 }
 
 fn all_tests(toolchain: &Toolchain) -> Result<Tally> {
-    Ok(test::run(toolchain, Scope::All, &[]))
+    Ok(test::run(toolchain, Scope::All, None))
 }
 
 fn demonstrate(toolchain: &Toolchain) -> Result<Tally> {

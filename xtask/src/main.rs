@@ -58,8 +58,8 @@ enum Verb {
         /// Only what needs neither root nor a BPF linker
         #[arg(long)]
         unit: bool,
-        /// Run only tests whose name contains one of these
-        filter: Vec<String>,
+        /// Run only tests whose name contains this
+        filter: Option<String>,
     },
     /// Show what the programs cost the verifier, the stack and a packet; fails where they grew; needs root
     ///
@@ -100,7 +100,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Verify { args } => return verify::run(&toolchain, &args),
         Verb::Test { unit, filter } => {
             let scope = if unit { Scope::Unit } else { Scope::All };
-            return Ok(test::run(&toolchain, scope, &filter).report());
+            return Ok(test::run(&toolchain, scope, filter.as_deref()).report());
         }
         Verb::Layers => layers::run(toolchain.root())?,
         Verb::Ci => return ci::run(&toolchain),

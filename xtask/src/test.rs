@@ -73,7 +73,7 @@ impl std::fmt::Display for Tally {
 }
 
 /// Runs all tests, also after one failed. A step that could not run counts as one failure.
-pub(crate) fn run(toolchain: &Toolchain, scope: Scope, filter: &[String]) -> Tally {
+pub(crate) fn run(toolchain: &Toolchain, scope: Scope, filter: Option<&str>) -> Tally {
     let mut tally = or_failed(units(toolchain, filter));
     if matches!(scope, Scope::All) {
         tally += or_failed(kernel(toolchain, filter));
@@ -89,12 +89,12 @@ fn or_failed(step: Result<Tally>) -> Tally {
 }
 
 /// The default members' unit and doc tests.
-fn units(toolchain: &Toolchain, filter: &[String]) -> Result<Tally> {
+fn units(toolchain: &Toolchain, filter: Option<&str>) -> Result<Tally> {
     cargo_test(toolchain.cargo().args(["test", "--locked", "--no-fail-fast", "--"]).args(filter), stdout())
 }
 
 /// The programs in this machine's kernel.
-fn kernel(toolchain: &Toolchain, filter: &[String]) -> Result<Tally> {
+fn kernel(toolchain: &Toolchain, filter: Option<&str>) -> Result<Tally> {
     let built = compile::run(toolchain, Profile::Dev)?;
     let list = toolchain.target("bpf-tests-skipped");
     fs::write(&list, "").with_context(|| format!("cannot write {}", list.display()))?;

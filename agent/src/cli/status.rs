@@ -7,7 +7,7 @@ use super::table::table;
 use super::{Answer, CliError, open};
 use crate::boottime;
 use crate::config::Query;
-use crate::datapath::Lock;
+use crate::lock::Lock;
 use crate::maps::kernel::KernelMaps;
 use crate::maps::{Backends, Endpoints, Frontends, MapError, Maps as _, Services};
 
@@ -26,9 +26,9 @@ struct Status {
 /// What the agent said last.
 #[derive(Serialize)]
 struct Agent {
-    /// It lives now; the programs work without it.
-    running: bool,
-    /// The tables say what the objects say, or said when it died.
+    #[serde(flatten)]
+    life: Life,
+    /// The tables say what the objects say, or said when the agent died.
     synced: bool,
     node: String,
     version: String,
@@ -43,6 +43,12 @@ struct Agent {
     rejected: u32,
 }
 
+/// Whether it lives now; the programs work without it.
+#[derive(Serialize)]
+struct Life {
+    running: bool,
+}
+
 #[derive(Serialize)]
 struct Drops {
     reason: &'static str,
@@ -51,7 +57,7 @@ struct Drops {
 
 pub(super) fn status(query: &Query) -> Result<Answer, CliError> {
     let maps = open(query)?;
-    let agent = agent(&maps, Lock::is_held(&query.bpffs.dir))?;
+    let agent = agent(&maps, Life { running: Lock::is_held(&query.bpffs.dir) })?;
     let drops = maps.drops()?.into_iter().filter(|(_, packets)| *packets > 0);
     let status = Status {
         agent,
@@ -66,7 +72,8 @@ pub(super) fn status(query: &Query) -> Result<Answer, CliError> {
 }
 
 fn lines(status: &Status) -> String {
-    let Agent { running, synced, node, version, pid, age, writes, retries, rejected } = &status.agent;
+    let Agent { life: Life { running }, synced, node, version, pid, age, writes, retries, rejected } =
+        &status.agent;
     let running = match (running, synced) {
         (true, true) => format!("running (pid {pid}, for {age} s), in sync"),
         (true, false) => format!("running (pid {pid}, for {age} s), not yet in sync"),
@@ -88,10 +95,10 @@ fn lines(status: &Status) -> String {
     table(["agent", &running], lines)
 }
 
-fn agent(maps: &KernelMaps, running: bool) -> Result<Agent, MapError> {
+fn agent(maps: &KernelMaps, life: Life) -> Result<Agent, MapError> {
     let state = maps.agent_state()?;
     Ok(Agent {
-        running,
+        life,
         synced: state.synced != 0,
         node: text(&state.node),
         version: text(&state.version),

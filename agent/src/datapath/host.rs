@@ -1,21 +1,31 @@
-//! What the machine must offer: a BPF file system, cgroup2, and no second agent in the same place.
+//! What the machine must offer: a BPF file system and cgroup2.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 
 use super::DatapathError;
+use crate::config::Bpffs;
 
 /// The usual place, which the agent mounts by itself where an init system has not.
 const STANDARD: &str = "/sys/fs/bpf";
 
-/// Makes sure that `dir` is, or can be made, on a BPF file system.
-pub(super) fn ensure_bpffs(dir: &Path) -> Result<(), DatapathError> {
+/// Makes the directories for pinned maps and links, which must be on a BPF file system.
+///
+/// # Errors
+/// [`DatapathError::NotBpffs`].
+pub fn prepare(bpffs: &Bpffs) -> Result<(), DatapathError> {
+    ensure_bpffs(&bpffs.dir)?;
+    for dir in [bpffs.maps(), bpffs.links()] {
+        fs::create_dir_all(&dir).map_err(|source| DatapathError::Io { path: dir, source })?;
+    }
+    Ok(())
+}
+
+fn ensure_bpffs(dir: &Path) -> Result<(), DatapathError> {
     if on_bpffs(dir) {
         return Ok(());
     }
@@ -65,34 +75,6 @@ fn mount_points<'a>(table: &'a str, kind: &'a str) -> impl Iterator<Item = PathB
         }
         Some(PathBuf::from(mount.split(' ').nth(4)?))
     })
-}
-
-/// The right to write under a directory, held as long as the value lives; the kernel takes it back when the process
-/// dies, however it dies.
-#[derive(Debug)]
-pub struct Lock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
-
-impl Lock {
-    /// # Errors
-    /// [`DatapathError::Locked`] while another agent holds it.
-    pub fn acquire(dir: &Path) -> Result<Self, DatapathError> {
-        ensure_bpffs(dir)?;
-        let io = |source| DatapathError::Io { path: dir.to_owned(), source };
-        fs::create_dir_all(dir).map_err(io)?;
-        let file = File::open(dir).map_err(io)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self(lock)),
-            Err((_file, Errno::EWOULDBLOCK)) => Err(DatapathError::Locked { path: dir.to_owned() }),
-            Err((_file, errno)) => Err(io(errno.into())),
-        }
-    }
-
-    /// Whether an agent holds the directory at present.
-    pub fn is_held(dir: &Path) -> bool {
-        File::open(dir).is_ok_and(|file| {
-            matches!(Flock::lock(file, FlockArg::LockSharedNonblock), Err((_file, Errno::EWOULDBLOCK)))
-        })
-    }
 }
 
 #[cfg(test)]

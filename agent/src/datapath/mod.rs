@@ -14,7 +14,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use crate::config::{Attach, Bpffs, SocketLb};
 
-pub use host::{Lock, cgroup2_mount};
+pub use host::{cgroup2_mount, prepare};
 
 /// What is fixed when the programs are loaded.
 #[derive(Clone, Debug)]
@@ -49,10 +49,7 @@ impl Datapath {
     /// # Errors
     /// What the kernel refuses, with the verifier's words where it is the verifier.
     pub fn load(object: &[u8], options: Options) -> Result<Self, DatapathError> {
-        host::ensure_bpffs(&options.bpffs.dir)?;
-        for dir in [options.bpffs.maps(), options.bpffs.links()] {
-            std::fs::create_dir_all(&dir).map_err(|source| DatapathError::Io { path: dir, source })?;
-        }
+        prepare(&options.bpffs)?;
         host::raise_memlock_limit();
         // aya's levels: 0 compiles every log statement out, 4 is `debug`, which dropped packets are logged at.
         let log_level: u8 = if options.log_drops { 4 } else { 0 };
@@ -85,8 +82,6 @@ pub enum DatapathError {
         "{path} is not on a BPF file system: mount one (mount -t bpf bpf {path}) or name another directory with --bpffs"
     )]
     NotBpffs { path: PathBuf },
-    #[error("another agent is running on {path}: give each agent a --bpffs of its own")]
-    Locked { path: PathBuf },
     #[error(
         "no cgroup2 file system is mounted: mount one (mount -t cgroup2 none DIR) and name it with --cgroup"
     )]

@@ -222,7 +222,7 @@ mod tests {
             addr: Addr::UNSPECIFIED,
             port: ferroflow_common::addr::Port::ZERO,
             proto: ferroflow_common::addr::Proto::TCP,
-            scope: FrontendKey::ANY,
+            scope: FrontendKey::EXTERNAL,
         };
         let frontend = Frontend { service: 1, offset: 0, length: 1, flags: 0, affinity: 0 };
         maps.put::<Frontends>(&key, &frontend).unwrap();

@@ -10,13 +10,18 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError as AyaError, PerCpuArray};
+use aya::pin::PinError;
 use aya::sys::SyscallError;
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::verdict::DropReason;
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
-use super::{ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Plain, Services, Slots};
+use super::batch;
+use super::{
+    ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Plain, Services, Slots,
+    SourceRanges,
+};
 
 /// A value whose bytes may go to the kernel and come from it.
 #[derive(Clone, Copy)]
@@ -41,7 +46,8 @@ impl KernelMaps {
     /// [`MapError::Missing`] where no agent has run.
     pub fn open(dir: &Path) -> Result<Self, MapError> {
         let mut hashes = BTreeMap::new();
-        for name in [Frontends::NAME, Services::NAME, Endpoints::NAME] {
+        // To the system calls a trie is a hash table with a key of this layout.
+        for name in [Frontends::NAME, SourceRanges::NAME, Services::NAME, Endpoints::NAME] {
             hashes.insert(name, Map::HashMap(pinned(dir, name)?));
         }
         let mut arrays = BTreeMap::new();
@@ -104,25 +110,55 @@ impl KernelMaps {
     where
         Tuple<A>: Plain,
     {
-        let name = if size_of::<A>() == 4 { "conntrack_v4" } else { "conntrack_v6" };
-        let map =
-            HashMap::<_, Raw<Tuple<A>>, Raw<Entry>>::try_from(Map::LruHashMap(pinned(&self.dir, name)?))
-                .map_err(|error| kernel_error(name, "open", error))?;
-        map.iter()
-            .filter(|row| !matches!(row, Err(AyaError::KeyNotFound)))
-            .map(|row| row.map(|(Raw(tuple), Raw(entry))| (tuple, entry)))
-            .collect::<Result<_, _>>()
-            .map_err(|error| kernel_error(name, "dump", error))
+        let name = conntrack_name::<A>();
+        let map = pinned(&self.dir, name)?;
+        let mut rows = Vec::new();
+        batch::for_each(map.fd().as_fd(), |tuple: &Tuple<A>, entry: &Entry| rows.push((*tuple, *entry)))
+            .map_err(|source| MapError::Kernel { map: name, call: "lookup batch", source })?;
+        Ok(rows)
     }
 
-    fn hash<T: HashTable>(&self) -> Result<HashMap<&MapData, Raw<T::Key>, Raw<T::Value>>, MapError> {
+    /// Deletes the flows of one family that were idle longer than they live, as of `now` (seconds of
+    /// `CLOCK_BOOTTIME`), and counts.
+    ///
+    /// A flow that wakes up between the second look and its deletion, a microsecond, is forgotten and opened anew by
+    /// its next packet.
+    ///
+    /// # Errors
+    /// The kernel's refusal; what was deleted stays deleted.
+    pub fn sweep_conntrack<A>(&self, now: u32) -> Result<Sweep, MapError>
+    where
+        Tuple<A>: Plain,
+    {
+        let name = conntrack_name::<A>();
+        let map = pinned(&self.dir, name)?;
+        let mut sweep = Sweep::default();
+        let mut expired = Vec::new();
+        batch::for_each(map.fd().as_fd(), |tuple: &Tuple<A>, entry: &Entry| {
+            sweep.seen += 1;
+            if entry.expires < now {
+                expired.push(*tuple);
+            }
+        })
+        .map_err(|source| MapError::Kernel { map: name, call: "lookup batch", source })?;
+        let mut map = HashMap::<_, Raw<Tuple<A>>, Raw<Entry>>::try_from(Map::LruHashMap(map))
+            .map_err(|error| kernel_error(name, "open", error))?;
+        for tuple in expired {
+            let still = map.get(&Raw(tuple), 0).is_ok_and(|Raw(entry)| entry.expires < now);
+            // That it is gone by now is what was wanted.
+            if still && map.remove(&Raw(tuple)).is_ok() {
+                sweep.deleted += 1;
+            }
+        }
+        Ok(sweep)
+    }
+
+    fn hash<T: HashTable>(&self) -> Result<Hash<&MapData, T>, MapError> {
         let map = self.hashes.get(T::NAME).ok_or_else(|| self.missing(T::NAME))?;
         HashMap::try_from(map).map_err(|error| kernel_error(T::NAME, "open", error))
     }
 
-    fn hash_mut<T: HashTable>(
-        &mut self,
-    ) -> Result<HashMap<&mut MapData, Raw<T::Key>, Raw<T::Value>>, MapError> {
+    fn hash_mut<T: HashTable>(&mut self) -> Result<Hash<&mut MapData, T>, MapError> {
         let missing = self.missing(T::NAME);
         let map = self.hashes.get_mut(T::NAME).ok_or(missing)?;
         HashMap::try_from(map).map_err(|error| kernel_error(T::NAME, "open", error))
@@ -133,7 +169,21 @@ impl KernelMaps {
     }
 }
 
+/// What a sweep found, in entries; a flow has two.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sweep {
+    pub seen: u64,
+    pub deleted: u64,
+}
+
 const STATE: &str = "agent";
+
+const fn conntrack_name<A>() -> &'static str {
+    if size_of::<A>() == 4 { "conntrack_v4" } else { "conntrack_v6" }
+}
+
+/// aya's typed view of one of our tables.
+type Hash<M, T> = HashMap<M, Raw<<T as HashTable>::Key>, Raw<<T as HashTable>::Value>>;
 
 impl Maps for KernelMaps {
     fn dump<T: HashTable>(&self) -> Result<Vec<(T::Key, T::Value)>, MapError> {
@@ -252,14 +302,12 @@ fn pinned(dir: &Path, name: &'static str) -> Result<MapData, MapError> {
 }
 
 fn errno(error: &AyaError) -> Option<i32> {
-    match error {
-        AyaError::SyscallError(SyscallError { io_error, .. }) => io_error.raw_os_error(),
-        AyaError::KeyNotFound => Some(libc::ENOENT),
-        AyaError::PinError {
-            error: aya::pin::PinError::SyscallError(SyscallError { io_error, .. }), ..
-        } => io_error.raw_os_error(),
-        _ => None,
+    if let AyaError::SyscallError(SyscallError { io_error, .. })
+    | AyaError::PinError { error: PinError::SyscallError(SyscallError { io_error, .. }), .. } = error
+    {
+        return io_error.raw_os_error();
     }
+    matches!(error, AyaError::KeyNotFound).then_some(libc::ENOENT)
 }
 
 fn kernel_error(map: &'static str, call: &'static str, error: AyaError) -> MapError {

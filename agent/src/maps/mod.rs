@@ -2,13 +2,16 @@
 //!
 //! Two implementations: `kernel` (pinned BPF maps) and `fake` (ordinary maps that may fail on purpose).
 
+mod batch;
 pub mod fake;
 pub mod kernel;
 
 use std::hash::Hash;
 
 use ferroflow_common::abi::endpoint::Endpoint;
-use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey, ServiceName, Slot};
+use ferroflow_common::abi::lb::{
+    Backend, Frontend, FrontendKey, ServiceName, Slot, SourceRange, SourceRangeKey,
+};
 use ferroflow_common::addr::Addr;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -44,6 +47,8 @@ tables! { HashTable:
     Frontends = "frontends", Key = FrontendKey, Value = Frontend;
     /// Service id -> name.
     Services = "services", Key = u32, Value = ServiceName;
+    /// A trie to the programs; here its prefixes are written and removed like any other rows.
+    SourceRanges = "source_ranges", Key = SourceRangeKey, Value = SourceRange;
     /// Local pods by address.
     Endpoints = "endpoints", Key = Addr, Value = Endpoint;
 }

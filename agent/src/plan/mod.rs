@@ -37,7 +37,7 @@ pub struct PortRows<'a> {
 /// Why a Service has no rows.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
-    #[error("`{text}` is longer than the 152 bytes a service's name may have: shorten the port's name")]
+    #[error("`{text}` is longer than the 192 bytes a service's name may have: shorten the port's name")]
     NameTooLong { text: String },
 }
 
@@ -51,7 +51,12 @@ pub fn service<'a>(name: &Name, backing: &'a Backing) -> Result<Desired<'a>, Pla
 /// The frontend of a port at one of the Service's addresses.
 pub fn frontends<'a>(service: &'a Service, port: &'a ServicePort) -> impl Iterator<Item = FrontendKey> + 'a {
     let ServicePort { name: _, proto, port } = *port;
-    service.cluster_ips.iter().map(move |&addr| FrontendKey { addr, port, proto, scope: FrontendKey::ANY })
+    service.cluster_ips.iter().map(move |&addr| FrontendKey {
+        addr,
+        port,
+        proto,
+        scope: FrontendKey::EXTERNAL,
+    })
 }
 
 /// The id's name in the tables: `namespace/name:port`, without the colon where the port has no name.
@@ -124,9 +129,9 @@ mod tests {
         let port = ServicePort { name: "p".repeat(63).into(), proto: Proto::TCP, port: Port::new(80) };
         let object = Service { cluster_ips: Box::default(), ports: Box::new([port]) };
         let backing = Backing { service: Some(object), slices: Default::default() };
-        let long = Name::new("n".repeat(63), "s".repeat(63));
+        let long = Name::new("n".repeat(65), "s".repeat(63));
         assert!(
-            matches!(service(&long, &backing), Err(PlanError::NameTooLong { text }) if text.len() == 191)
+            matches!(service(&long, &backing), Err(PlanError::NameTooLong { text }) if text.len() == 193)
         );
     }
 }

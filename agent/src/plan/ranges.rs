@@ -25,6 +25,8 @@ pub struct Ranges {
     named: BTreeMap<Range, u32>,
     /// Released ones, and until when they rest; in the order of release.
     resting: VecDeque<(Instant, Range)>,
+    /// Slots of all named ranges.
+    used: u64,
 }
 
 impl Ranges {
@@ -36,6 +38,7 @@ impl Ranges {
             by_length: BTreeSet::new(),
             named: BTreeMap::new(),
             resting: VecDeque::new(),
+            used: 0,
         };
         ranges.release(Range { offset: 0, length: limit });
         ranges
@@ -54,14 +57,14 @@ impl Ranges {
         };
         let range = Range { offset, length };
         self.carve(range);
-        self.named.insert(range, 0);
+        self.insert_named(range, 0);
         Ok(range)
     }
 
     /// Gives back what [`Ranges::take`] gave, unless a frontend names it by now.
     pub fn give_back(&mut self, range: Range) {
         if self.named.get(&range) == Some(&0) {
-            self.named.remove(&range);
+            self.remove_named(range);
             self.release(range);
         }
     }
@@ -72,7 +75,7 @@ impl Ranges {
         if let Some(frontends) = self.named.get_mut(&range) {
             *frontends += 1;
         } else if self.carve(range) {
-            self.named.insert(range, 1);
+            self.insert_named(range, 1);
         }
     }
 
@@ -81,7 +84,7 @@ impl Ranges {
         let Some(frontends) = self.named.get_mut(&range) else { return };
         *frontends = frontends.saturating_sub(1);
         if *frontends == 0 {
-            self.named.remove(&range);
+            self.remove_named(range);
             self.resting.push_back((until, range));
         }
     }
@@ -93,7 +96,17 @@ impl Ranges {
 
     /// How many slots are given out.
     pub fn used(&self) -> u64 {
-        self.named.keys().map(|range| u64::from(range.length)).sum()
+        self.used
+    }
+
+    fn insert_named(&mut self, range: Range, frontends: u32) {
+        self.named.insert(range, frontends);
+        self.used += u64::from(range.length);
+    }
+
+    fn remove_named(&mut self, range: Range) {
+        self.named.remove(&range);
+        self.used -= u64::from(range.length);
     }
 
     /// Cuts a range out of the free one that contains it, if one does.
@@ -231,6 +244,7 @@ mod tests {
             }
             assert_eq!(end, 100, "step {step}");
             assert_eq!(ranges.free.len(), ranges.by_length.len());
+            assert_eq!(ranges.used(), held.iter().map(|range| u64::from(range.length)).sum::<u64>());
         }
     }
 }

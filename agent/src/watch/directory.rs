@@ -106,9 +106,10 @@ impl Directory {
         for entry in std::fs::read_dir(&self.path)? {
             let name = entry?.file_name();
             let (Some(name), Some(suffix)) = (name.to_str(), Path::new(&name).extension()) else { continue };
-            let is_dir = std::fs::metadata(self.path.join(name)).is_ok_and(|metadata| metadata.is_dir());
-            if !name.starts_with('.') && !is_dir && (suffix == "yaml" || suffix == "yml" || suffix == "json")
-            {
+            // What is neither a file nor leads to one (a directory, a pipe) is not read; a link that leads nowhere may
+            // lead somewhere again, and is tried.
+            let other = std::fs::metadata(self.path.join(name)).is_ok_and(|metadata| !metadata.is_file());
+            if !name.starts_with('.') && !other && (suffix == "yaml" || suffix == "yml" || suffix == "json") {
                 names.insert(name.into());
             }
         }
@@ -339,7 +340,7 @@ mod tests {
         assert_eq!(it.read(), "+a:2 !1");
         assert_eq!(
             it.problems(),
-            ["a.yaml, document 2 (line 6): this is not YAML: unclosed bracket '[' at line 7, column 7"]
+            ["a.yaml, document 2 (line 6): cannot be read: unclosed bracket '[' at line 7, column 7"]
         );
         assert_eq!(it.read(), "");
         it.write("z.yaml", &web("b", 3));

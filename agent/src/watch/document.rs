@@ -3,10 +3,11 @@
 
 use std::fmt;
 
-use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde::de::{DeserializeOwned, DeserializeSeed};
+use serde_json::{Map, Value};
 
 use super::convert::{self, LABEL, SUBDOMAIN};
+use super::list::Objects;
 use super::{Invalid, Problem};
 use crate::model::{Change, Name};
 
@@ -66,17 +67,15 @@ pub(super) fn split(text: &str) -> Vec<(usize, &str)> {
 
 /// The objects of one document; a `List` holds several. `place` says where the document is.
 pub(super) fn parse(text: &str, (place, first_line): (&str, usize), node: &str) -> Vec<Item> {
-    match serde_saphyr::from_str_with_options::<Value>(text, options()) {
-        Ok(Value::Null) => Vec::new(),
-        Ok(value) => items(value, place, node),
-        Err(error) => {
-            // Once more at the place it has in the file, so that the error says lines of the file.
-            let moved = "\n".repeat(first_line - 1) + text;
-            let error =
-                serde_saphyr::from_str_with_options::<Value>(&moved, options()).err().unwrap_or(error);
-            vec![Item::Unknown(problem(place, format!("this is not YAML: {}", error.without_snippet())))]
-        }
-    }
+    let parse = |text: &str| {
+        let objects = Objects { place, node };
+        serde_saphyr::with_deserializer_from_str_with_options(text, options(), |it| objects.deserialize(it))
+    };
+    parse(text).unwrap_or_else(|error| {
+        // Once more at the place it has in the file, so that the error says lines of the file.
+        let error = parse(&("\n".repeat(first_line - 1) + text)).err().unwrap_or(error);
+        vec![Item::Unknown(problem(place, format!("cannot be read: {}", error.without_snippet())))]
+    })
 }
 
 impl Id {
@@ -137,36 +136,22 @@ fn typed<T: DeserializeOwned>(
     convert(&object).map_err(|error| error.to_string())
 }
 
-fn items(mut value: Value, place: &str, node: &str) -> Vec<Item> {
-    let version = text_of(&value, "apiVersion").to_owned();
-    let element = text_of(&value, "kind").strip_suffix("List").map(str::to_owned);
-    let (Some(kind), Some(Value::Array(elements))) = (element, value.get_mut("items")) else {
-        return vec![item(value, place, node)];
-    };
-    let elements = std::mem::take(elements).into_iter().enumerate();
-    let items = elements.map(|(index, mut element)| {
-        // The items of a `ServiceList` need not say that they are Services.
-        if let (false, Value::Object(fields)) = (kind.is_empty(), &mut element) {
-            fields.entry("apiVersion").or_insert_with(|| version.as_str().into());
-            fields.entry("kind").or_insert_with(|| kind.as_str().into());
-        }
-        item(element, &format!("{place}, items[{index}]"), node)
-    });
-    items.collect()
-}
-
-fn item(value: Value, place: &str, node: &str) -> Item {
-    let (version, kind) = (text_of(&value, "apiVersion"), text_of(&value, "kind"));
+/// One object, given as a whole.
+pub(super) fn item(value: Value, place: &str, node: &str) -> Item {
+    let bad = |message: &str| Item::Unknown(problem(place, message.to_owned()));
+    let Some(fields) = value.as_object() else { return bad("this is no Kubernetes object") };
+    let (version, kind) = (text_of(fields, "apiVersion"), text_of(fields, "kind"));
     if version.is_empty() || kind.is_empty() {
-        let message = "apiVersion or kind is missing: this is no Kubernetes object".to_owned();
-        return Item::Unknown(problem(place, message));
+        return bad("apiVersion or kind is missing: this is no Kubernetes object");
     }
     let Some(kind) = Kind::of(version, kind) else {
         return Item::Ignored(format!("{kind} ({version})"));
     };
-    let metadata = value.get("metadata").unwrap_or(&Value::Null);
+    let Some(metadata) = fields.get("metadata").and_then(Value::as_object) else {
+        return bad("metadata: is missing: every object has a name there");
+    };
     if let Some(name) = metadata.get("name").filter(|name| !name.is_string() && !name.is_null()) {
-        return Item::Unknown(problem(place, format!("metadata.name: {name} is not text: put it in quotes")));
+        return bad(&format!("metadata.name: {name} is not text: put it in quotes"));
     }
     let namespace =
         Some(text_of(metadata, "namespace")).filter(|text| !text.is_empty() && kind != Kind::Node);
@@ -187,8 +172,8 @@ pub(super) fn problem(place: &str, message: String) -> Problem {
     Problem { place: place.into(), message: message.into() }
 }
 
-fn text_of<'a>(value: &'a Value, field: &str) -> &'a str {
-    value.get(field).and_then(Value::as_str).unwrap_or_default()
+pub(super) fn text_of<'a>(fields: &'a Map<String, Value>, field: &str) -> &'a str {
+    fields.get(field).and_then(Value::as_str).unwrap_or_default()
 }
 
 /// Nothing but comments, directives and markers.
@@ -250,7 +235,7 @@ mod tests {
         let text = format!("{SERVICE}---\nkind: [\n---\n{}", SERVICE.replace("web", "next"));
         let items = parsed(&text);
         assert_eq!((items.len(), &*items[0], &*items[2]), (3, "Service default/web", "Service default/next"));
-        assert_eq!(items[1], "unknown: f.yaml: this is not YAML: unclosed bracket '[' at line 5, column 7");
+        assert_eq!(items[1], "unknown: f.yaml: cannot be read: unclosed bracket '[' at line 5, column 7");
         assert_eq!(
             parsed("apiVersion: v1\nkind: Service\nmetadata: {name: no}"),
             ["unknown: f.yaml: metadata.name: false is not text: put it in quotes"]
@@ -266,10 +251,23 @@ mod tests {
                      - {apiVersion: v1, kind: Secret, metadata: {name: s}}\n- 7\n";
         assert_eq!(
             parsed(mixed),
+            ["Node n1", "ignored Secret (v1)", "unknown: f.yaml, items[2]: this is no Kubernetes object"]
+        );
+    }
+
+    #[test]
+    fn a_list_is_known_by_its_kind_wherever_that_stands() {
+        let last = "apiVersion: v1\nitems: [{metadata: {name: a}}]\nkind: ServiceList\n";
+        assert_eq!(parsed(last), ["Service default/a"]);
+        assert_eq!(parsed("apiVersion: v1\nkind: List\nitems:\n"), [""; 0]);
+        for other in ["{a: 1}", "[{kind: Service}]", "text", "7", "-7", "0.5", "true", "null"] {
+            let text = format!("apiVersion: example.com/v1\nkind: Basket\nitems: {other}\n");
+            assert_eq!(parsed(&text), ["ignored Basket (example.com/v1)"], "{other}");
+        }
+        assert_eq!(
+            parsed("just text"),
             [
-                "Node n1",
-                "ignored Secret (v1)",
-                "unknown: f.yaml, items[2]: apiVersion or kind is missing: this is no Kubernetes object"
+                "unknown: f.yaml: cannot be read: invalid type: string \"just text\", expected a Kubernetes object"
             ]
         );
     }
@@ -287,7 +285,7 @@ mod tests {
         assert!(message.contains("spec.ports[0].port: invalid type: string \"eighty\""), "{message}");
         assert_eq!(
             parsed("apiVersion: v1\nkind: Pod\n")[0],
-            "unknown: f.yaml: metadata.name: is missing: every object has a name"
+            "unknown: f.yaml: metadata: is missing: every object has a name there"
         );
     }
 
@@ -301,7 +299,7 @@ mod tests {
         assert_eq!(parsed(anchors), ["Service default/web"]);
         let twice = format!("{SERVICE}kind: Pod\n");
         assert!(
-            parsed(&twice)[0].contains("this is not YAML"),
+            parsed(&twice)[0].contains("cannot be read"),
             "a key that stands twice: {:?}",
             parsed(&twice)
         );

@@ -1,12 +1,13 @@
 //! Where the objects come from: sources that turn Kubernetes objects into [`Change`]s.
 //!
-//! Two sources share one converter: [`file`], a directory of ordinary Kubernetes YAML, and the Kubernetes API.
+//! Two sources share one converter: [`mod@file`], a directory of ordinary Kubernetes YAML, and the Kubernetes API.
 
 pub mod convert;
 mod directory;
 mod document;
 mod fault;
 pub mod file;
+mod list;
 
 use std::fmt;
 

@@ -16,7 +16,10 @@ const _: () = {
     assert!(size_of::<lb::FrontendKey>() == 20);
     assert!(size_of::<lb::Frontend>() == 20);
     assert!(size_of::<lb::Backend>() == 32);
+    assert!(size_of::<lb::SourceRangeKey>() == 24);
+    assert!(size_of::<lb::AffinityKey>() == 20);
+    assert!(size_of::<lb::Affinity>() == 12);
     assert!(size_of::<conntrack::Tuple<[u8; 4]>>() == 16);
     assert!(size_of::<conntrack::Tuple<[u8; 16]>>() == 40);
-    assert!(size_of::<conntrack::Entry>() == 36);
+    assert!(size_of::<conntrack::Entry>() == 56);
 };

@@ -84,6 +84,23 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn forget(&self, number: u32) -> u32 {
+        let mut number = u64::from(number);
+        let unknown = u64::from(self.0.len());
+        // SAFETY: adds nothing: what is mixed in is taken out again, which the verifier does not relate.
+        unsafe {
+            asm!(
+                "{0} ^= {1}",
+                "{0} ^= {1}",
+                inout(reg) number,
+                in(reg) unknown,
+                options(pure, nomem, nostack),
+            );
+        }
+        number as u32
+    }
+
+    #[inline(always)]
     fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
         if let Some(words) = self.linear(offset) {
             return Some(words);
@@ -99,10 +116,9 @@ impl Packet for Skb {
     #[inline(always)]
     fn sum(&self, offset: u32, length: u32) -> Option<Sum> {
         let mut length = u64::from(length);
-        // SAFETY: no instruction at all: it hides the number's origin, so that the comparison is made with the register
-        // that the helper gets. The compiler would bound what the length was computed from, which tells the verifier
-        // nothing.
-        unsafe { asm!("/* {0} */", inout(reg) length, options(pure, nomem, nostack, preserves_flags)) };
+        // SAFETY: adds nothing; the compiler no longer knows a bound that it may have seen elsewhere, and so leaves
+        // the check below to the register that the verifier looks at.
+        unsafe { asm!("{0} += 0", inout(reg) length, options(pure, nomem, nostack)) };
         if length == 0 || length > u64::from(SUM_MAX) || length & 3 != 0 {
             return None;
         }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
-use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey};
+use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::{Family, V4, V6};
 
@@ -15,6 +15,9 @@ use super::{Aligned, InsertError, OnConflict, Services, Tables, Tracked};
 #[derive(Debug, Default)]
 pub struct Fake {
     pub frontends: HashMap<FrontendKey, Frontend>,
+    /// Who is admitted where ranges say so, one by one.
+    pub ranges: Vec<ServiceClient>,
+    pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
     pub slots: Vec<u32>,
     pub backends: Vec<Backend>,
     pub endpoints: HashMap<Addr, Endpoint>,
@@ -22,6 +25,9 @@ pub struct Fake {
     pub clock: Cell<u32>,
     /// How many flows fit, counted per direction; all, where it is `None`.
     pub room: Cell<Option<usize>>,
+    /// What every throw gives; otherwise each gives another number.
+    pub dice: Cell<Option<u32>>,
+    thrown: Cell<u32>,
     /// How often a flow's state was written.
     pub refreshed: Rc<Cell<u32>>,
     pub lookups: Cell<Lookups>,
@@ -47,7 +53,7 @@ impl Fake {
             let flags = Backend::LIVE;
             self.backends.push(Backend { addr, port, proto, flags, generation: 1, service, reserved: 0 });
         }
-        let key = FrontendKey { addr, port: Port::new(port), proto, scope: FrontendKey::ANY };
+        let key = FrontendKey { addr, port: Port::new(port), proto, scope: FrontendKey::EXTERNAL };
         let length = backends.len() as u32;
         let frontend = Frontend { service, offset, length, flags: Frontend::REJECT, affinity: 0 };
         self.frontends.entry(key).insert_entry(frontend).into_mut()
@@ -144,6 +150,18 @@ impl Services for Fake {
         self.frontends.get(key).copied()
     }
 
+    fn allows(&self, client: &ServiceClient) -> bool {
+        self.ranges.contains(client)
+    }
+
+    fn remembered(&self, key: &AffinityKey) -> Option<Affinity> {
+        self.affinity.borrow().get(key).copied()
+    }
+
+    fn remember(&self, key: &AffinityKey, choice: &Affinity) {
+        self.affinity.borrow_mut().insert(*key, *choice);
+    }
+
     fn slot(&self, slot: u32) -> Option<u32> {
         self.count_array();
         self.slots.get(slot as usize).copied()
@@ -196,6 +214,11 @@ macro_rules! tables {
 
             fn now(&self) -> u32 {
                 self.clock.get()
+            }
+
+            fn random(&self) -> u32 {
+                self.thrown.set(self.thrown.get().wrapping_add(0x9e37_79b9));
+                self.dice.get().unwrap_or(self.thrown.get())
             }
         }
     };

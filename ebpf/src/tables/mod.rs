@@ -4,7 +4,7 @@ use core::ops::Deref;
 
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
-use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey};
+use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::Family;
 
@@ -26,6 +26,10 @@ impl<T> Deref for Aligned<T> {
 /// The load-balancing tables.
 pub trait Services {
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend>;
+    /// Whether a range that the service admits has the client (rule 22).
+    fn allows(&self, client: &ServiceClient) -> bool;
+    fn remembered(&self, key: &AffinityKey) -> Option<Affinity>;
+    fn remember(&self, key: &AffinityKey, choice: &Affinity);
     /// `None` past the end of the array.
     fn slot(&self, slot: u32) -> Option<u32>;
     /// `None` past the end of the array; a row that was never used is all zeros.
@@ -72,6 +76,7 @@ pub trait Tables<F: Family>: Services {
     fn endpoint(&self, addr: &Addr) -> Option<Endpoint>;
     /// Seconds of `CLOCK_BOOTTIME`.
     fn now(&self) -> u32;
+    fn random(&self) -> u32;
 }
 
 #[cfg(not(target_arch = "bpf"))]
