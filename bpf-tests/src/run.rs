@@ -17,9 +17,16 @@ use ferroflow::{
 use ferroflow_common::{
     abi::conntrack::{Entry, Tuple},
     addr::Addr,
+    family::{Family as _, V4, V6},
     verdict::{DropReason, Verdict},
 };
-use ferroflow_ebpf::{packet::Bytes, pod, tables::fake::Fake};
+use ferroflow_ebpf::{
+    conntrack,
+    packet::{Bytes, Packet as _},
+    parse::headers,
+    pod,
+    tables::fake::Fake,
+};
 use zerocopy::{FromBytes as _, Immutable, IntoBytes};
 
 use crate::sandbox::Place;
@@ -48,6 +55,8 @@ pub enum Action {
     /// Dropped and counted: `TC_ACT_SHOT`.
     Drop,
 }
+
+type EntryBytes = [u8; size_of::<Entry>()];
 
 /// A tuple of either family, v4 addresses mapped.
 pub type Wide = Tuple<[u8; 16]>;
@@ -81,6 +90,18 @@ impl From<Result<Verdict, DropReason>> for Action {
             Err(_) => Self::Drop,
         }
     }
+}
+
+/// The random number that gives a flow the source port which this packet came out with, where it is one of those that
+/// colliding flows get: the library, having thrown it, decides as the kernel did.
+pub fn thrown(packet: &[u8]) -> Option<u32> {
+    let packet = Bytes(packet.to_vec());
+    let port = match packet.ethertype() {
+        V4::ETHERTYPE => headers::<V4, _>(&packet).ok()??.tuple.src_port,
+        V6::ETHERTYPE => headers::<V6, _>(&packet).ok()??.tuple.src_port,
+        _ => return None,
+    };
+    conntrack::throw_for(port)
 }
 
 /// What an agent without options loads.
@@ -167,14 +188,16 @@ impl Programs {
         }
         for (tuple, entry) in flows {
             match narrow(tuple) {
-                Some(tuple) => v4.insert(&bytes::<16>(&tuple)?, &bytes::<56>(entry)?, 0)?,
-                None => v6.insert(&bytes::<40>(tuple)?, &bytes::<56>(entry)?, 0)?,
+                Some(tuple) => {
+                    v4.insert(&bytes::<16>(&tuple)?, &bytes::<{ size_of::<Entry>() }>(entry)?, 0)?
+                }
+                None => v6.insert(&bytes::<40>(tuple)?, &bytes::<{ size_of::<Entry>() }>(entry)?, 0)?,
             }
         }
         Ok(())
     }
 
-    fn flows<const KEY: usize>(&self, map: &str) -> Result<HashMap<MapData, [u8; KEY], [u8; 56]>> {
+    fn flows<const KEY: usize>(&self, map: &str) -> Result<HashMap<MapData, [u8; KEY], EntryBytes>> {
         Ok(HashMap::try_from(Map::LruHashMap(MapData::from_pin(self.pin(map))?))?)
     }
 

@@ -200,9 +200,18 @@ const PORT_TRIES: u32 = 8;
 /// throughout (rule 27), so that two CPUs seldom want the same.
 #[inline(always)]
 const fn random_port(random: u32) -> Port {
-    const FIRST: u16 = 1024;
-    const LAST: u16 = 29_999;
-    Port::new(FIRST + hash::slot(random, (LAST - FIRST) as u32 + 1) as u16)
+    Port::new(FIRST_PORT + hash::slot(random, PORTS) as u16)
+}
+
+const FIRST_PORT: u16 = 1024;
+const LAST_PORT: u16 = 29_999;
+const PORTS: u32 = (LAST_PORT - FIRST_PORT) as u32 + 1;
+
+/// A random number that gives this port, for tests; `None` where none does.
+#[cfg(not(target_arch = "bpf"))]
+pub fn throw_for(port: Port) -> Option<u32> {
+    let slot = u64::from(port.host().checked_sub(FIRST_PORT)?);
+    u32::try_from((slot << 32).div_ceil(u64::from(PORTS))).ok()
 }
 
 /// Whether the reply entry under `tuple` is this flow's own from before, or of a flow that is over.
@@ -597,5 +606,13 @@ mod tests {
                 assert!(net.fake.tracked().values().all(|entry| State(entry.state).closed()));
             }
         }
+    }
+
+    #[test]
+    fn every_source_port_has_its_throw() {
+        for port in (FIRST_PORT..=LAST_PORT).map(Port::new) {
+            assert_eq!(random_port(throw_for(port).unwrap()), port);
+        }
+        assert_eq!([0, LAST_PORT + 1, u16::MAX].map(|port| throw_for(Port::new(port))), [None; 3]);
     }
 }
