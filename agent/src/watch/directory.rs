@@ -9,15 +9,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::document::{self, Id, Item};
+use super::document::{self, Item};
 use super::{Event, Problem};
+use crate::model::ObjectId;
 
 #[derive(Debug)]
 pub(super) struct Directory {
     path: PathBuf,
     node: Box<str>,
     files: BTreeMap<Arc<str>, File>,
-    objects: BTreeMap<Id, Known>,
+    objects: BTreeMap<ObjectId, Known>,
     ignored: BTreeSet<String>,
     problems: Box<[Problem]>,
     /// Counts the readings.
@@ -170,7 +171,8 @@ impl Directory {
             && (known.pass == self.pass || pass.unchanged.contains(&known.file))
         {
             let message = format!("{id} is also in {}, which comes first: remove one of them", known.file);
-            pass.problems.push(document::problem(place, message));
+            let object = Some(id);
+            pass.problems.push(Problem { object, ..document::problem(place, message) });
             return FileState::Whole;
         }
         // Where the object was last in a file that comes later, that file is to find out.

@@ -68,8 +68,9 @@ impl Naive {
             name: name.into(),
             proto,
             port: Port::new(port),
+            node_port: None,
         });
-        let object = Service { cluster_ips: ips.into(), ports: ports.collect() };
+        let object = Service { cluster_ips: ips.into(), ports: ports.collect(), ..Service::default() };
         Change::Service(name(&format!("s{number}")), Some(object))
     }
 
@@ -104,11 +105,12 @@ impl Naive {
             port: Port::new(port),
         });
         let endpoints =
-            endpoints.iter().map(|&(addr, condition)| Endpoint { addr, condition, place: Place::Remote });
+            endpoints.iter().map(|&(addr, condition)| Endpoint::new(addr, condition, Place::Remote));
         let object = EndpointSlice {
             service: format!("s{service}").into(),
             ports: ports.collect(),
             endpoints: endpoints.collect(),
+            ..EndpointSlice::default()
         };
         Change::EndpointSlice(name(&format!("e{number}")), Some(object))
     }
