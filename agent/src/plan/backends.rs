@@ -101,8 +101,7 @@ fn found<'a>(port: &ServicePort, slices: impl Iterator<Item = &'a EndpointSlice>
         // Rule 9: by name and protocol; the number is the slice's own.
         let ports = slice.ports.iter().filter(|it| it.name == port.name && it.proto == port.proto);
         for number in ports.map(|it| it.port) {
-            let serving = slice.endpoints.iter().filter(|it| it.condition != Condition::Down);
-            found.extend(serving.map(|it| Found {
+            found.extend(slice.endpoints.iter().map(|it| Found {
                 addr: it.addr,
                 port: number,
                 condition: it.condition,
@@ -125,6 +124,7 @@ fn found<'a>(port: &ServicePort, slices: impl Iterator<Item = &'a EndpointSlice>
         }
         same
     });
+    found.retain(|it| it.condition != Condition::Down);
     found
 }
 

@@ -90,6 +90,8 @@ impl Run {
 /// `10.96.0.1:80/TCP` -> `10.0.0.1:8080 10.0.0.2:8080`, as a program would find them.
 fn view(maps: &FakeMaps) -> BTreeMap<String, String> {
     let names: BTreeMap<u32, ServiceName> = maps.dump::<Services>().unwrap().into_iter().collect();
+    let rows = (1..maps.len::<Backends>()).map(|index| maps.read::<Backends>(index).unwrap());
+    let known: Vec<_> = rows.filter(|row| row.flags & Backend::LIVE != 0).collect();
     let mut view = BTreeMap::new();
     for (key, row) in maps.dump::<Frontends>().unwrap() {
         assert!(names.contains_key(&row.service), "{key:?} has an id without a name");
@@ -101,6 +103,12 @@ fn view(maps: &FakeMaps) -> BTreeMap<String, String> {
         } else {
             assert_eq!(row.length as usize, backends.len(), "a slot a backend");
         }
+        let family = |addr: &Addr| addr.ip().is_ipv4();
+        let chosen =
+            known.iter().filter(|it| it.service == row.service && family(&it.addr) == family(&key.addr));
+        let chosen: BTreeSet<_> =
+            chosen.filter(|it| row.chooses(it)).map(|it| format!("{}:{}", it.addr, it.port)).collect();
+        assert_eq!(chosen, backends, "rule 29: what may be remembered is what the slots name");
         let mut text = backends.into_iter().collect::<Vec<_>>().join(" ");
         if row.length == 0 && row.flags & Frontend::REJECT != 0 {
             text = "reject".into();
