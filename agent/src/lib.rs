@@ -16,12 +16,14 @@
 //! | `plan` | `model`, `common` | any I/O, aya, Kubernetes types, clocks, randomness |
 //! | `reconcile` | `model`, `plan`, `maps` | `watch`, Kubernetes types, aya |
 //! | `maps` | `common`, aya in `kernel` only | `model`, `plan` |
+//! | `health` | `model` | `maps`, `reconcile`, aya |
 
 pub mod boottime;
 pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod datapath;
+pub mod health;
 pub mod lock;
 pub mod maps;
 pub mod model;

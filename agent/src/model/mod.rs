@@ -12,7 +12,7 @@ use std::fmt;
 use ferroflow_common::addr::Addr;
 
 pub use id::{Kind, ObjectId, Withheld};
-pub use node::{Node, Prefix};
+pub use node::{Node, Prefix, Stay};
 pub use pod::Pod;
 pub use service::{
     Algorithm, Condition, Endpoint, EndpointSlice, Exposure, NodeHint, Service, ServicePort, SlicePort,

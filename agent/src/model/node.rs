@@ -12,6 +12,16 @@ pub struct Node {
     pub addresses: Box<[Addr]>,
     pub pod_cidrs: Box<[Prefix]>,
     pub zone: Option<Box<str>>,
+    pub stay: Stay,
+}
+
+/// Whether a node is to get new connections (rule 41).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Stay {
+    #[default]
+    Stays,
+    /// It is deleted, or the autoscaler is about to.
+    Leaves,
 }
 
 impl Node {

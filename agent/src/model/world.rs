@@ -13,6 +13,8 @@ pub struct World {
     /// This node's name.
     node: Box<str>,
     services: BTreeMap<Name, Backing>,
+    /// Services with a health check port.
+    health_checked: BTreeSet<Name>,
     /// To which Service a slice belonged when it was last seen.
     slice_owners: BTreeMap<Name, Box<str>>,
     nodes: BTreeMap<Box<str>, Node>,
@@ -78,6 +80,11 @@ impl World {
         self.services.iter().filter_map(|(name, backing)| Some((name, backing.service.as_ref()?)))
     }
 
+    /// The Services that have a health check port.
+    pub fn health_checked(&self) -> impl Iterator<Item = (&Name, &Backing)> {
+        self.health_checked.iter().filter_map(|name| self.services.get_key_value(name))
+    }
+
     pub fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.get(name)
     }
@@ -123,7 +130,13 @@ impl World {
     fn apply_service(&mut self, name: Name, service: Option<Service>) -> Vec<Touched> {
         let backing = self.services.entry(name.clone()).or_default();
         let unchanged = backing.service == service;
+        let checked = service.as_ref().is_some_and(|it| it.exposure.health_check_port.is_some());
         backing.service = service;
+        if checked {
+            self.health_checked.insert(name.clone());
+        } else {
+            self.health_checked.remove(&name);
+        }
         self.drop_empty(&name);
         if unchanged { Vec::new() } else { vec![Touched::Service(name)] }
     }

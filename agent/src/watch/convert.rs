@@ -13,7 +13,7 @@ use super::fault::{Fault, Invalid};
 use crate::model::service::{Place, Zones};
 use crate::model::{
     Change, Condition, Endpoint, EndpointSlice, Family, Name, Node, NodeHint, Pod, Prefix, Service,
-    ServicePort, SlicePort,
+    ServicePort, SlicePort, Stay,
 };
 
 type Result<T> = std::result::Result<T, Invalid>;
@@ -106,8 +106,20 @@ pub fn node(object: &core::Node) -> Result<Change> {
     let labels = object.metadata.labels.as_ref();
     let zone = labels.and_then(|labels| labels.get("topology.kubernetes.io/zone"));
     let zone = zone.filter(|zone| !zone.is_empty()).map(|zone| zone.as_str().into());
-    let node = Node { addresses: addresses.into(), pod_cidrs: pod_cidrs.collect::<Result<_>>()?, zone };
+    let node = Node {
+        addresses: addresses.into(),
+        pod_cidrs: pod_cidrs.collect::<Result<_>>()?,
+        zone,
+        stay: stay(object),
+    };
     Ok(Change::Node(name, Some(node)))
+}
+
+fn stay(object: &core::Node) -> Stay {
+    let taints = object.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+    let leaves = object.metadata.deletion_timestamp.is_some()
+        || taints.map(|taint| &taint.key).any(|key| key == "ToBeDeletedByClusterAutoscaler");
+    if leaves { Stay::Leaves } else { Stay::Stays }
 }
 
 /// # Errors
@@ -588,6 +600,19 @@ mod tests {
             slice_of(json!({"addressType": "IPv4", "ports": [{"port": -1}]})),
             "ports[0].port: -1 is not a port (1-65535)",
         );
+    }
+
+    #[test]
+    fn rule_41_a_node_leaves_when_it_is_deleted_or_about_to_be() {
+        let stay_of = |metadata: Value, spec: Value| {
+            let object = json!({"metadata": metadata, "spec": spec});
+            stay(&serde_json::from_value(object).unwrap())
+        };
+        let taint = |key: &str| json!({"taints": [{"key": key, "effect": "NoSchedule"}]});
+        assert_eq!(stay_of(json!({"name": "n"}), taint("node.kubernetes.io/unschedulable")), Stay::Stays);
+        assert_eq!(stay_of(json!({"name": "n"}), taint("ToBeDeletedByClusterAutoscaler")), Stay::Leaves);
+        let deleted = json!({"name": "n", "deletionTimestamp": "2026-01-01T00:00:00Z"});
+        assert_eq!(stay_of(deleted, json!({})), Stay::Leaves);
     }
 
     #[test]
