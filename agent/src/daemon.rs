@@ -18,9 +18,10 @@ use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
 use crate::model::Change;
 use crate::net::{self, NetError, RouteEvent};
+use crate::plan;
 use crate::reconcile::{self, Limits, Reconciler};
 use crate::watch::file::{FileSource, Timing};
-use crate::watch::{Event, Source as _};
+use crate::watch::{self, Event, Source as _};
 
 /// Longer than any program runs on a packet, and than any reader of a slot range holds what it read.
 const GRACE: Duration = Duration::from_secs(2);
@@ -86,7 +87,8 @@ fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
         frontends: maps.capacity::<crate::maps::Frontends>()?,
     };
     let node = config.node_name.as_str().into();
-    Reconciler::restore(maps, &reconcile::Config { node, limits, grace: GRACE }, Instant::now())
+    let config = reconcile::Config { node, limits, plan: plan::Config::default(), grace: GRACE };
+    Reconciler::restore(maps, &config, Instant::now())
 }
 
 /// Reads what the programs log; only with `--log-drops`, since every line costs a packet time.
@@ -164,6 +166,7 @@ impl Daemon {
             Event::Change(change) => self.reconciler.handle(change, Instant::now()),
             Event::Problems(problems) => {
                 self.state.rejected = u32::try_from(problems.len()).unwrap_or(u32::MAX);
+                self.reconciler.hold(watch::withheld(&problems), Instant::now());
             }
             Event::Synced => self.source_synced(),
         }

@@ -16,6 +16,7 @@
 //! | `plan` | `model`, `common` | any I/O, aya, Kubernetes types, clocks, randomness |
 //! | `reconcile` | `model`, `plan`, `maps` | `watch`, Kubernetes types, aya |
 //! | `maps` | `common`, aya in `kernel` only | `model`, `plan` |
+//! | `health` | `model` | `maps`, `reconcile`, aya |
 
 pub mod boottime;
 pub mod cli;
@@ -23,6 +24,7 @@ pub mod config;
 pub mod daemon;
 pub mod datapath;
 pub mod gc;
+pub mod health;
 pub mod lock;
 pub mod maps;
 pub mod model;

@@ -3,11 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey};
+use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey, SourceRangeKey};
 
 use zerocopy::IntoBytes;
 
-use super::{ArrayTable, Backends, Frontends, HashTable, MapError, Maps, Rows, Slots};
+use super::{ArrayTable, Backends, Frontends, HashTable, MapError, Maps, Rows, Slots, SourceRanges};
 
 #[derive(Clone, Debug)]
 pub struct FakeMaps {
@@ -66,7 +66,7 @@ impl FakeMaps {
     }
 
     /// What a program must never see: a frontend whose slots name nothing, or a backend that is not live or is
-    /// another service's.
+    /// another service's; one whose internal row or whose source ranges are not there.
     ///
     /// # Errors
     /// The first such frontend.
@@ -87,7 +87,19 @@ impl FakeMaps {
                 ));
             }
         }
+        let internal = FrontendKey { scope: FrontendKey::INTERNAL, ..*key };
+        if frontend.flags & Frontend::INTERNAL_ROW != 0 && !self.has::<Frontends>(|row, _| *row == internal) {
+            return Err(format!("{key:?} -> {frontend:?} has no internal row"));
+        }
+        let ranges = |row: &SourceRangeKey, _: &u32| row.data.service == frontend.service;
+        if frontend.flags & Frontend::SOURCE_RANGES != 0 && !self.has::<SourceRanges>(ranges) {
+            return Err(format!("{key:?} -> {frontend:?} has no source ranges"));
+        }
         Ok(())
+    }
+
+    fn has<T: HashTable>(&self, wanted: impl Fn(&T::Key, &T::Value) -> bool) -> bool {
+        self.dump::<T>().is_ok_and(|rows| rows.iter().any(|(key, value)| wanted(key, value)))
     }
 
     fn may_write(&mut self, map: &'static str) -> Result<(), MapError> {

@@ -312,7 +312,7 @@ fn errno(error: &AyaError) -> Option<i32> {
 
 fn kernel_error(map: &'static str, call: &'static str, error: AyaError) -> MapError {
     match errno(&error) {
-        Some(libc::E2BIG | libc::ENOMEM) if call == "update" => MapError::Full { map },
+        Some(libc::E2BIG | libc::ENOMEM | libc::ENOSPC) if call == "update" => MapError::Full { map },
         Some(code) => MapError::Kernel { map, call, source: io::Error::from_raw_os_error(code) },
         None => MapError::Kernel { map, call, source: io::Error::other(error) },
     }

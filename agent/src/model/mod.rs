@@ -1,6 +1,7 @@
 //! The cluster as this node needs it: lean types with only the fields that are used, and the [`World`] that holds
 //! them. Pure: no Kubernetes objects, no I/O, no clock.
 
+pub mod id;
 pub mod node;
 pub mod pod;
 pub mod service;
@@ -10,9 +11,13 @@ use std::fmt;
 
 use ferroflow_common::addr::Addr;
 
-pub use node::{Node, Prefix};
+pub use id::{Kind, ObjectId, Withheld};
+pub use node::{Node, Prefix, Stay};
 pub use pod::Pod;
-pub use service::{Condition, Endpoint, EndpointSlice, Service, ServicePort, SlicePort};
+pub use service::{
+    Algorithm, Condition, Endpoint, EndpointSlice, Exposure, NodeHint, Service, ServicePort, SlicePort,
+    TrafficPolicy,
+};
 pub use world::{Touched, World};
 
 /// The name of a namespaced object.

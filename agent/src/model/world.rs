@@ -13,6 +13,8 @@ pub struct World {
     /// This node's name.
     node: Box<str>,
     services: BTreeMap<Name, Backing>,
+    /// Services with a health check port.
+    health_checked: BTreeSet<Name>,
     /// To which Service a slice belonged when it was last seen.
     slice_owners: BTreeMap<Name, Box<str>>,
     nodes: BTreeMap<Box<str>, Node>,
@@ -57,13 +59,7 @@ impl World {
         match change {
             Change::Service(name, service) => self.apply_service(name, service),
             Change::EndpointSlice(name, slice) => self.apply_slice(name, slice),
-            Change::Node(name, node) => {
-                match node {
-                    Some(node) => self.nodes.insert(name, node),
-                    None => self.nodes.remove(&name),
-                };
-                Vec::new()
-            }
+            Change::Node(name, node) => self.apply_node(name, node),
             Change::Pod(name, pod) => self.apply_pod(name, pod),
             Change::LocalRoute(addr, ifindex) => {
                 let old = match ifindex {
@@ -82,6 +78,11 @@ impl World {
     /// The Services that exist, in the order of their names.
     pub fn services(&self) -> impl Iterator<Item = (&Name, &Service)> {
         self.services.iter().filter_map(|(name, backing)| Some((name, backing.service.as_ref()?)))
+    }
+
+    /// The Services that have a health check port.
+    pub fn health_checked(&self) -> impl Iterator<Item = (&Name, &Backing)> {
+        self.health_checked.iter().filter_map(|name| self.services.get_key_value(name))
     }
 
     pub fn node(&self, name: &str) -> Option<&Node> {
@@ -104,10 +105,38 @@ impl World {
         self.local_routes.get(&addr).copied()
     }
 
+    fn apply_node(&mut self, name: Box<str>, node: Option<Node>) -> Vec<Touched> {
+        let own = name == self.node;
+        let new = node.clone().unwrap_or_default();
+        let old = match node {
+            Some(node) => self.nodes.insert(name, node),
+            None => self.nodes.remove(&name),
+        };
+        let old = old.unwrap_or_default();
+        let (zone, addresses) = (own && old.zone != new.zone, own && old.addresses != new.addresses);
+        let depends = |backing: &Backing| {
+            // Rule 6.
+            zone && backing.slices.values().any(|slice| !slice.zones.is_empty())
+                || addresses
+                    && backing.service.as_ref().is_some_and(|it| !it.exposure.source_ranges.is_empty())
+        };
+        if !zone && !addresses {
+            return Vec::new();
+        }
+        let services = self.services.iter().filter(|(_, backing)| depends(backing));
+        services.map(|(name, _)| Touched::Service(name.clone())).collect()
+    }
+
     fn apply_service(&mut self, name: Name, service: Option<Service>) -> Vec<Touched> {
         let backing = self.services.entry(name.clone()).or_default();
         let unchanged = backing.service == service;
+        let checked = service.as_ref().is_some_and(|it| it.exposure.health_check_port.is_some());
         backing.service = service;
+        if checked {
+            self.health_checked.insert(name.clone());
+        } else {
+            self.health_checked.remove(&name);
+        }
         self.drop_empty(&name);
         if unchanged { Vec::new() } else { vec![Touched::Service(name)] }
     }
@@ -175,13 +204,12 @@ mod tests {
     use super::*;
 
     fn slice(service: &str, last: u8) -> EndpointSlice {
-        let endpoint =
-            Endpoint { addr: Addr::v4([10, 0, 0, last]), condition: Condition::Ready, place: Place::Remote };
-        EndpointSlice { service: service.into(), ports: Box::default(), endpoints: Box::new([endpoint]) }
+        let endpoint = Endpoint::new(Addr::v4([10, 0, 0, last]), Condition::Ready, Place::Remote);
+        EndpointSlice { service: service.into(), endpoints: Box::new([endpoint]), ..EndpointSlice::default() }
     }
 
     fn service(last: u8) -> Service {
-        Service { cluster_ips: Box::new([Addr::v4([10, 96, 0, last])]), ports: Box::default() }
+        Service { cluster_ips: Box::new([Addr::v4([10, 96, 0, last])]), ..Service::default() }
     }
 
     fn web() -> Name {
@@ -228,6 +256,33 @@ mod tests {
         let touched = world.apply(Change::EndpointSlice(name, Some(slice("other", 1))));
         assert_eq!(touched, [Touched::Service(web()), Touched::Service(Name::new("default", "other"))]);
         assert!(world.service(&web()).is_none());
+    }
+
+    #[test]
+    fn rule_6_another_zone_touches_what_has_hints() {
+        let mut world = World::new("here");
+        let zones: Box<[_]> = Box::new([Box::new(["a".into()]) as Box<[_]>]);
+        let hinted = EndpointSlice { zones, ..slice("web", 1) };
+        world.apply(Change::EndpointSlice(Name::new("default", "web-1"), Some(hinted)));
+        world.apply(Change::EndpointSlice(Name::new("default", "other-1"), Some(slice("other", 1))));
+        let mut guarded = service(3);
+        guarded.exposure.source_ranges =
+            Box::new([crate::model::Prefix::new(Addr::v4([10, 0, 0, 0]), 8).unwrap()]);
+        world.apply(Change::Service(Name::new("default", "guarded"), Some(guarded)));
+        let node = |zone: Option<&str>, addresses: &[Addr]| {
+            Some(Node { zone: zone.map(Into::into), addresses: addresses.into(), ..Node::default() })
+        };
+        let mut touched = |name: &str, node| world.apply(Change::Node(name.into(), node));
+        assert_eq!(touched("there", node(Some("a"), &[])), []);
+        assert_eq!(touched("here", node(None, &[])), []);
+        assert_eq!(touched("here", node(Some("a"), &[])), [Touched::Service(web())]);
+        assert_eq!(touched("here", node(Some("a"), &[])), []);
+        let guarded = Touched::Service(Name::new("default", "guarded"));
+        assert_eq!(
+            touched("here", node(Some("a"), &[Addr::v4([10, 0, 0, 9])])),
+            std::slice::from_ref(&guarded)
+        );
+        assert_eq!(touched("here", None), [guarded, Touched::Service(web())]);
     }
 
     #[test]

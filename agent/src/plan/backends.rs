@@ -1,58 +1,157 @@
 //! Which endpoints of a service port are backends, and which of them get new flows.
 
+use ferroflow_common::abi::lb::Backend;
 use ferroflow_common::addr::{Addr, Port};
 
-use crate::model::Family;
-use crate::model::service::{Condition, Endpoint, EndpointSlice, ServicePort};
+use crate::model::service::{Condition, EndpointSlice, NodeHint, Place, ServicePort};
+use crate::model::{Family, TrafficPolicy};
 
 /// A backend of a service port: it has a row as long as it serves, so that its flows stay (rules 30, 31).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Planned {
     pub addr: Addr,
     pub port: Port,
-    pub role: Role,
+    pub condition: Condition,
+    /// The sets that it is in: [`Backend::CLUSTER`], [`Backend::LOCAL`], both, or none where it only keeps the flows
+    /// that it has.
+    pub sets: u8,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Gets new flows.
-    Selected,
-    /// Keeps the ones it has.
-    Kept,
+/// What is asked of [`backends`].
+#[derive(Clone, Copy, Debug)]
+pub struct Selection<'a> {
+    /// The families for which the Service has an address; endpoints of others are passed over (rule 10).
+    pub families: &'a [Family],
+    /// The policies that its frontends have (rule 7).
+    pub policies: &'a [TrafficPolicy],
+    /// This node's.
+    pub zone: Option<&'a str>,
 }
 
-/// The backends of a port, in the order of address and port. `serves` says for which families the Service has an
-/// address; endpoints of others are passed over (rule 10).
+/// An endpoint at one port, in the slice it was found in.
+struct Found<'a> {
+    addr: Addr,
+    port: Port,
+    condition: Condition,
+    place: Place,
+    node_hint: NodeHint,
+    zones: &'a [Box<str>],
+}
+
+/// Which of the ready endpoints are near enough (rule 4).
+#[derive(Clone, Copy)]
+enum Topology<'a> {
+    Node,
+    Zone(&'a str),
+    Any,
+}
+
+impl Planned {
+    /// Whether it gets new flows anywhere in the cluster: where no endpoint does, clients are told so (rule 14).
+    pub fn usable(&self) -> bool {
+        self.condition >= Condition::Draining
+    }
+}
+
+/// The backends of a port, in the order of address and port.
 pub fn backends<'a>(
     port: &ServicePort,
     slices: impl Iterator<Item = &'a EndpointSlice>,
-    serves: impl Fn(Family) -> bool,
+    selection: &Selection<'_>,
 ) -> Vec<Planned> {
-    let mut found: Vec<(Addr, Port, Condition)> = Vec::new();
+    let found = found(port, slices);
+    let mut planned = Vec::with_capacity(found.len());
+    for family in Family::ALL.into_iter().filter(|family| selection.families.contains(family)) {
+        let half: Vec<&Found<'_>> = found.iter().filter(|it| Family::of(&it.addr) == family).collect();
+        let start = planned.len();
+        planned.extend(half.iter().map(|it| Planned {
+            addr: it.addr,
+            port: it.port,
+            condition: it.condition,
+            sets: 0,
+        }));
+        for policy in selection.policies {
+            let topology = topology(&half, selection.zone);
+            let (set, member): (u8, &dyn Fn(&Found<'_>) -> bool) = match policy {
+                TrafficPolicy::Cluster => (Backend::CLUSTER, &|it| near(it, topology)),
+                // Rule 5: hints are not for it.
+                TrafficPolicy::Local => (Backend::LOCAL, &|it| it.place == Place::Local),
+            };
+            let place = |it: &Found<'_>| *policy == TrafficPolicy::Cluster || it.place == Place::Local;
+            // Rule 2: ready endpoints, or where there are none (on this node, for the policy Local) those that still
+            // serve while they terminate; for those, hints are no longer asked (rule 3).
+            let ready = half.iter().any(|it| it.condition == Condition::Ready && place(it));
+            for (it, planned) in half.iter().zip(&mut planned[start..]) {
+                let chosen = match it.condition {
+                    Condition::Ready => ready && member(it),
+                    Condition::Draining => !ready && place(it),
+                    Condition::Serving | Condition::Down => false,
+                };
+                planned.sets |= if chosen { set } else { 0 };
+            }
+        }
+    }
+    planned
+}
+
+/// All endpoints of a port that serve, one of each address and port, in that order.
+fn found<'a>(port: &ServicePort, slices: impl Iterator<Item = &'a EndpointSlice>) -> Vec<Found<'a>> {
+    let mut found: Vec<Found<'_>> = Vec::new();
     for slice in slices {
         // Rule 9: by name and protocol; the number is the slice's own.
         let ports = slice.ports.iter().filter(|it| it.name == port.name && it.proto == port.proto);
         for number in ports.map(|it| it.port) {
-            let serving = slice.endpoints.iter().filter(|it| it.condition != Condition::Down);
-            found.extend(serving.map(|&Endpoint { addr, condition, place: _ }| (addr, number, condition)));
+            found.extend(slice.endpoints.iter().map(|it| Found {
+                addr: it.addr,
+                port: number,
+                condition: it.condition,
+                place: it.place,
+                node_hint: it.node_hint,
+                zones: slice.zones(it),
+            }));
         }
     }
     // Rule 8: one of each address and port. While an endpoint moves between slices one copy may be stale; the best
-    // one counts, or a live backend would be lost.
-    found.sort_unstable_by(|a, b| (a.0, a.1, b.2).cmp(&(b.0, b.1, a.2)));
-    found.dedup_by_key(|it| (it.0, it.1));
-    let mut planned = Vec::with_capacity(found.len());
-    for family in Family::ALL.into_iter().filter(|&family| serves(family)) {
-        let half = || found.iter().filter(|it| Family::of(&it.0) == family);
-        // Rule 2: ready endpoints, or where there are none those that still serve while they terminate.
-        let best =
-            if half().any(|it| it.2 == Condition::Ready) { Condition::Ready } else { Condition::Draining };
-        planned.extend(half().map(|&(addr, port, condition)| {
-            let role = if condition == best { Role::Selected } else { Role::Kept };
-            Planned { addr, port, role }
-        }));
+    // one counts, or a live backend would be lost. It is local if any copy is.
+    found.sort_unstable_by(|a, b| {
+        let order = (a.addr, a.port, b.condition, b.node_hint, b.zones);
+        order.cmp(&(b.addr, b.port, a.condition, a.node_hint, a.zones))
+    });
+    found.dedup_by(|copy, kept| {
+        let same = (copy.addr, copy.port) == (kept.addr, kept.port);
+        if same {
+            kept.place = kept.place.max(copy.place);
+        }
+        same
+    });
+    found.retain(|it| it.condition != Condition::Down);
+    found
+}
+
+/// Rule 4: a hint counts only where every ready endpoint has one and one of them names this node or its zone.
+fn topology<'a>(half: &[&Found<'_>], zone: Option<&'a str>) -> Topology<'a> {
+    let ready = || half.iter().filter(|it| it.condition == Condition::Ready);
+    if ready().all(|it| it.node_hint != NodeHint::Unsaid)
+        && ready().any(|it| it.node_hint == NodeHint::ThisNode)
+    {
+        return Topology::Node;
     }
-    planned
+    match zone {
+        Some(zone)
+            if ready().all(|it| !it.zones.is_empty()) && ready().any(|it| near(it, Topology::Zone(zone))) =>
+        {
+            Topology::Zone(zone)
+        }
+        Some(_) | None => Topology::Any,
+    }
+}
+
+fn near(it: &Found<'_>, topology: Topology<'_>) -> bool {
+    match topology {
+        Topology::Node => it.node_hint == NodeHint::ThisNode,
+        Topology::Zone(zone) => it.zones.iter().any(|other| **other == *zone),
+        Topology::Any => true,
+    }
 }
 
 #[cfg(test)]
@@ -62,36 +161,120 @@ mod tests {
     use ferroflow_common::addr::Proto;
 
     use super::*;
-    use crate::model::service::{Place, SlicePort};
+    use crate::model::service::{Endpoint, SlicePort};
 
-    fn slice(port: u16, endpoints: &[(&str, Condition)]) -> EndpointSlice {
-        let endpoints = endpoints.iter().map(|&(addr, condition)| Endpoint {
-            addr: Addr::from(addr.parse::<IpAddr>().unwrap()),
-            condition,
-            place: Place::Remote,
-        });
-        EndpointSlice {
-            service: "web".into(),
-            ports: Box::new([SlicePort { name: "http".into(), proto: Proto::TCP, port: Port::new(port) }]),
-            endpoints: endpoints.collect(),
-        }
+    fn addr(text: &str) -> Addr {
+        Addr::from(text.parse::<IpAddr>().unwrap())
     }
 
-    /// `addr:port` of the selected backends, `(addr:port)` of the kept ones.
+    fn slice_of(port: u16, endpoints: Vec<Endpoint>) -> EndpointSlice {
+        let ports = Box::new([SlicePort { name: "http".into(), proto: Proto::TCP, port: Port::new(port) }]);
+        EndpointSlice { service: "web".into(), ports, endpoints: endpoints.into(), ..Default::default() }
+    }
+
+    fn slice(port: u16, endpoints: &[(&str, Condition)]) -> EndpointSlice {
+        let endpoints =
+            endpoints.iter().map(|&(text, condition)| Endpoint::new(addr(text), condition, Place::Remote));
+        slice_of(port, endpoints.collect())
+    }
+
+    fn http() -> ServicePort {
+        ServicePort { name: "http".into(), proto: Proto::TCP, port: Port::new(80), node_port: None }
+    }
+
+    /// `addr:port` of the backends in a set, `(addr:port)` of the others.
+    fn chosen(slices: &[EndpointSlice], policy: TrafficPolicy, zone: Option<&str>) -> String {
+        let selection = Selection { families: &Family::ALL, policies: &[policy], zone };
+        let texts = backends(&http(), slices.iter(), &selection).into_iter().map(|it| match it.sets {
+            0 => format!("({}:{})", it.addr, it.port),
+            _ => format!("{}:{}", it.addr, it.port),
+        });
+        texts.collect::<Vec<_>>().join(" ")
+    }
+
     fn planned(slices: &[EndpointSlice]) -> String {
-        let port = ServicePort { name: "http".into(), proto: Proto::TCP, port: Port::new(80) };
-        let backends = backends(&port, slices.iter(), |_| true);
-        let texts: Vec<_> = backends
-            .iter()
-            .map(|it| match it.role {
-                Role::Selected => format!("{}:{}", it.addr, it.port),
-                Role::Kept => format!("({}:{})", it.addr, it.port),
-            })
-            .collect();
-        texts.join(" ")
+        chosen(slices, TrafficPolicy::Cluster, None)
     }
 
     use Condition::{Down, Draining, Ready, Serving};
+
+    /// Endpoints `10.0.0.1`, `10.0.0.2` and so on: `L` local, `r`/`d`/`s` its condition, `@` the zones it is for, `#`
+    /// the nodes.
+    fn hinted(endpoints: &[&str]) -> EndpointSlice {
+        let mut zones: Vec<Box<[Box<str>]>> = Vec::new();
+        let endpoints = endpoints.iter().enumerate().map(|(index, text)| {
+            let (text, nodes) = text.split_once('#').unwrap_or((text, ""));
+            let (text, names) = text.split_once('@').unwrap_or((text, ""));
+            let condition = match text.as_bytes().last().unwrap() {
+                b'd' => Draining,
+                b's' => Serving,
+                _ => Ready,
+            };
+            let place = if text.starts_with('L') { Place::Local } else { Place::Remote };
+            let mut endpoint = Endpoint::new(Addr::v4([10, 0, 0, index as u8 + 1]), condition, place);
+            if !names.is_empty() {
+                zones.push(names.split(',').map(Into::into).collect());
+                endpoint.zone_hint = zones.len() as u16;
+            }
+            endpoint.node_hint = match nodes {
+                "" => NodeHint::Unsaid,
+                "here" => NodeHint::ThisNode,
+                _ => NodeHint::Others,
+            };
+            endpoint
+        });
+        let slice = slice_of(1, endpoints.collect());
+        EndpointSlice { zones: zones.into(), ..slice }
+    }
+
+    /// The last digits of the chosen ones.
+    fn digits(endpoints: &[&str], policy: TrafficPolicy, zone: &str) -> String {
+        let zone = Some(zone).filter(|zone| !zone.is_empty());
+        let text = chosen(&[hinted(endpoints)], policy, zone);
+        let chosen = text.split(' ').filter(|it| !it.starts_with('(') && !it.is_empty());
+        chosen.map(|it| it.split([':', '.']).nth(3).unwrap()).collect()
+    }
+
+    #[test]
+    fn rule_4_hints_are_all_or_nothing() {
+        let cluster = |endpoints: &[&str], zone: &str| digits(endpoints, TrafficPolicy::Cluster, zone);
+        assert_eq!(cluster(&["r@a", "r@b", "r@a,b"], "a"), "13");
+        assert_eq!(cluster(&["r@a", "r@b", "r"], "a"), "123", "one ready endpoint has none");
+        assert_eq!(cluster(&["r@a", "r@b", "s", "d"], "a"), "1", "those that are not ready are not asked");
+        assert_eq!(cluster(&["r@b", "r@c"], "a"), "12", "none for this zone");
+        assert_eq!(cluster(&["r@a#here", "r@a#there"], "a"), "1", "the node goes before the zone");
+        assert_eq!(cluster(&["r@b#here", "r@a#there"], "a"), "1");
+        assert_eq!(cluster(&["r@a#there", "r@b#there"], "a"), "1", "none for this node: the zone counts");
+        assert_eq!(cluster(&["r@a#here", "r@b"], "a"), "1", "not all have nodes: the zone counts");
+        assert_eq!(cluster(&["r#here", "r"], "a"), "12", "no mixing");
+    }
+
+    #[test]
+    fn rule_3_the_fallback_to_terminating_endpoints_has_no_topology() {
+        assert_eq!(digits(&["d@a", "d@b", "s@a"], TrafficPolicy::Cluster, "a"), "12");
+    }
+
+    #[test]
+    fn rule_5_hints_are_not_for_the_policy_local_and_not_without_a_zone() {
+        assert_eq!(digits(&["Lr@b", "Lr@b#there", "r@a"], TrafficPolicy::Local, "a"), "12");
+        assert_eq!(digits(&["r@a", "r@b"], TrafficPolicy::Cluster, ""), "12");
+    }
+
+    #[test]
+    fn rules_2_and_7_the_sets_of_both_policies_are_decided_apart() {
+        let policies = [TrafficPolicy::Cluster, TrafficPolicy::Local];
+        let sets = |endpoints: &[&str]| {
+            let selection = Selection { families: &Family::ALL, policies: &policies, zone: None };
+            let slice = hinted(endpoints);
+            let found = backends(&http(), [&slice].into_iter(), &selection);
+            found.iter().map(|it| it.sets).collect::<Vec<_>>()
+        };
+        let (cluster, local) = (Backend::CLUSTER, Backend::LOCAL);
+        assert_eq!(sets(&["r", "Lr", "Ld"]), [cluster, cluster | local, 0]);
+        assert_eq!(sets(&["r", "Ld", "Ls"]), [cluster, local, 0], "none is ready here: the one that drains");
+        assert_eq!(sets(&["d", "Ld"]), [cluster, cluster | local]);
+        assert_eq!(sets(&["r", "s"]), [cluster, 0], "none here");
+    }
 
     #[test]
     fn rule_2_ready_ones_or_else_those_that_serve_while_they_terminate() {
@@ -120,7 +303,13 @@ mod tests {
         let one = slice(8080, &[("10.0.0.1", Down), ("10.0.0.2", Ready)]);
         let two = slice(8080, &[("10.0.0.1", Ready), ("10.0.0.2", Draining)]);
         assert_eq!(planned(&[one.clone(), two.clone()]), "10.0.0.1:8080 10.0.0.2:8080");
-        assert_eq!(planned(&[two, one]), "10.0.0.1:8080 10.0.0.2:8080");
+        assert_eq!(planned(&[two.clone(), one.clone()]), "10.0.0.1:8080 10.0.0.2:8080");
+        let mut local = slice(8080, &[("10.0.0.1", Down), ("10.0.0.2", Serving)]);
+        local.endpoints[1].place = Place::Local;
+        for slices in [[one.clone(), local.clone()], [local, one]] {
+            let text = chosen(&slices, TrafficPolicy::Local, None);
+            assert_eq!(text, "10.0.0.2:8080", "it is local if any copy is");
+        }
     }
 
     #[test]
@@ -141,8 +330,8 @@ mod tests {
         let v4 = slice(80, &[("10.0.0.2", Draining), ("10.0.0.1", Draining)]);
         let v6 = slice(80, &[("fd00::2", Ready), ("fd00::1", Draining)]);
         assert_eq!(planned(&[v6.clone(), v4.clone()]), "10.0.0.1:80 10.0.0.2:80 (fd00::1:80) fd00::2:80");
-        let port = ServicePort { name: "http".into(), proto: Proto::TCP, port: Port::new(80) };
-        let only_v6 = backends(&port, [v4, v6].iter(), |family| family == Family::V6);
-        assert_eq!(only_v6.len(), 2);
+        let selection =
+            Selection { families: &[Family::V6], policies: &[TrafficPolicy::Cluster], zone: None };
+        assert_eq!(backends(&http(), [v4, v6].iter(), &selection).len(), 2);
     }
 }

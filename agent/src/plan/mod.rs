@@ -5,18 +5,45 @@
 
 pub mod backends;
 pub mod endpoints;
+pub mod frontends;
 pub mod ids;
+pub mod maglev;
 pub mod ranges;
 pub mod slots;
+pub mod sources;
 
-use ferroflow_common::abi::lb::{FrontendKey, ServiceName};
+use ferroflow_common::abi::lb::{Frontend, FrontendKey, ServiceName};
 use ferroflow_common::addr::Proto;
 
-use crate::model::service::{Service, ServicePort};
-use crate::model::world::Backing;
+use crate::model::service::{Service, ServicePort, TrafficPolicy};
+use crate::model::world::{Backing, World};
 use crate::model::{Family, Name};
 
-pub use backends::{Planned, Role};
+pub use backends::Planned;
+pub use frontends::PlannedFrontend;
+pub use sources::Source;
+
+/// What the agent was told of how to serve.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    pub external_ips: ExternalIps,
+    /// The lengths of Maglev tables: [`maglev::LENGTHS`], but for tests.
+    pub maglev_lengths: &'static [u32],
+}
+
+/// What becomes of `spec.externalIPs`: whoever may write a Service could take any address with them
+/// (CVE-2020-8554).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExternalIps {
+    Serve,
+    Ignore,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { external_ips: ExternalIps::Ignore, maglev_lengths: maglev::LENGTHS }
+    }
+}
 
 /// The rows of one Service: one entry a port, in the order of their names.
 pub type Desired<'a> = Vec<PortRows<'a>>;
@@ -28,10 +55,13 @@ pub struct PortRows<'a> {
     pub name: &'a str,
     pub text: ServiceName,
     pub proto: Proto,
-    /// One for each cluster IP.
-    pub frontends: Vec<FrontendKey>,
+    pub frontends: Vec<PlannedFrontend>,
+    /// Seconds for which a client keeps its backend; 0 without session affinity.
+    pub affinity: u32,
     /// Of both families, in the order of address and port.
     pub backends: Vec<Planned>,
+    /// Who may use the load balancer's addresses; sorted.
+    pub sources: Vec<Source>,
 }
 
 /// Why a Service has no rows.
@@ -43,20 +73,15 @@ pub enum PlanError {
 
 /// # Errors
 /// Where the Service cannot be laid out.
-pub fn service<'a>(name: &Name, backing: &'a Backing) -> Result<Desired<'a>, PlanError> {
+pub fn service<'a>(world: &'a World, name: &Name, config: &Config) -> Result<Desired<'a>, PlanError> {
+    let Some(backing) = world.service(name) else { return Ok(Vec::new()) };
     let Some(service) = &backing.service else { return Ok(Vec::new()) };
-    service.ports.iter().map(|port| port_rows(name, service, port, backing)).collect()
+    service.ports.iter().map(|port| port_rows(world, (name, service, port), backing, config)).collect()
 }
 
-/// The frontend of a port at one of the Service's addresses.
-pub fn frontends<'a>(service: &'a Service, port: &'a ServicePort) -> impl Iterator<Item = FrontendKey> + 'a {
-    let ServicePort { name: _, proto, port } = *port;
-    service.cluster_ips.iter().map(move |&addr| FrontendKey {
-        addr,
-        port,
-        proto,
-        scope: FrontendKey::EXTERNAL,
-    })
+/// Whether the Service has this frontend.
+pub fn wants(service: &Service, key: &FrontendKey, config: &Config) -> bool {
+    service.ports.iter().any(|port| frontends::has(service, port, config, key))
 }
 
 /// The id's name in the tables: `namespace/name:port`, without the colon where the port has no name.
@@ -72,21 +97,52 @@ pub fn names_of(text: &str) -> Option<(Name, &str)> {
 }
 
 fn port_rows<'a>(
-    name: &Name,
-    service: &Service,
-    port: &'a ServicePort,
+    world: &World,
+    (name, service, port): (&Name, &Service, &'a ServicePort),
     backing: &Backing,
+    config: &Config,
 ) -> Result<PortRows<'a>, PlanError> {
     let text = text(name, &port.name);
     let Some(bytes) = ServiceName::new(&text) else { return Err(PlanError::NameTooLong { text }) };
-    let has = |family| service.cluster_ips.iter().any(|addr| Family::of(addr) == family);
+    let mut frontends = frontends::frontends(service, port, config);
+    let families: Vec<Family> = Family::ALL.into_iter().filter(|it| service.serves(*it)).collect();
+    let policies: Vec<TrafficPolicy> = [(0, TrafficPolicy::Cluster), (Frontend::LOCAL, TrafficPolicy::Local)]
+        .into_iter()
+        .filter(|(bit, _)| frontends.iter().any(|it| it.flags & Frontend::LOCAL == *bit))
+        .map(|(_, policy)| policy)
+        .collect();
+    let node = world.own_node();
+    let zone = node.and_then(|node| node.zone.as_deref());
+    let selection = backends::Selection { families: &families, policies: &policies, zone };
+    let backends = backends::backends(port, backing.slices.values(), &selection);
+    for frontend in &mut frontends {
+        frontend.flags = settle(*frontend, &backends);
+    }
+    let guarded = frontends.iter().any(|it| it.flags & Frontend::SOURCE_RANGES != 0);
+    let addresses = node.map_or(&[][..], |node| &node.addresses);
+    let sources = if guarded { sources::sources(&service.exposure, addresses) } else { Vec::new() };
     Ok(PortRows {
         name: &port.name,
         text: bytes,
         proto: port.proto,
-        frontends: frontends(service, port).collect(),
-        backends: backends::backends(port, backing.slices.values(), has),
+        frontends,
+        affinity: service.affinity,
+        backends,
+        sources,
     })
+}
+
+/// The flags of a frontend, now that its backends are known: without any there are no slots to be a table, and it
+/// rejects where there is none anywhere (rule 14), but drops where only this node has none (rule 15).
+fn settle(PlannedFrontend { key, flags }: PlannedFrontend, backends: &[Planned]) -> u32 {
+    let half = || backends.iter().filter(|it| Family::of(&it.addr) == Family::of(&key.addr));
+    if half().any(|it| it.sets & frontends::set(flags) != 0) {
+        flags
+    } else if half().any(Planned::usable) {
+        flags & !Frontend::MAGLEV
+    } else {
+        (flags & !Frontend::MAGLEV) | Frontend::REJECT
+    }
 }
 
 #[cfg(test)]
@@ -94,24 +150,86 @@ mod tests {
     use ferroflow_common::addr::{Addr, Port};
 
     use super::*;
+    use crate::model::service::Place;
+    use crate::model::{Change, Condition, Endpoint, EndpointSlice, SlicePort};
+
+    fn world(name: &Name, service: Service) -> World {
+        let mut world = World::new("here");
+        world.apply(Change::Service(name.clone(), Some(service)));
+        world
+    }
 
     #[test]
     fn a_service_has_a_row_for_each_address_and_port() {
         let v6 = Addr::from("fd00::10".parse::<std::net::IpAddr>().unwrap());
-        let port = |name: &str, proto| ServicePort { name: name.into(), proto, port: Port::new(53) };
-        let service_object = Service {
+        let port = |name: &str, proto| ServicePort {
+            name: name.into(),
+            proto,
+            port: Port::new(53),
+            node_port: None,
+        };
+        let object = Service {
             cluster_ips: Box::new([Addr::v4([10, 96, 0, 10]), v6]),
             ports: Box::new([port("dns", Proto::UDP), port("dns-tcp", Proto::TCP)]),
+            ..Service::default()
         };
-        let backing = Backing { service: Some(service_object), slices: Default::default() };
         let name = Name::new("kube-system", "dns");
-        let desired = service(&name, &backing).unwrap();
+        let world = world(&name, object);
+        let desired = service(&world, &name, &Config::default()).unwrap();
         let texts: Vec<_> = desired.iter().map(|rows| rows.text.as_str().unwrap()).collect();
         assert_eq!(texts, ["kube-system/dns:dns", "kube-system/dns:dns-tcp"]);
-        let keys: Vec<_> =
-            desired[1].frontends.iter().map(|key| (key.addr, key.port.host(), key.proto)).collect();
-        assert_eq!(keys, [(Addr::v4([10, 96, 0, 10]), 53, Proto::TCP), (v6, 53, Proto::TCP)]);
-        assert_eq!(service(&name, &Backing::default()), Ok(Vec::new()));
+        let keys = desired[1].frontends.iter().map(|it| (it.key.addr, it.key.port.host(), it.key.proto));
+        let expected = [(Addr::v4([10, 96, 0, 10]), 53, Proto::TCP), (v6, 53, Proto::TCP)];
+        assert_eq!(keys.collect::<Vec<_>>(), expected);
+        assert_eq!(service(&world, &Name::new("a", "b"), &Config::default()), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn rules_14_and_15_nobody_anywhere_rejects_and_nobody_here_drops() {
+        let name = Name::new("default", "web");
+        let number = Port::new(80);
+        let port = ServicePort { name: "".into(), proto: Proto::TCP, port: number, node_port: Some(number) };
+        let mut object = Service {
+            cluster_ips: Box::new([Addr::v4([10, 96, 0, 1])]),
+            ports: Box::new([port]),
+            ..Service::default()
+        };
+        object.exposure.policy = TrafficPolicy::Local;
+        let mut world = world(&name, object);
+        let mut rows = |endpoints: &[Endpoint]| {
+            let ports = Box::new([SlicePort { name: "".into(), proto: Proto::TCP, port: number }]);
+            let slice = EndpointSlice {
+                service: "web".into(),
+                ports,
+                endpoints: endpoints.into(),
+                ..Default::default()
+            };
+            world.apply(Change::EndpointSlice(Name::new("default", "s"), Some(slice)));
+            let desired = service(&world, &name, &Config::default()).unwrap();
+            let has = |it: &PlannedFrontend| {
+                let set = frontends::set(it.flags);
+                let any = desired[0].backends.iter().any(|backend| backend.sets & set != 0);
+                (it.key.addr == FrontendKey::NODE_V4, it.key.scope, any, it.flags & Frontend::REJECT != 0)
+            };
+            desired[0].frontends.iter().map(has).collect::<Vec<_>>()
+        };
+        let remote = |condition| Endpoint::new(Addr::v4([10, 0, 0, 1]), condition, Place::Remote);
+        let (external, internal) = (FrontendKey::EXTERNAL, FrontendKey::INTERNAL);
+        let nobody =
+            [(false, external, false, true), (true, internal, false, true), (true, external, false, true)];
+        assert_eq!(rows(&[]), nobody);
+        assert_eq!(rows(&[remote(Condition::Serving)]), nobody, "it gets no new flows");
+        for condition in [Condition::Ready, Condition::Draining] {
+            assert_eq!(
+                rows(&[remote(condition)]),
+                [
+                    (false, external, true, false),
+                    (true, internal, true, false),
+                    (true, external, false, false)
+                ],
+                "dropped from outside, and rule 16 inside"
+            );
+        }
     }
 
     #[test]
@@ -126,12 +244,16 @@ mod tests {
 
     #[test]
     fn a_name_that_is_too_long_is_an_error() {
-        let port = ServicePort { name: "p".repeat(63).into(), proto: Proto::TCP, port: Port::new(80) };
-        let object = Service { cluster_ips: Box::default(), ports: Box::new([port]) };
-        let backing = Backing { service: Some(object), slices: Default::default() };
+        let port = ServicePort {
+            name: "p".repeat(63).into(),
+            proto: Proto::TCP,
+            port: Port::new(80),
+            node_port: None,
+        };
+        let object = Service { ports: Box::new([port]), ..Service::default() };
         let long = Name::new("n".repeat(65), "s".repeat(63));
-        assert!(
-            matches!(service(&long, &backing), Err(PlanError::NameTooLong { text }) if text.len() == 193)
-        );
+        let world = world(&long, object);
+        let result = service(&world, &long, &Config::default());
+        assert!(matches!(result, Err(PlanError::NameTooLong { text }) if text.len() == 193));
     }
 }

@@ -69,11 +69,14 @@ impl Ranges {
         }
     }
 
-    /// One more frontend names the range. At restore it may be one that was never given out; one that overlaps
-    /// another or does not exist is not taken in.
+    /// One more frontend names the range, which may be one that rests: what it says is still there. At restore it may
+    /// be one that was never given out; one that overlaps another or does not exist is not taken in.
     pub fn name(&mut self, range: Range) {
         if let Some(frontends) = self.named.get_mut(&range) {
             *frontends += 1;
+        } else if let Some(at) = self.resting.iter().position(|(_, other)| *other == range) {
+            self.resting.remove(at);
+            self.insert_named(range, 1);
         } else if self.carve(range) {
             self.insert_named(range, 1);
         }
@@ -196,6 +199,18 @@ mod tests {
         ranges.unname(taken, later);
         assert!(!ranges.is_named(taken) && ranges.take(1, now).is_err());
         assert_eq!(ranges.take(4, later), Ok(taken));
+    }
+
+    #[test]
+    fn a_range_that_rests_may_be_named_again() {
+        let now = Instant::now();
+        let mut ranges = Ranges::new("slots", 4);
+        let taken = ranges.take(4, now).unwrap();
+        ranges.name(taken);
+        ranges.unname(taken, now);
+        ranges.name(taken);
+        assert!(ranges.is_named(taken) && ranges.take(1, now).is_err());
+        assert_eq!(ranges.used(), 4);
     }
 
     #[test]

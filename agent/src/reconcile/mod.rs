@@ -10,6 +10,7 @@
 //! when the last agent died, and what is not there yet cannot be mistaken for what is gone.
 
 mod diff;
+mod hold;
 mod queue;
 mod restore;
 mod service;
@@ -22,8 +23,8 @@ use std::time::{Duration, Instant};
 use ferroflow_common::abi::endpoint::Endpoint;
 
 use crate::maps::{MapError, Maps};
-use crate::model::{Change, Touched, World};
-use crate::plan::endpoints;
+use crate::model::{Change, Touched, Withheld, World};
+use crate::plan::{self, endpoints};
 use queue::Queue;
 use service::ServiceError;
 use tables::Tables;
@@ -35,6 +36,7 @@ pub struct Config {
     /// This node's name.
     pub node: Box<str>,
     pub limits: Limits,
+    pub plan: plan::Config,
     /// How long a released id, index or slot range rests: longer than a program runs on one packet.
     pub grace: Duration,
 }
@@ -93,6 +95,13 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
+    /// What documents are bad about. What the agent before served of it stays, until they are good or gone.
+    pub fn hold(&mut self, withheld: Withheld, now: Instant) {
+        for key in self.tables.hold.set(withheld) {
+            self.queue.touch(key, now);
+        }
+    }
+
     /// Every source has sent all it has: from now on the tables follow.
     pub fn synced(&mut self) {
         self.synced = true;
@@ -110,12 +119,23 @@ impl<M: Maps> Reconciler<M> {
             return;
         }
         for key in self.queue.take(KEYS_PER_TICK, now) {
+            let tables = &mut self.tables;
+            if tables.hold.keeps(&self.world, &tables.endpoints, &key) {
+                tracing::warn!("{key}: stays as it was: something of it cannot be read");
+                self.queue.succeeded(&key);
+                tables.hold.wait(key);
+                continue;
+            }
+            tables.hold.planned(&key);
             match self.apply(&key, now) {
                 Ok(()) => self.queue.succeeded(&key),
                 Err(error) => {
                     self.failures += 1;
                     self.queue.failed(key, error.to_string().into(), now);
                 }
+            }
+            for name in std::mem::take(&mut self.tables.displaced) {
+                self.queue.touch(Touched::Service(name), now);
             }
             // Another service may wait for the address.
             if std::mem::take(&mut self.tables.freed) {

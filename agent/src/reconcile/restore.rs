@@ -1,13 +1,16 @@
 //! What an agent before this one left in the tables: read back before anything is written, so that a restart moves no
 //! traffic.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ferroflow_common::abi::lb::Backend;
 
 use super::Config;
+use super::hold::Hold;
 use super::tables::{PortState, Tables, range_of};
-use crate::maps::{ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Services, Slots};
+use crate::maps::{
+    ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Services, Slots, SourceRanges,
+};
 use crate::model::Name;
 use crate::plan;
 use crate::plan::ids::Numbers;
@@ -30,15 +33,14 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
         ranges.name(range_of(&row));
         frontends.insert(key, row);
     }
-    let mut used = Vec::new();
-    for index in 1..maps.len::<Backends>() {
-        let row = maps.read::<Backends>(index)?;
-        if row.flags & Backend::LIVE != 0 {
-            found.entry(row.service).or_insert_with(|| nameless(row.service)).1.backends.push(index);
-            used.push(index);
-        }
+    let mut sources = maps.dump::<SourceRanges>()?;
+    sources.sort_unstable();
+    for (key, verdict) in sources {
+        let id = key.data.service;
+        found.entry(id).or_insert_with(|| nameless(id)).1.sources.push((key, verdict));
     }
-    let endpoints = maps.dump::<Endpoints>()?.into_iter().collect();
+    let used = live_backends(&maps, &mut found)?;
+    let endpoints: BTreeMap<_, _> = maps.dump::<Endpoints>()?.into_iter().collect();
     // Twice as many ids as services: those that were released rest.
     let ids = Numbers::restore(
         Services::NAME,
@@ -55,11 +57,12 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
     for ports in services.values_mut() {
         ports.sort_by(|a, b| a.name.cmp(&b.name));
     }
-    let (limits, grace) = (config.limits, config.grace);
+    let hold = Hold::new(services.keys().cloned(), endpoints.keys().copied());
     Ok(Tables {
         maps,
-        limits,
-        grace,
+        limits: config.limits,
+        plan: config.plan,
+        grace: config.grace,
         ids,
         indices,
         ranges,
@@ -68,7 +71,25 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
         frontends,
         endpoints,
         freed: false,
+        displaced: BTreeSet::new(),
+        hold,
     })
+}
+
+/// The rows in use, noted with their owners.
+fn live_backends<M: Maps>(
+    maps: &M,
+    found: &mut BTreeMap<u32, (Name, PortState)>,
+) -> Result<Vec<u32>, MapError> {
+    let mut used = Vec::new();
+    for index in 1..maps.len::<Backends>() {
+        let row = maps.read::<Backends>(index)?;
+        if row.flags & Backend::LIVE != 0 {
+            found.entry(row.service).or_insert_with(|| nameless(row.service)).1.backends.push(index);
+            used.push(index);
+        }
+    }
+    Ok(used)
 }
 
 fn nameless(id: u32) -> (Name, PortState) {

@@ -1,15 +1,19 @@
 //! One Service: from what is desired and what is there to the work between them.
 
+use std::fmt;
 use std::time::Instant;
 
-use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey, Slot};
+use ferroflow_common::abi::lb::{
+    Backend, Frontend, FrontendKey, ServiceClient, Slot, SourceRange, SourceRangeKey,
+};
 
 use super::diff::{Step, steps};
 use super::tables::{PortState, Tables, Work, range_of};
-use crate::maps::{Backends, MapError, Maps, Slots};
-use crate::model::{Family, Name, World};
+use crate::maps::{ArrayTable as _, Backends, MapError, Maps, Slots};
+use crate::model::{Family, Name, Touched, World};
 use crate::plan::ids::Exhausted;
-use crate::plan::{self, Desired, PlanError, Planned, PortRows, slots};
+use crate::plan::ranges::Range;
+use crate::plan::{self, Desired, PlanError, Planned, PlannedFrontend, PortRows, slots};
 
 /// Why a Service is not, or not in full, what it should be. It stays what it was.
 #[derive(Debug, thiserror::Error)]
@@ -20,9 +24,43 @@ pub(super) enum ServiceError {
     Exhausted(#[from] Exhausted),
     #[error(transparent)]
     Map(#[from] MapError),
-    #[error("{addr} port {port}/{proto} belongs to Service {owner}, which had it first: change one of them",
-        addr = .key.addr, port = .key.port, proto = .key.proto)]
+    #[error(
+        "{} belongs to Service {owner}, which goes first (the older, or the first by name): change one of them",
+        Place(.key)
+    )]
     Conflict { key: FrontendKey, owner: Name },
+}
+
+/// A frontend as users know it.
+struct Place<'a>(&'a FrontendKey);
+
+impl fmt::Display for Place<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let FrontendKey { addr, port, proto, scope: _ } = self.0;
+        if [FrontendKey::NODE_V4, FrontendKey::NODE_V6].contains(addr) {
+            write!(f, "NodePort {port}/{proto}")
+        } else {
+            write!(f, "{addr} port {port}/{proto}")
+        }
+    }
+}
+
+/// Frontends of one port that have the same slots.
+struct Group<'a> {
+    port: &'a PortState,
+    rows: &'a PortRows<'a>,
+    family: Family,
+    /// [`Frontend::LOCAL`] and [`Frontend::MAGLEV`].
+    layout: u32,
+}
+
+/// What tells frontends apart that do not have the same slots.
+const LAYOUT: u32 = Frontend::LOCAL | Frontend::MAGLEV;
+
+impl Group<'_> {
+    fn has(&self, frontend: &PlannedFrontend) -> bool {
+        Family::of(&frontend.key.addr) == self.family && frontend.flags & LAYOUT == self.layout
+    }
 }
 
 impl<M: Maps> Tables<M> {
@@ -33,10 +71,7 @@ impl<M: Maps> Tables<M> {
         name: &Name,
         now: Instant,
     ) -> Result<(), ServiceError> {
-        let mut desired = match world.service(name) {
-            Some(backing) => plan::service(name, backing)?,
-            None => Desired::new(),
-        };
+        let mut desired = plan::service(world, name, &self.plan)?;
         let conflict = self.leave_to_owners(world, name, &mut desired);
         let mut ports = self.services.remove(name).unwrap_or_default();
         let mut work = Work::default();
@@ -52,8 +87,8 @@ impl<M: Maps> Tables<M> {
         result.and(conflict)
     }
 
-    /// Takes out the frontends that another Service has and still wants: who came first keeps them. The rest of the
-    /// Service is served.
+    /// Takes out the frontends that another Service has, still wants, and goes first for; those of one that comes
+    /// later are taken over. The rest of the Service is served.
     fn leave_to_owners(
         &self,
         world: &World,
@@ -62,16 +97,28 @@ impl<M: Maps> Tables<M> {
     ) -> Result<(), ServiceError> {
         let mut conflict = Ok(());
         for rows in desired {
-            rows.frontends.retain(|key| {
-                let owner = self.frontends.get(key).and_then(|row| self.owners.get(&row.service));
-                let owner = owner.filter(|owner| *owner != name && wants(world, owner, key));
+            rows.frontends.retain(|it| {
+                // Both rows of a frontend go to the same Service.
+                let key = FrontendKey { scope: FrontendKey::EXTERNAL, ..it.key };
+                let owner = self.frontends.get(&key).and_then(|row| self.owners.get(&row.service));
+                let owner = owner.filter(|owner| *owner != name && self.goes_first(world, owner, name, &key));
                 if let Some(owner) = owner {
-                    conflict = Err(ServiceError::Conflict { key: *key, owner: owner.clone() });
+                    conflict = Err(ServiceError::Conflict { key, owner: owner.clone() });
                 }
                 owner.is_none()
             });
         }
         conflict
+    }
+
+    /// Whether the owner of a frontend keeps it against the Service `name`.
+    fn goes_first(&self, world: &World, owner: &Name, name: &Name, key: &FrontendKey) -> bool {
+        let service = |name| world.service(name).and_then(|backing| backing.service.as_ref());
+        match (service(owner), service(name)) {
+            (Some(has), Some(asks)) => plan::wants(has, key, &self.plan) && has.rank(owner) < asks.rank(name),
+            (None, Some(_)) => self.hold.keeps(world, &self.endpoints, &Touched::Service(owner.clone())),
+            (_, None) => true,
+        }
     }
 
     /// Decides every write and takes every number before the first write is made.
@@ -94,8 +141,9 @@ impl<M: Maps> Tables<M> {
                 }
                 Step::Keep(rows, port) => self.prepare_port(port, rows, work, now)?,
                 Step::Remove(port) => {
-                    let kept = |key: &&FrontendKey| !desired.iter().any(|rows| rows.frontends.contains(key));
-                    work.gone_frontends.extend(port.frontends.iter().filter(kept));
+                    let wanted = |key| desired.iter().any(|rows| wants(rows, key));
+                    work.gone_frontends.extend(port.frontends.iter().filter(|key| !wanted(key)));
+                    work.gone_sources.extend(port.sources.iter().map(|(key, _)| (port.id, *key)));
                     work.gone_backends.extend(port.backends.iter().map(|&index| (port.id, index)));
                     work.gone_names.push(port.id);
                 }
@@ -107,6 +155,9 @@ impl<M: Maps> Tables<M> {
         }
         // A key that passes from one port to another is put, not removed.
         work.gone_frontends.retain(|key| !work.frontends.iter().any(|(other, _)| other == key));
+        // An internal row is there as long as the external one says so.
+        work.frontends.sort_by_key(|(key, _)| std::cmp::Reverse(key.scope));
+        work.gone_frontends.sort_by_key(|key| key.scope);
         Ok(())
     }
 
@@ -118,32 +169,28 @@ impl<M: Maps> Tables<M> {
         now: Instant,
     ) -> Result<(), ServiceError> {
         let indices = self.prepare_backends(port, rows, work, now)?;
-        let service = port.id;
-        for family in Family::ALL {
-            let keys = || rows.frontends.iter().filter(|key| Family::of(&key.addr) == family);
-            if keys().next().is_none() {
-                continue;
-            }
-            let contents: Vec<Slot> =
-                slots::positions(&rows.backends, family).filter_map(|at| indices.get(at).copied()).collect();
-            let row = if contents.is_empty() {
-                // Rule 14: nobody is there, and the client is told so.
-                Frontend { service, offset: 0, length: 0, flags: Frontend::REJECT, affinity: 0 }
-            } else {
-                let present = keys().filter_map(|key| self.frontends.get(key));
-                let offset =
-                    present.filter(|row| row.service == service).find(|row| self.says(row, &contents));
-                let offset = match offset.map(|row| row.offset) {
-                    Some(offset) => offset,
-                    None => self.prepare_slots(contents.clone(), work, now)?,
+        prepare_sources(port, rows, work);
+        let mut layouts: Vec<(Family, u32)> =
+            rows.frontends.iter().map(|it| (Family::of(&it.key.addr), it.flags & LAYOUT)).collect();
+        layouts.sort_unstable();
+        layouts.dedup();
+        for (family, layout) in layouts {
+            let group = Group { port, rows, family, layout };
+            let (range, layout) = self.prepare_slots(&group, &indices, work, now)?;
+            for it in rows.frontends.iter().filter(|it| group.has(it)) {
+                let row = Frontend {
+                    service: port.id,
+                    offset: range.offset,
+                    length: range.length,
+                    flags: (it.flags & !LAYOUT) | layout,
+                    affinity: rows.affinity,
                 };
-                Frontend { service, offset, length: contents.len() as u32, flags: 0, affinity: 0 }
-            };
-            let changed = keys().filter(|key| self.frontends.get(key) != Some(&row));
-            work.frontends.extend(changed.map(|key| (*key, row)));
+                if self.frontends.get(&it.key) != Some(&row) {
+                    work.frontends.push((it.key, row));
+                }
+            }
         }
-        let gone = port.frontends.iter().filter(|key| !rows.frontends.contains(key));
-        work.gone_frontends.extend(gone);
+        work.gone_frontends.extend(port.frontends.iter().filter(|key| !wants(rows, key)));
         Ok(())
     }
 
@@ -158,17 +205,17 @@ impl<M: Maps> Tables<M> {
         let mut actual = Vec::with_capacity(port.backends.len());
         for &index in &port.backends {
             let row = self.maps.read::<Backends>(index)?;
-            actual.push(((row.addr, row.port, row.proto), index));
+            actual.push(((row.addr, row.port, row.proto), (index, row)));
         }
-        actual.sort_unstable();
+        actual.sort_unstable_by_key(|(key, (index, _))| (*key, *index));
         let mut indices = Vec::with_capacity(rows.backends.len());
         let (service, proto) = (port.id, rows.proto);
         let desired = rows.backends.iter().map(|planned| ((planned.addr, planned.port, proto), planned));
         for step in steps(desired, actual) {
             match step {
-                Step::Add(&Planned { addr, port, role: _ }) => {
+                Step::Add(&Planned { addr, port, condition: _, sets }) => {
                     let index = self.indices.take(now)?;
-                    let flags = Backend::LIVE;
+                    let flags = Backend::LIVE | sets;
                     let mut row = Backend { addr, port, proto, flags, generation: 0, service, reserved: 0 };
                     // Noted before the table is read: if that fails, the index is given back.
                     work.backends.push((index, row));
@@ -178,22 +225,70 @@ impl<M: Maps> Tables<M> {
                     }
                     indices.push(index);
                 }
-                Step::Keep(_, index) => indices.push(index),
-                Step::Remove(index) => work.gone_backends.push((service, index)),
+                Step::Keep(planned, (index, row)) => {
+                    let flags = Backend::LIVE | planned.sets;
+                    if row.flags != flags {
+                        work.marks.push((index, Backend { flags, ..row }));
+                    }
+                    indices.push(index);
+                }
+                Step::Remove((index, _)) => work.gone_backends.push((service, index)),
             }
         }
         Ok(indices)
     }
 
+    /// The range of a group of frontends, and the layout it has. Where there is little room for Maglev tables, one
+    /// slot a backend has to do: flows are spread as evenly, but nodes choose apart.
     fn prepare_slots(
         &mut self,
-        contents: Vec<Slot>,
+        group: &Group<'_>,
+        indices: &[u32],
         work: &mut Work,
         now: Instant,
-    ) -> Result<u32, ServiceError> {
-        let range = self.ranges.take(contents.len() as u32, now)?;
+    ) -> Result<(Range, u32), ServiceError> {
+        let plain = group.layout & !Frontend::MAGLEV;
+        if group.layout != plain
+            && let Ok(range) = self.prepare_range(group, group.layout, indices, (work, now))
+        {
+            return Ok((range, group.layout));
+        }
+        Ok((self.prepare_range(group, plain, indices, (work, now))?, plain))
+    }
+
+    /// A range that says what the layout wants: one that is there, or a fresh one.
+    fn prepare_range(
+        &mut self,
+        group: &Group<'_>,
+        layout: u32,
+        indices: &[u32],
+        (work, now): (&mut Work, Instant),
+    ) -> Result<Range, Exhausted> {
+        let positions =
+            slots::positions(&group.rows.backends, group.family, layout, self.plan.maglev_lengths);
+        let contents: Vec<Slot> = positions.into_iter().filter_map(|at| indices.get(at).copied()).collect();
+        if contents.is_empty() {
+            return Ok(Range { offset: 0, length: 0 });
+        }
+        if let Some((range, _)) = work.slots.iter().find(|(_, other)| *other == contents) {
+            return Ok(*range);
+        }
+        let present = group.rows.frontends.iter().filter_map(|it| self.frontends.get(&it.key));
+        let mut own = present.filter(|row| row.service == group.port.id);
+        if let Some(row) = own.find(|row| self.says(row, &contents)) {
+            return Ok(range_of(row));
+        }
+        let length = contents.len() as u32;
+        if layout & Frontend::MAGLEV != 0 {
+            // The last quarter is for those that must have slots.
+            let (used, all) = (self.ranges.used(), u64::from(self.maps.len::<Slots>()));
+            if used + u64::from(length) > all / 4 * 3 {
+                return Err(Exhausted { table: Slots::NAME, asked: length, limit: all as u32 });
+            }
+        }
+        let range = self.ranges.take(length, now)?;
         work.slots.push((range, contents));
-        Ok(range.offset)
+        Ok(range)
     }
 
     /// Whether the frontend's slots are its own and say exactly this.
@@ -210,10 +305,26 @@ fn room(table: &'static str, used: usize, limit: u32) -> Result<(), Exhausted> {
     if used >= limit as usize { Err(Exhausted { table, asked: 1, limit }) } else { Ok(()) }
 }
 
-/// Whether a Service, as it now is, has this frontend.
-fn wants(world: &World, name: &Name, key: &FrontendKey) -> bool {
-    let service = world.service(name).and_then(|backing| backing.service.as_ref());
-    service.is_some_and(|service| {
-        service.ports.iter().any(|port| plan::frontends(service, port).any(|it| it == *key))
-    })
+fn wants(rows: &PortRows<'_>, key: &FrontendKey) -> bool {
+    rows.frontends.iter().any(|it| it.key == *key)
+}
+
+/// Ranges that are new are there before a frontend asks for them, and those that go are gone after it.
+fn prepare_sources(port: &PortState, rows: &PortRows<'_>, work: &mut Work) {
+    let desired = rows.sources.iter().map(|source| {
+        let data = ServiceClient { service: port.id, addr: source.prefix.addr() };
+        let key = SourceRangeKey { bits: 32 + u32::from(source.prefix.bits()), data };
+        (key, source.verdict)
+    });
+    let mut desired: Vec<(SourceRangeKey, SourceRange)> = desired.collect();
+    desired.sort_unstable();
+    let keyed = |rows: Vec<(SourceRangeKey, SourceRange)>| rows.into_iter().map(|row| (row.0, row));
+    for step in steps(keyed(desired), keyed(port.sources.clone())) {
+        match step {
+            Step::Add(row) => work.sources.push(row),
+            Step::Keep(row, old) if row != old => work.sources.push(row),
+            Step::Keep(..) => {}
+            Step::Remove((key, _)) => work.gone_sources.push((port.id, key)),
+        }
+    }
 }

@@ -1,15 +1,19 @@
 //! The tables and what was written to them. A thing is recorded here only after the write it depends on succeeded,
 //! so that whatever fails can be planned again from here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use ferroflow_common::abi::endpoint::Endpoint;
-use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey, ServiceName, Slot};
+use ferroflow_common::abi::lb::{
+    Backend, Frontend, FrontendKey, ServiceName, Slot, SourceRange, SourceRangeKey,
+};
 use ferroflow_common::addr::Addr;
 
-use crate::maps::{Backends, Endpoints, Frontends, MapError, Maps, Services, Slots};
+use super::hold::Hold;
+use crate::maps::{Backends, Endpoints, Frontends, MapError, Maps, Services, Slots, SourceRanges};
 use crate::model::Name;
+use crate::plan;
 use crate::plan::ids::Numbers;
 use crate::plan::ranges::{Range, Ranges};
 
@@ -17,6 +21,7 @@ use crate::plan::ranges::{Range, Ranges};
 pub(super) struct Tables<M> {
     pub(super) maps: M,
     pub(super) limits: Limits,
+    pub(super) plan: plan::Config,
     pub(super) grace: Duration,
     pub(super) ids: Numbers,
     pub(super) indices: Numbers,
@@ -28,6 +33,9 @@ pub(super) struct Tables<M> {
     pub(super) endpoints: BTreeMap<Addr, Endpoint>,
     /// A frontend was removed since this was last asked.
     pub(super) freed: bool,
+    /// Services that lost a frontend to another since this was last asked.
+    pub(super) displaced: BTreeSet<Name>,
+    pub(super) hold: Hold,
 }
 
 /// How many rows the hash tables of services have room for.
@@ -47,6 +55,8 @@ pub(super) struct PortState {
     pub(super) frontends: Vec<FrontendKey>,
     /// Indices of live rows.
     pub(super) backends: Vec<u32>,
+    /// Sorted.
+    pub(super) sources: Vec<(SourceRangeKey, SourceRange)>,
 }
 
 /// Writes, in the order in which they are made: nothing is named before it is there, and nothing goes before it is
@@ -55,9 +65,14 @@ pub(super) struct PortState {
 pub(super) struct Work {
     pub(super) names: Vec<(u32, Box<str>, ServiceName)>,
     pub(super) backends: Vec<(u32, Backend)>,
+    pub(super) sources: Vec<(SourceRangeKey, SourceRange)>,
     pub(super) slots: Vec<(Range, Vec<Slot>)>,
     pub(super) frontends: Vec<(FrontendKey, Frontend)>,
+    /// Backends that are in other sets than before.
+    pub(super) marks: Vec<(u32, Backend)>,
     pub(super) gone_frontends: Vec<FrontendKey>,
+    /// Service ids with their ranges.
+    pub(super) gone_sources: Vec<(u32, SourceRangeKey)>,
     /// Service ids with their backends.
     pub(super) gone_backends: Vec<(u32, u32)>,
     pub(super) gone_names: Vec<u32>,
@@ -76,6 +91,9 @@ impl<M: Maps> Tables<M> {
         for (key, row) in &work.frontends {
             self.maps.put::<Frontends>(key, row)?;
             self.record_frontend(*key, Some(*row), ports, now);
+        }
+        for (index, row) in &work.marks {
+            self.maps.write::<Backends>(*index, row)?;
         }
         for key in &work.gone_frontends {
             self.maps.delete::<Frontends>(key)?;
@@ -122,14 +140,21 @@ impl<M: Maps> Tables<M> {
         for (id, port, text) in &work.names {
             self.maps.put::<Services>(id, text)?;
             self.owners.insert(*id, name.clone());
-            let state =
-                PortState { name: port.clone(), id: *id, frontends: Vec::new(), backends: Vec::new() };
+            let state = PortState::new(*id, port);
             ports.insert(ports.partition_point(|other| other.name < *port), state);
         }
         for (index, row) in &work.backends {
             self.maps.write::<Backends>(*index, row)?;
             if let Some(port) = ports.iter_mut().find(|port| port.id == row.service) {
                 port.backends.push(*index);
+            }
+        }
+        for (key, verdict) in &work.sources {
+            self.maps.put::<SourceRanges>(key, verdict)?;
+            if let Some(port) = ports.iter_mut().find(|port| port.id == key.data.service) {
+                port.sources.retain(|(other, _)| other != key);
+                let at = port.sources.partition_point(|(other, _)| other < key);
+                port.sources.insert(at, (*key, *verdict));
             }
         }
         for (range, contents) in &work.slots {
@@ -141,10 +166,16 @@ impl<M: Maps> Tables<M> {
     }
 
     fn remove_rows(&mut self, ports: &mut Vec<PortState>, work: &Work, now: Instant) -> Result<(), MapError> {
+        for (id, key) in &work.gone_sources {
+            self.maps.delete::<SourceRanges>(key)?;
+            if let Some(port) = ports.iter_mut().find(|port| port.id == *id) {
+                port.sources.retain(|(other, _)| other != key);
+            }
+        }
         for &(id, index) in &work.gone_backends {
             let row = self.maps.read::<Backends>(index)?;
             let generation = row.generation.wrapping_add(1);
-            let released = Backend { flags: row.flags & !Backend::LIVE, generation, ..row };
+            let released = Backend { flags: 0, generation, ..row };
             self.maps.write::<Backends>(index, &released)?;
             self.indices.rest(index, now + self.grace);
             if let Some(port) = ports.iter_mut().find(|port| port.id == id) {
@@ -182,8 +213,13 @@ impl<M: Maps> Tables<M> {
         if old_id == new_id {
             return;
         }
-        let owner = old_id.and_then(|id| self.owners.get(&id)).and_then(|owner| self.services.get_mut(owner));
-        let others = owner.into_iter().flatten();
+        let owner = old_id.and_then(|id| self.owners.get(&id));
+        // The Service that is being applied is not among them.
+        let owner = owner.and_then(|owner| Some((owner, self.services.get_mut(owner)?)));
+        if let Some((owner, _)) = &owner {
+            self.displaced.insert((*owner).clone());
+        }
+        let others = owner.into_iter().flat_map(|(_, ports)| ports);
         if let Some(port) = ports.iter_mut().chain(others).find(|port| Some(port.id) == old_id) {
             port.frontends.retain(|other| *other != key);
         }
@@ -196,7 +232,7 @@ impl<M: Maps> Tables<M> {
 impl PortState {
     /// A port of which nothing is in the tables but its name.
     pub(super) fn new(id: u32, port: &str) -> Self {
-        Self { name: port.into(), id, frontends: Vec::new(), backends: Vec::new() }
+        Self { name: port.into(), id, frontends: Vec::new(), backends: Vec::new(), sources: Vec::new() }
     }
 }
 

@@ -8,11 +8,12 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
+use super::exposure;
 use super::fault::{Fault, Invalid};
-use crate::model::service::Place;
+use crate::model::service::{Place, Zones};
 use crate::model::{
-    Change, Condition, Endpoint, EndpointSlice, Family, Name, Node, Pod, Prefix, Service, ServicePort,
-    SlicePort,
+    Change, Condition, Endpoint, EndpointSlice, Family, Name, Node, NodeHint, Pod, Prefix, Service,
+    ServicePort, SlicePort, Stay,
 };
 
 type Result<T> = std::result::Result<T, Invalid>;
@@ -32,8 +33,18 @@ pub fn service(object: &core::Service) -> Result<Change> {
     if cluster_ips.is_empty() {
         return Ok(Change::Service(name, None));
     }
-    let ports = service_ports(spec.ports.as_deref().unwrap_or_default())?;
-    Ok(Change::Service(name, Some(Service { cluster_ips, ports })))
+    let kind = exposure::kind(spec)?;
+    let service = Service {
+        cluster_ips,
+        ports: service_ports(spec.ports.as_deref().unwrap_or_default(), kind)?,
+        internal_policy: exposure::policy(spec.internal_traffic_policy.as_deref())
+            .map_err(|fault| fault.at("spec.internalTrafficPolicy"))?,
+        affinity: exposure::affinity(spec)?,
+        algorithm: exposure::algorithm(&object.metadata)?,
+        created: object.metadata.creation_timestamp.as_ref().map(|time| time.0.as_second()),
+        exposure: exposure::exposure(object, spec)?,
+    };
+    Ok(Change::Service(name, Some(service)))
 }
 
 /// `node` is the node this agent runs on.
@@ -55,15 +66,16 @@ pub fn endpoint_slice(object: &discovery::EndpointSlice, node: &str) -> Result<C
         "" => return Err(Fault::Missing { needed: "IPv4 or IPv6" }.at("addressType")),
         text => return Err(Fault::NotAnAddressType { text: text.into() }.at("addressType")),
     };
-    let endpoints = object.endpoints.iter().flatten().enumerate();
+    let (mut endpoints, mut zones) = (Vec::new(), Vec::new());
+    for (index, it) in object.endpoints.iter().flatten().enumerate() {
+        let endpoint = endpoint(it, family, node).map_err(|e| e.within(format!("endpoints[{index}]")))?;
+        endpoints.push(Endpoint { zone_hint: zone_hint(it, &mut zones), ..endpoint });
+    }
     let slice = EndpointSlice {
         service: service.as_str().into(),
         ports: slice_ports(object.ports.as_deref().unwrap_or_default())?,
-        endpoints: endpoints
-            .map(|(index, it)| {
-                endpoint(it, family, node).map_err(|e| e.within(format!("endpoints[{index}]")))
-            })
-            .collect::<Result<_>>()?,
+        endpoints: endpoints.into(),
+        zones: zones.into(),
     };
     Ok(Change::EndpointSlice(name, Some(slice)))
 }
@@ -91,8 +103,23 @@ pub fn node(object: &core::Node) -> Result<Change> {
     let pod_cidrs = ranges.iter().enumerate();
     let pod_cidrs =
         pod_cidrs.map(|(index, text)| prefix(text).map_err(|fault| fault.at(format!("{path}[{index}]"))));
-    let node = Node { addresses: addresses.into(), pod_cidrs: pod_cidrs.collect::<Result<_>>()? };
+    let labels = object.metadata.labels.as_ref();
+    let zone = labels.and_then(|labels| labels.get("topology.kubernetes.io/zone"));
+    let zone = zone.filter(|zone| !zone.is_empty()).map(|zone| zone.as_str().into());
+    let node = Node {
+        addresses: addresses.into(),
+        pod_cidrs: pod_cidrs.collect::<Result<_>>()?,
+        zone,
+        stay: stay(object),
+    };
     Ok(Change::Node(name, Some(node)))
+}
+
+fn stay(object: &core::Node) -> Stay {
+    let taints = object.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+    let leaves = object.metadata.deletion_timestamp.is_some()
+        || taints.map(|taint| &taint.key).any(|key| key == "ToBeDeletedByClusterAutoscaler");
+    if leaves { Stay::Leaves } else { Stay::Stays }
 }
 
 /// # Errors
@@ -163,7 +190,7 @@ fn cluster_ips(spec: &core::ServiceSpec) -> Result<Box<[Addr]>> {
     Ok(addresses.into())
 }
 
-fn service_ports(ports: &[core::ServicePort]) -> Result<Box<[ServicePort]>> {
+fn service_ports(ports: &[core::ServicePort], kind: exposure::Kind) -> Result<Box<[ServicePort]>> {
     if ports.is_empty() {
         return Err(Fault::Missing { needed: "a Service with a cluster IP has a port" }.at("spec.ports"));
     }
@@ -189,7 +216,16 @@ fn service_ports(ports: &[core::ServicePort]) -> Result<Box<[ServicePort]>> {
             let proto = proto.name().unwrap_or_default();
             return Err(Fault::DuplicatePort { port: port.host(), proto, first: at(first) }.at(path("port")));
         }
-        parsed.push(ServicePort { name: name.into(), proto, port });
+        let node_port =
+            exposure::node_port(kind, it.node_port).map_err(|fault| fault.at(path("nodePort")))?;
+        if let Some(number) = node_port
+            && let Some(first) =
+                parsed.iter().position(|other| (other.node_port, other.proto) == (node_port, proto))
+        {
+            let (port, proto) = (number.host(), proto.name().unwrap_or_default());
+            return Err(Fault::DuplicatePort { port, proto, first: at(first) }.at(path("nodePort")));
+        }
+        parsed.push(ServicePort { name: name.into(), proto, port, node_port });
     }
     parsed.sort_unstable_by(|a, b| a.name.cmp(&b.name));
     Ok(parsed.into())
@@ -222,7 +258,31 @@ fn endpoint(object: &discovery::Endpoint, family: Family, node: &str) -> Result<
         return Err(Fault::WrongFamily { addr: addr.ip(), family, way_out }.at("addresses[0]"));
     }
     let place = if object.node_name.as_deref() == Some(node) { Place::Local } else { Place::Remote };
-    Ok(Endpoint { addr, condition: condition(object.conditions.as_ref()), place })
+    let for_nodes = || object.hints.iter().flat_map(|hints| hints.for_nodes.iter().flatten());
+    let node_hint = match for_nodes().next() {
+        None => NodeHint::Unsaid,
+        Some(_) if for_nodes().any(|it| it.name == node) => NodeHint::ThisNode,
+        Some(_) => NodeHint::Others,
+    };
+    let condition = condition(object.conditions.as_ref());
+    Ok(Endpoint { addr, condition, place, node_hint, zone_hint: 0 })
+}
+
+/// Which of `known` the endpoint's zones are, counted from 1; new ones are added. More lists than can be counted
+/// are as if the endpoint had none.
+fn zone_hint(object: &discovery::Endpoint, known: &mut Vec<Zones>) -> u16 {
+    let for_zones = object.hints.iter().flat_map(|hints| hints.for_zones.iter().flatten());
+    let mut zones: Vec<Box<str>> = for_zones.map(|it| it.name.as_str().into()).collect();
+    if zones.is_empty() {
+        return 0;
+    }
+    zones.sort_unstable();
+    zones.dedup();
+    let index = known.iter().position(|other| **other == *zones).unwrap_or_else(|| {
+        known.push(zones.into());
+        known.len() - 1
+    });
+    u16::try_from(index + 1).unwrap_or_default()
 }
 
 /// What is not said means ready, serving, not terminating (rule 1).
@@ -238,7 +298,7 @@ fn condition(conditions: Option<&discovery::EndpointConditions>) -> Condition {
     }
 }
 
-fn port(number: i32) -> std::result::Result<Port, Fault> {
+pub(super) fn port(number: i32) -> std::result::Result<Port, Fault> {
     match u16::try_from(number) {
         Ok(port) if port != 0 => Ok(Port::new(port)),
         Ok(_) | Err(_) => Err(Fault::NotAPort { value: number }),
@@ -254,7 +314,7 @@ fn protocol(text: Option<&str>) -> std::result::Result<Proto, Fault> {
     }
 }
 
-fn address(text: &str) -> std::result::Result<Addr, Fault> {
+pub(super) fn address(text: &str) -> std::result::Result<Addr, Fault> {
     let Ok(addr) = text.parse::<IpAddr>() else {
         return Err(Fault::NotAnAddress { text: text.into() });
     };
@@ -466,16 +526,36 @@ mod tests {
             ],
         }));
         let port = SlicePort { name: "http".into(), proto: Proto::TCP, port: Port::new(8080) };
-        let first =
-            Endpoint { addr: Addr::v4([10, 0, 0, 1]), condition: Condition::Ready, place: Place::Local };
-        let second =
-            Endpoint { addr: Addr::v4([10, 0, 0, 2]), condition: Condition::Down, place: Place::Remote };
+        let first = Endpoint::new(Addr::v4([10, 0, 0, 1]), Condition::Ready, Place::Local);
+        let second = Endpoint::new(Addr::v4([10, 0, 0, 2]), Condition::Down, Place::Remote);
         let slice = EndpointSlice {
             service: "web".into(),
             ports: Box::new([port]),
             endpoints: Box::new([first, second]),
+            zones: Box::default(),
         };
         assert_eq!(change, Ok(Change::EndpointSlice(Name::new("shop", "web-1"), Some(slice))));
+    }
+
+    #[test]
+    fn rule_4_hints_are_kept_by_zone_and_node() {
+        let endpoint =
+            |last: u8, hints: Value| json!({"addresses": [format!("10.0.0.{last}")], "hints": hints});
+        let change = slice_of(json!({"addressType": "IPv4", "endpoints": [
+            endpoint(1, json!({"forZones": [{"name": "b"}, {"name": "a"}]})),
+            endpoint(2, json!({"forZones": [{"name": "c"}], "forNodes": [{"name": "there"}]})),
+            endpoint(3, json!({"forZones": [{"name": "a"}, {"name": "b"}],
+                "forNodes": [{"name": "there"}, {"name": "here"}]})),
+            endpoint(4, json!({"forZones": []})),
+            endpoint(5, json!(null)),
+        ]}));
+        let Ok(Change::EndpointSlice(_, Some(slice))) = change else { panic!("{change:?}") };
+        let zones: Vec<_> = slice.endpoints.iter().map(|it| slice.zones(it).join(" ")).collect();
+        assert_eq!(zones, ["a b", "c", "a b", "", ""]);
+        assert_eq!(slice.zones.len(), 2, "equal lists are kept once");
+        let nodes: Vec<_> = slice.endpoints.iter().map(|it| it.node_hint).collect();
+        use NodeHint::{Others, ThisNode, Unsaid};
+        assert_eq!(nodes, [Unsaid, Others, ThisNode, Unsaid, Unsaid]);
     }
 
     #[test]
@@ -523,6 +603,19 @@ mod tests {
     }
 
     #[test]
+    fn rule_41_a_node_leaves_when_it_is_deleted_or_about_to_be() {
+        let stay_of = |metadata: Value, spec: Value| {
+            let object = json!({"metadata": metadata, "spec": spec});
+            stay(&serde_json::from_value(object).unwrap())
+        };
+        let taint = |key: &str| json!({"taints": [{"key": key, "effect": "NoSchedule"}]});
+        assert_eq!(stay_of(json!({"name": "n"}), taint("node.kubernetes.io/unschedulable")), Stay::Stays);
+        assert_eq!(stay_of(json!({"name": "n"}), taint("ToBeDeletedByClusterAutoscaler")), Stay::Leaves);
+        let deleted = json!({"name": "n", "deletionTimestamp": "2026-01-01T00:00:00Z"});
+        assert_eq!(stay_of(deleted, json!({})), Stay::Leaves);
+    }
+
+    #[test]
     fn pods_and_nodes_convert() {
         let pod_of = |spec: Value, phase: &str| {
             let object = json!({"metadata": {"name": "p"}, "spec": spec, "status": {
@@ -544,7 +637,7 @@ mod tests {
         );
         assert_eq!(pod_of(json!({"hostNetwork": true, "containers": containers}), "Running").1, 0);
         let object = json!({
-            "metadata": {"name": "n1"},
+            "metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": "a"}},
             "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:1::/64"]},
             "status": {"addresses": [
                 {"type": "Hostname", "address": "n1"}, {"type": "ExternalIP", "address": "192.0.2.1"},
@@ -553,7 +646,7 @@ mod tests {
         let Ok(Change::Node(name, Some(node))) = node(&serde_json::from_value(object).unwrap()) else {
             panic!()
         };
-        assert_eq!(&*name, "n1");
+        assert_eq!((&*name, node.zone.as_deref()), ("n1", Some("a")));
         let addresses: Vec<_> = node.addresses.iter().map(ToString::to_string).collect();
         assert_eq!(addresses, ["192.168.1.1", "192.0.2.1"]);
         assert_eq!(

@@ -9,15 +9,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::document::{self, Id, Item};
+use super::document::{self, Item};
 use super::{Event, Problem};
+use crate::model::ObjectId;
 
 #[derive(Debug)]
 pub(super) struct Directory {
     path: PathBuf,
     node: Box<str>,
     files: BTreeMap<Arc<str>, File>,
-    objects: BTreeMap<Id, Known>,
+    objects: BTreeMap<ObjectId, Known>,
     ignored: BTreeSet<String>,
     problems: Box<[Problem]>,
     /// Counts the readings.
@@ -170,7 +171,8 @@ impl Directory {
             && (known.pass == self.pass || pass.unchanged.contains(&known.file))
         {
             let message = format!("{id} is also in {}, which comes first: remove one of them", known.file);
-            pass.problems.push(document::problem(place, message));
+            let object = Some(id);
+            pass.problems.push(Problem { object, ..document::problem(place, message) });
             return FileState::Whole;
         }
         // Where the object was last in a file that comes later, that file is to find out.
@@ -237,8 +239,9 @@ fn hash_of(value: &(impl Hash + ?Sized)) -> u64 {
 mod tests {
     use std::fs;
 
+    use super::super::withheld as withheld_by;
     use super::*;
-    use crate::model::Change;
+    use crate::model::{Change, Name, Withheld};
 
     /// A directory on disk and its reader.
     struct Fixture {
@@ -355,6 +358,28 @@ mod tests {
         assert_eq!(it.read(), "+b:1 !2 synced");
         it.remove("a.yaml");
         assert_eq!(it.read(), "!0", "what never was in force is not said to be gone");
+    }
+
+    #[test]
+    fn a_problem_says_whose_it_is() {
+        let bad_slice = "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: ipv4\n\
+                         metadata: {name: s, labels: {kubernetes.io/service-name: owner}}\n";
+        let mut it = Fixture::new(&[("a.yaml", &(web("a", 0) + bad_slice + &web("b", 1) + &web("b", 1)))]);
+        it.read();
+        let withheld = |names: &[&str]| Withheld::Some {
+            services: names.iter().map(|name| Name::new("default", *name)).collect(),
+            pods: BTreeSet::new(),
+        };
+        assert_eq!(it.problems().len(), 3);
+        assert_eq!(withheld_by(&it.directory.problems), withheld(&["a", "owner"]), "b is in force");
+        it.write("b.yaml", "{apiVersion: v1, kind: Pod, metadata: {name: p}, status: {podIP: x}}");
+        it.read();
+        assert!(
+            matches!(withheld_by(&it.directory.problems), Withheld::Some { pods, .. } if pods.len() == 1)
+        );
+        it.write("c.yaml", BROKEN);
+        it.read();
+        assert_eq!(withheld_by(&it.directory.problems), Withheld::Any);
     }
 
     #[test]

@@ -1,44 +1,26 @@
 //! The text of a file to the objects in it: documents are told apart before any is parsed, so that one that does not
 //! parse does not take others with it.
 
-use std::fmt;
-
 use serde::de::{DeserializeOwned, DeserializeSeed};
 use serde_json::{Map, Value};
 
 use super::convert::{self, LABEL, SUBDOMAIN};
 use super::list::Objects;
 use super::{Invalid, Problem};
-use crate::model::{Change, Name};
-
-/// The kinds that are read; all others are passed over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) enum Kind {
-    Service,
-    EndpointSlice,
-    Node,
-    Pod,
-}
-
-/// Which object it is.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct Id {
-    kind: Kind,
-    name: Name,
-}
+use crate::model::{Change, Kind, Name, ObjectId};
 
 /// One object of a document, or why it is none.
 #[derive(Debug)]
 pub(super) enum Item {
     Object {
-        id: Id,
+        id: ObjectId,
         change: Change,
     },
     /// A kind that is not read, by its name and version.
     Ignored(String),
     /// An object that is wrong; what it was before stays.
     Bad {
-        id: Id,
+        id: ObjectId,
         problem: Problem,
     },
     /// Something that might be any object.
@@ -78,53 +60,43 @@ pub(super) fn parse(text: &str, (place, first_line): (&str, usize), node: &str) 
     })
 }
 
-impl Id {
-    /// What tells that the object is gone.
-    pub(super) fn gone(&self) -> Change {
-        let name = self.name.clone();
-        match self.kind {
-            Kind::Service => Change::Service(name, None),
-            Kind::EndpointSlice => Change::EndpointSlice(name, None),
-            Kind::Node => Change::Node(name.name, None),
-            Kind::Pod => Change::Pod(name, None),
-        }
+/// `None` for a kind that is passed over.
+fn kind_of(version: &str, kind: &str) -> Option<Kind> {
+    match (version, kind) {
+        ("v1", "Service") => Some(Kind::Service),
+        ("discovery.k8s.io/v1", "EndpointSlice") => Some(Kind::EndpointSlice),
+        ("v1", "Node") => Some(Kind::Node),
+        ("v1", "Pod") => Some(Kind::Pod),
+        _ => None,
     }
 }
 
-impl fmt::Display for Id {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.kind {
-            Kind::Node => write!(f, "{:?} {}", self.kind, self.name.name),
-            Kind::Service | Kind::EndpointSlice | Kind::Pod => write!(f, "{:?} {}", self.kind, self.name),
-        }
+fn change(kind: Kind, value: Value, node: &str) -> Result<Change, String> {
+    match kind {
+        Kind::Service => typed(value, convert::service),
+        Kind::EndpointSlice => typed(value, |object| convert::endpoint_slice(object, node)),
+        Kind::Node => typed(value, convert::node),
+        Kind::Pod => typed(value, convert::pod),
     }
 }
 
-impl Kind {
-    fn of(version: &str, kind: &str) -> Option<Self> {
-        match (version, kind) {
-            ("v1", "Service") => Some(Self::Service),
-            ("discovery.k8s.io/v1", "EndpointSlice") => Some(Self::EndpointSlice),
-            ("v1", "Node") => Some(Self::Node),
-            ("v1", "Pod") => Some(Self::Pod),
-            _ => None,
-        }
+fn name_limit(kind: Kind) -> usize {
+    match kind {
+        Kind::Service => LABEL,
+        Kind::EndpointSlice | Kind::Node | Kind::Pod => SUBDOMAIN,
     }
+}
 
-    fn convert(self, value: Value, node: &str) -> Result<Change, String> {
-        match self {
-            Self::Service => typed(value, convert::service),
-            Self::EndpointSlice => typed(value, |object| convert::endpoint_slice(object, node)),
-            Self::Node => typed(value, convert::node),
-            Self::Pod => typed(value, convert::pod),
+/// The Service that an object is, or of which it is a part.
+fn service_of(id: &ObjectId, metadata: &Map<String, Value>) -> Option<Name> {
+    match id.kind {
+        Kind::Service => Some(id.name.clone()),
+        Kind::EndpointSlice => {
+            let labels = metadata.get("labels")?.as_object()?;
+            let name = text_of(labels, "kubernetes.io/service-name");
+            (!name.is_empty()).then(|| Name::new(id.name.namespace.clone(), name))
         }
-    }
-
-    fn name_limit(self) -> usize {
-        match self {
-            Self::Service => LABEL,
-            Self::EndpointSlice | Self::Node | Self::Pod => SUBDOMAIN,
-        }
+        Kind::Node | Kind::Pod => None,
     }
 }
 
@@ -144,7 +116,7 @@ pub(super) fn item(value: Value, place: &str, node: &str) -> Item {
     if version.is_empty() || kind.is_empty() {
         return bad("apiVersion or kind is missing: this is no Kubernetes object");
     }
-    let Some(kind) = Kind::of(version, kind) else {
+    let Some(kind) = kind_of(version, kind) else {
         return Item::Ignored(format!("{kind} ({version})"));
     };
     let Some(metadata) = fields.get("metadata").and_then(Value::as_object) else {
@@ -155,21 +127,23 @@ pub(super) fn item(value: Value, place: &str, node: &str) -> Item {
     }
     let namespace =
         Some(text_of(metadata, "namespace")).filter(|text| !text.is_empty() && kind != Kind::Node);
-    let id = match convert::name(namespace, text_of(metadata, "name"), kind.name_limit()) {
-        Ok(name) => Id { kind, name },
+    let id = match convert::name(namespace, text_of(metadata, "name"), name_limit(kind)) {
+        Ok(name) => ObjectId { kind, name },
         Err(invalid) => return Item::Unknown(problem(place, invalid.to_string())),
     };
-    match kind.convert(value, node) {
+    let service = service_of(&id, metadata);
+    match change(kind, value, node) {
         Ok(change) => Item::Object { id, change },
         Err(message) => {
             let problem = problem(&format!("{place}, {id}"), message);
+            let problem = Problem { object: Some(id.clone()), service, ..problem };
             Item::Bad { id, problem }
         }
     }
 }
 
 pub(super) fn problem(place: &str, message: String) -> Problem {
-    Problem { place: place.into(), message: message.into() }
+    Problem { place: place.into(), message: message.into(), object: None, service: None }
 }
 
 pub(super) fn text_of<'a>(fields: &'a Map<String, Value>, field: &str) -> &'a str {

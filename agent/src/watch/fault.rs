@@ -31,6 +31,12 @@ pub enum Fault {
     SpecialAddress { addr: IpAddr, what: &'static str },
     #[error("`{text}` is not an address range: write it like 10.244.1.0/24 or fd00:1::/64")]
     NotARange { text: String },
+    #[error("`{text}` is none of its values: use {values}")]
+    NotOneOf { text: String, values: &'static str },
+    #[error("`{text}` is not available in this version: use random or maglev")]
+    NoSuchAlgorithm { text: String },
+    #[error("{value} is not a session affinity timeout: use 1 to 86400 seconds")]
+    NotATimeout { value: i32 },
     #[error("`{text}` is not an address type: use IPv4, IPv6 or FQDN")]
     NotAnAddressType { text: String },
     #[error("{addr} does not fit {family}: {way_out}")]

@@ -5,15 +5,17 @@
 pub mod convert;
 mod directory;
 mod document;
+mod exposure;
 mod fault;
 pub mod file;
 mod list;
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use tokio::sync::mpsc::Sender;
 
-use crate::model::Change;
+use crate::model::{Change, Kind, Name, ObjectId, Withheld};
 
 pub use fault::{Fault, Invalid};
 
@@ -34,6 +36,25 @@ pub struct Problem {
     /// `web.yaml, document 2 (line 14), Service default/web`.
     pub place: Box<str>,
     pub message: Box<str>,
+    /// Which object it is; `None` where it may be any.
+    pub object: Option<ObjectId>,
+    /// The Service that the object is, or of which it is a part; `None` also where nothing of it is missing.
+    pub service: Option<Name>,
+}
+
+/// What the problems keep from being known.
+pub fn withheld(problems: &[Problem]) -> Withheld {
+    let (mut services, mut pods) = (BTreeSet::new(), BTreeSet::new());
+    for problem in problems {
+        match &problem.object {
+            None => return Withheld::Any,
+            Some(ObjectId { kind: Kind::Pod, name }) => {
+                pods.insert(name.clone());
+            }
+            Some(_) => services.extend(problem.service.clone()),
+        }
+    }
+    Withheld::Some { services, pods }
 }
 
 impl fmt::Display for Problem {

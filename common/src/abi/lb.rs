@@ -127,9 +127,13 @@ pub struct ServiceClient {
 
 impl SourceRangeKey {
     pub const EVERY_BIT: u32 = 32 + 128;
+    /// Neither is who is in no range.
+    pub const DENY: SourceRange = 0;
+    pub const ALLOW: SourceRange = 1;
 }
 
-/// That a range is there is all it says.
+/// [`SourceRangeKey::ALLOW`] or [`SourceRangeKey::DENY`]: whether clients in a range, and in none that is longer, may
+/// use the service. (An IPv6 range like `::/0` contains the mapped IPv4 addresses, for which it does not speak.)
 pub type SourceRange = u32;
 
 /// Whose choice is remembered: a client's, for all frontends of a service port (rule 29).

@@ -25,7 +25,40 @@ fn life() -> Vec<Vec<Change>> {
             slice("able-1", "able", &["10.0.1.1", "10.0.1.2"]),
         ],
         vec![gone("web"), slice("able-1", "able", &["10.0.1.2"])],
+        vec![exposed(TrafficPolicy::Local, &[10, 172]), slice("able-1", "able", &["10.0.1.2", "+10.0.1.3"])],
+        vec![exposed(TrafficPolicy::Cluster, &[10, 11]), slice("able-1", "able", &["10.0.1.2", "10.0.1.3"])],
+        // An older one takes the addresses over.
+        vec![
+            with(exposed(TrafficPolicy::Local, &[10]), |it| {
+                it.created = Some(1);
+                it.cluster_ips = Box::new([addr("10.96.0.3")]);
+            })
+            .renamed("older"),
+            gone("able"),
+        ],
+        vec![with(exposed(TrafficPolicy::Local, &[]), |it| it.affinity = 9).renamed("older")],
     ]
+}
+
+/// The Service `able` behind a load balancer, for clients in these networks.
+fn exposed(policy: TrafficPolicy, ranges: &[u8]) -> Change {
+    with(service("able", &["10.96.0.2"], &["http:80/30080"]), |it| {
+        it.exposure.policy = policy;
+        it.exposure.load_balancer_ips = Box::new([addr("192.0.2.1")]);
+        let ranges = ranges.iter().map(|first| Prefix::new(Addr::v4([*first, 0, 0, 0]), 8).unwrap());
+        it.exposure.source_ranges = ranges.collect();
+    })
+}
+
+trait Renamed {
+    fn renamed(self, name: &str) -> Self;
+}
+
+impl Renamed for Change {
+    fn renamed(self, to: &str) -> Self {
+        let Self::Service(_, object) = self else { panic!("{self:?}") };
+        Self::Service(name(to), object)
+    }
 }
 
 /// What is known after some steps, as a source would list it.
@@ -37,7 +70,7 @@ fn known(steps: &[Vec<Change>]) -> Vec<Change> {
 fn tables_that_fail_are_right_in_the_end() {
     for seed in 0..60 {
         let (mut right, mut faulty) = (Run::new(), Run::new());
-        faulty.it.maps_mut().set_faults(Faults::Percent { seed, percent: 10 + seed });
+        faulty.it.maps_mut().set_faults(Faults::Percent { seed, percent: 10 + seed / 3 });
         for step in life() {
             right.apply(&step);
             faulty.handle(&step).settle();

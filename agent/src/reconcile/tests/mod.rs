@@ -11,10 +11,16 @@ use super::{Config, Limits, Reconciler, Stats};
 use crate::maps::fake::{FakeMaps, Faults, Search, Sizes};
 use crate::maps::{Backends, Endpoints, Frontends, Maps, Services, Slots};
 use crate::model::service::Place;
-use crate::model::{Change, Condition, Endpoint, EndpointSlice, Name, Pod, Service, ServicePort, SlicePort};
+use crate::model::{
+    Change, Condition, Endpoint, EndpointSlice, Name, Node, Pod, Prefix, Service, ServicePort, SlicePort,
+    TrafficPolicy, Withheld,
+};
+use crate::plan::{self, ExternalIps};
 
 mod damaged;
+mod exposed;
 mod faults;
+mod held;
 mod random;
 mod services;
 
@@ -22,7 +28,8 @@ const GRACE: Duration = Duration::from_secs(5);
 const SIZES: Sizes = Sizes { hash: 1000, slots: 2000, backends: 1000 };
 
 fn config() -> Config {
-    Config { node: "here".into(), limits: Limits { services: 100, frontends: 200 }, grace: GRACE }
+    let plan = plan::Config { external_ips: ExternalIps::Serve, maglev_lengths: &[7] };
+    Config { node: "here".into(), limits: Limits { services: 100, frontends: 200 }, plan, grace: GRACE }
 }
 
 /// A reconciler and its clock.
@@ -83,17 +90,31 @@ impl Run {
 /// `10.96.0.1:80/TCP` -> `10.0.0.1:8080 10.0.0.2:8080`, as a program would find them.
 fn view(maps: &FakeMaps) -> BTreeMap<String, String> {
     let names: BTreeMap<u32, ServiceName> = maps.dump::<Services>().unwrap().into_iter().collect();
+    let rows = (1..maps.len::<Backends>()).map(|index| maps.read::<Backends>(index).unwrap());
+    let known: Vec<_> = rows.filter(|row| row.flags & Backend::LIVE != 0).collect();
     let mut view = BTreeMap::new();
     for (key, row) in maps.dump::<Frontends>().unwrap() {
         assert!(names.contains_key(&row.service), "{key:?} has an id without a name");
         let slots = (row.offset..row.offset + row.length).map(|slot| maps.read::<Slots>(slot).unwrap());
         let backends = slots.map(|index| maps.read::<Backends>(index).unwrap());
         let backends: BTreeSet<_> = backends.map(|row| format!("{}:{}", row.addr, row.port)).collect();
+        if row.flags & Frontend::MAGLEV != 0 && backends.len() > 1 {
+            assert_eq!(row.length, 7, "a Maglev table");
+        } else {
+            assert_eq!(row.length as usize, backends.len(), "a slot a backend");
+        }
+        let family = |addr: &Addr| addr.ip().is_ipv4();
+        let chosen =
+            known.iter().filter(|it| it.service == row.service && family(&it.addr) == family(&key.addr));
+        let chosen: BTreeSet<_> =
+            chosen.filter(|it| row.chooses(it)).map(|it| format!("{}:{}", it.addr, it.port)).collect();
+        assert_eq!(chosen, backends, "rule 29: what may be remembered is what the slots name");
         let mut text = backends.into_iter().collect::<Vec<_>>().join(" ");
         if row.length == 0 && row.flags & Frontend::REJECT != 0 {
             text = "reject".into();
         }
-        view.insert(format!("{}:{}/{}", key.addr, key.port, key.proto), text);
+        let scope = if key.scope == FrontendKey::INTERNAL { " internal" } else { "" };
+        view.insert(format!("{}:{}/{}{scope}", key.addr, key.port, key.proto), text);
     }
     view
 }
@@ -128,31 +149,48 @@ fn name(text: &str) -> Name {
     Name::new("default", text)
 }
 
-/// A Service with ports given as `http:80`.
+/// A Service with ports given as `http:80`, or with a NodePort as `http:80/30080`.
 fn service(service: &str, ips: &[&str], ports: &[&str]) -> Change {
     let ports = ports.iter().map(|text| {
         let (name, port) = text.split_once(':').unwrap();
-        ServicePort { name: name.into(), proto: Proto::TCP, port: Port::new(port.parse().unwrap()) }
+        let (port, node_port) = port.split_once('/').unwrap_or((port, "0"));
+        let number = |text: &str| Port::new(text.parse().unwrap());
+        let node_port = Some(number(node_port)).filter(|it| *it != Port::ZERO);
+        ServicePort { name: name.into(), proto: Proto::TCP, port: number(port), node_port }
     });
     let mut ports: Vec<_> = ports.collect();
     ports.sort_by(|a, b| a.name.cmp(&b.name));
     let cluster_ips = ips.iter().map(|text| addr(text)).collect();
-    Change::Service(name(service), Some(Service { cluster_ips, ports: ports.into() }))
+    Change::Service(name(service), Some(Service { cluster_ips, ports: ports.into(), ..Service::default() }))
 }
 
-/// A slice whose endpoints listen on 8080 for the port `http`; `~` before an address is draining, `?` serving only.
+/// The same Service, but for what `change` does to it.
+fn with(service: Change, change: impl FnOnce(&mut Service)) -> Change {
+    let Change::Service(name, Some(mut object)) = service else { panic!("{service:?}") };
+    change(&mut object);
+    Change::Service(name, Some(object))
+}
+
+/// A slice whose endpoints listen on 8080 for the port `http`; `~` before an address is draining, `?` serving only,
+/// `+` ready on this node.
 fn slice(slice: &str, service: &str, endpoints: &[&str]) -> Change {
     let endpoints = endpoints.iter().map(|text| {
-        let (condition, text) = match text.split_at(1) {
-            ("~", text) => (Condition::Draining, text),
-            ("?", text) => (Condition::Serving, text),
-            _ => (Condition::Ready, *text),
+        let (condition, place, text) = match text.split_at(1) {
+            ("~", text) => (Condition::Draining, Place::Remote, text),
+            ("?", text) => (Condition::Serving, Place::Remote, text),
+            ("+", text) => (Condition::Ready, Place::Local, text),
+            _ => (Condition::Ready, Place::Remote, *text),
         };
-        Endpoint { addr: addr(text), condition, place: Place::Remote }
+        Endpoint::new(addr(text), condition, place)
     });
     let port = SlicePort { name: "http".into(), proto: Proto::TCP, port: Port::new(8080) };
-    let object =
-        EndpointSlice { service: service.into(), ports: Box::new([port]), endpoints: endpoints.collect() };
+    let endpoints = endpoints.collect();
+    let object = EndpointSlice {
+        service: service.into(),
+        ports: Box::new([port]),
+        endpoints,
+        ..EndpointSlice::default()
+    };
     Change::EndpointSlice(name(slice), Some(object))
 }
 

@@ -76,7 +76,11 @@ fn a_change_writes_what_it_names() {
     let three = slice("web-1", "web", &["10.0.0.1", "10.0.0.2", "10.0.0.3"]);
     assert_eq!(cost(&mut run, &[three]), 1 + 3 + 1, "a backend, three slots, the frontend");
     let kept = slice("web-1", "web", &["10.0.0.1", "?10.0.0.2", "10.0.0.3"]);
-    assert_eq!(cost(&mut run, &[kept]), 2 + 1, "rules 30 and 31: it serves, so its row stays");
+    assert_eq!(
+        cost(&mut run, &[kept]),
+        2 + 1 + 1,
+        "rules 30 and 31: it serves, so its row stays, out of the set"
+    );
     let gone = slice("web-1", "web", &["10.0.0.1", "10.0.0.3"]);
     assert_eq!(cost(&mut run, &[gone]), 1, "only its row is released");
 }
@@ -149,20 +153,20 @@ fn an_address_passes_from_a_service_that_gave_it_up_to_another() {
 }
 
 #[test]
-fn of_two_services_with_one_address_the_first_keeps_it() {
+fn of_two_services_with_one_address_the_first_by_name_has_it() {
     let mut run = Run::new();
     run.apply(&web());
-    let able =
-        [service("able", &["10.96.0.1"], &["http:80", "other:81"]), slice("able-1", "able", &["10.0.9.9"])];
-    run.handle(&able).settle();
-    let error = "Service default/able: 10.96.0.1 port 80/TCP belongs to Service default/web, which had it first: \
-                 change one of them";
+    let zeta =
+        [service("zeta", &["10.96.0.1"], &["http:80", "other:81"]), slice("zeta-1", "zeta", &["10.0.9.9"])];
+    run.handle(&zeta).settle();
+    let error = "Service default/zeta: 10.96.0.1 port 80/TCP belongs to Service default/web, which goes first (the \
+                 older, or the first by name): change one of them";
     assert_eq!(run.errors(), [error]);
     assert_eq!(run.view()["10.96.0.1:80/TCP"], "10.0.0.1:8080 10.0.0.2:8080");
     assert_eq!(run.view()["10.96.0.1:81/TCP"], "reject", "the rest is served");
     // A restart does not turn it round.
     let mut next = Run::restart(run.it.maps().clone());
-    next.handle(&able).handle(&web()).it.synced();
+    next.handle(&zeta).handle(&web()).it.synced();
     next.settle();
     assert_eq!((next.errors().len(), next.view()), (1, run.view()));
     run.handle(&[gone("web")]);
@@ -170,6 +174,50 @@ fn of_two_services_with_one_address_the_first_keeps_it() {
     assert_eq!(run.it.due(), Some(run.now), "the other does not wait for its next attempt");
     run.it.tick(run.now);
     assert_eq!((run.errors(), &*run.view()["10.96.0.1:80/TCP"]), (vec![], "10.0.9.9:8080"));
+}
+
+#[test]
+fn of_services_with_one_frontend_the_oldest_has_it_in_whatever_order_they_come() {
+    let claim = |name: &str, created, last: u8| {
+        let object = service(name, &[&format!("10.96.0.{last}")], &["http:80/30080"]);
+        let object = with(object, |it| {
+            it.created = created;
+            it.exposure.load_balancer_ips = Box::new([addr("192.0.2.1")]);
+            // The internal rows go with the external ones.
+            it.exposure.policy = [TrafficPolicy::Cluster, TrafficPolicy::Local][usize::from(last % 2)];
+        });
+        [object, slice(&format!("{name}-1"), name, &[&format!("+10.0.{last}.1")])]
+    };
+    let claims =
+        [claim("a", None, 1), claim("b", Some(20), 2), claim("c", Some(10), 3), claim("d", Some(10), 4)];
+    let mut views = BTreeSet::new();
+    for order in [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1], [1, 3, 0, 2]] {
+        let mut run = Run::new();
+        for at in order {
+            run.handle(&claims[at]).settle();
+        }
+        let failing: Vec<_> = run.errors().iter().map(|it| it[..17].to_owned()).collect();
+        assert_eq!(failing, ["Service default/a", "Service default/b", "Service default/d"], "{order:?}");
+        assert!(
+            run.errors()[0].contains("NodePort 30080/TCP belongs to Service default/c"),
+            "{:?}",
+            run.errors()
+        );
+        assert_eq!(run.view()["192.0.2.1:80/TCP"], "10.0.3.1:8080");
+        assert_eq!(run.view()["0.0.0.0:30080/TCP internal"], "10.0.3.1:8080");
+        let mut next = Run::restart(run.it.maps().clone());
+        next.handle(&claims.concat()).it.synced();
+        next.settle();
+        assert_eq!(next.view(), run.view(), "{order:?}");
+        assert_eq!(next.it.maps().writes(), run.it.maps().writes(), "{order:?}");
+        views.insert(run.view());
+        // The next oldest follows.
+        run.handle(&[gone("c")]).settle();
+        assert_eq!(run.view()["192.0.2.1:80/TCP"], "10.0.4.1:8080");
+        assert!(!run.view().contains_key("192.0.2.1:80/TCP internal"));
+        run.it.maps().contradiction().unwrap();
+    }
+    assert_eq!(views.len(), 1);
 }
 
 #[test]

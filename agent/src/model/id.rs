@@ -1,0 +1,72 @@
+//! Which object it is.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use super::{Change, Name};
+
+/// The kinds of objects that are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    Service,
+    EndpointSlice,
+    Node,
+    Pod,
+}
+
+/// The identity of one object. What has no namespace is in `default`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectId {
+    pub kind: Kind,
+    pub name: Name,
+}
+
+impl ObjectId {
+    /// What tells that the object is gone.
+    pub fn gone(&self) -> Change {
+        let name = self.name.clone();
+        match self.kind {
+            Kind::Service => Change::Service(name, None),
+            Kind::EndpointSlice => Change::EndpointSlice(name, None),
+            Kind::Node => Change::Node(name.name, None),
+            Kind::Pod => Change::Pod(name, None),
+        }
+    }
+}
+
+impl fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            Kind::Node => write!(f, "{:?} {}", self.kind, self.name.name),
+            Kind::Service | Kind::EndpointSlice | Kind::Pod => write!(f, "{:?} {}", self.kind, self.name),
+        }
+    }
+}
+
+/// What cannot be read at present, of that which was there before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Withheld {
+    Some {
+        /// Services of which the object itself or a slice is bad.
+        services: BTreeSet<Name>,
+        pods: BTreeSet<Name>,
+    },
+    /// It may be any object.
+    Any,
+}
+
+impl Withheld {
+    /// Whether a pod may be among it.
+    pub fn pods(&self) -> bool {
+        match self {
+            Self::Some { services: _, pods } => !pods.is_empty(),
+            Self::Any => true,
+        }
+    }
+}
+
+impl Default for Withheld {
+    fn default() -> Self {
+        Self::Some { services: BTreeSet::new(), pods: BTreeSet::new() }
+    }
+}

@@ -1,0 +1,71 @@
+//! What stays as the agent before left it, because its objects cannot be read now.
+//!
+//! A source keeps what an object was before its document became bad. An agent that has just started knows no such
+//! version: but the tables do, and what they say of the object stays in force until the document is good again, or
+//! gone.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ferroflow_common::abi::endpoint::Endpoint;
+use ferroflow_common::addr::Addr;
+
+use crate::model::{Name, Touched, Withheld, World};
+
+#[derive(Debug, Default)]
+pub(super) struct Hold {
+    withheld: Withheld,
+    /// What was restored and not planned since.
+    services: BTreeSet<Name>,
+    endpoints: BTreeSet<Addr>,
+    /// What was not planned because of a bad document.
+    waiting: BTreeSet<Touched>,
+}
+
+impl Hold {
+    pub(super) fn new(services: impl Iterator<Item = Name>, endpoints: impl Iterator<Item = Addr>) -> Self {
+        Self { services: services.collect(), endpoints: endpoints.collect(), ..Self::default() }
+    }
+
+    /// Replaces what is withheld; gives back what is to be looked at again.
+    pub(super) fn set(&mut self, withheld: Withheld) -> BTreeSet<Touched> {
+        self.withheld = withheld;
+        std::mem::take(&mut self.waiting)
+    }
+
+    pub(super) fn wait(&mut self, key: Touched) {
+        self.waiting.insert(key);
+    }
+
+    /// It is planned now: from here on the source remembers it.
+    pub(super) fn planned(&mut self, key: &Touched) {
+        match key {
+            Touched::Service(name) => self.services.remove(name),
+            Touched::Endpoint(addr) => self.endpoints.remove(addr),
+        };
+    }
+
+    /// Whether what the tables have is to stay.
+    pub(super) fn keeps(&self, world: &World, rows: &BTreeMap<Addr, Endpoint>, key: &Touched) -> bool {
+        match key {
+            Touched::Service(name) => self.services.contains(name) && self.keeps_service(world, name),
+            Touched::Endpoint(addr) => {
+                let row = rows.get(addr).map(|row| row.ifindex);
+                self.endpoints.contains(addr)
+                    && self.withheld.pods()
+                    && world.pods_at(*addr).next().is_none()
+                    && row.is_some_and(|ifindex| world.local_route(*addr) == Some(ifindex))
+            }
+        }
+    }
+
+    fn keeps_service(&self, world: &World, name: &Name) -> bool {
+        match &self.withheld {
+            Withheld::Some { services, pods: _ } => services.contains(name),
+            // What is missing may be what cannot be read.
+            Withheld::Any => {
+                let backing = world.service(name);
+                backing.is_none_or(|backing| backing.service.is_none() || backing.slices.is_empty())
+            }
+        }
+    }
+}
