@@ -1,8 +1,12 @@
 //! Everything that can be configured, parsed into checked types.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+
+use crate::model::Prefix;
+use crate::plan::node::NodePortAddresses;
 
 /// Where the pinned maps and links are; each agent on a machine has a directory of its own.
 #[derive(Args, Clone, Debug)]
@@ -53,6 +57,12 @@ pub struct Agent {
     #[arg(long, env = "FERROFLOW_ATTACH", value_enum, default_value_t = Attach::Auto)]
     pub attach: Attach,
 
+    /// The node's addresses that serve NodePorts: `primary` (the Node object's first of each family), `all`, or ranges
+    /// separated by commas
+    #[arg(long, env = "FERROFLOW_NODE_PORT_ADDRESSES", value_name = "WHICH", default_value = "primary",
+        value_parser = node_port_addresses)]
+    pub node_port_addresses: NodePortAddresses,
+
     /// Log packets that the programs drop (slow; for debugging)
     #[arg(long, env = "FERROFLOW_LOG_DROPS")]
     pub log_drops: bool,
@@ -78,6 +88,22 @@ pub enum Attach {
     Tcx,
     /// Filters on a clsact qdisc
     Clsact,
+}
+
+fn node_port_addresses(text: &str) -> Result<NodePortAddresses, String> {
+    match text {
+        "primary" => return Ok(NodePortAddresses::Primary),
+        "all" => return Ok(NodePortAddresses::All),
+        _ => {}
+    }
+    let range = |text: &str| {
+        let (addr, bits) = text.trim().split_once('/')?;
+        Prefix::new(addr.parse::<IpAddr>().ok()?.into(), bits.parse().ok()?)
+    };
+    let ranges = text.split(',').map(|text| {
+        range(text).ok_or_else(|| format!("`{text}` is not a range: write it like 10.0.0.0/8 or fd00::/8"))
+    });
+    Ok(NodePortAddresses::Ranges(ranges.collect::<Result<_, _>>()?))
 }
 
 /// How the command line answers.

@@ -11,13 +11,13 @@ use tokio::time::sleep_until;
 
 use crate::boottime;
 use crate::config;
-use crate::datapath::{self, Datapath, DatapathError};
+use crate::datapath::{self, Datapath, DatapathError, Interface};
 use crate::gc;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
 use crate::model::Change;
-use crate::net::{self, NetError, RouteEvent};
+use crate::net::{self, Moved, NetError, NetEvent};
 use crate::plan;
 use crate::reconcile::{self, Limits, Reconciler};
 use crate::watch::file::{FileSource, Timing};
@@ -68,12 +68,14 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let source = FileSource::new(&config.manifests, config.node_name.as_str(), Timing::default());
     tokio::spawn(source.run(events));
     let (events, routes) = mpsc::channel(QUEUE);
-    let watching = tokio::spawn(net::watch_routes(events));
+    let watching = tokio::spawn(net::watch(events));
     let sweeping = tokio::spawn(gc::run(config.bpffs.maps()));
-    let pods =
-        Attachments { attached: datapath.pinned_pods()?.into_iter().collect(), ..Attachments::default() };
+    let attachments =
+        Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };
     let state = first_words(config);
-    Daemon { datapath, reconciler, pods, said: None, state, awaited: 2 }.serve(objects, routes).await?;
+    Daemon { datapath, reconciler, attachments, said: None, state, awaited: 2 }
+        .serve(objects, routes)
+        .await?;
     watching.abort();
     sweeping.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
@@ -87,7 +89,8 @@ fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
         frontends: maps.capacity::<crate::maps::Frontends>()?,
     };
     let node = config.node_name.as_str().into();
-    let config = reconcile::Config { node, limits, plan: plan::Config::default(), grace: GRACE };
+    let plan = plan::Config { node_ports: config.node_port_addresses.clone(), ..plan::Config::default() };
+    let config = reconcile::Config { node, limits, plan, grace: GRACE };
     Reconciler::restore(maps, &config, Instant::now())
 }
 
@@ -107,7 +110,7 @@ fn log_drops(datapath: &mut Datapath) -> Result<(), DaemonError> {
 struct Daemon {
     datapath: Datapath,
     reconciler: Reconciler<KernelMaps>,
-    pods: Attachments,
+    attachments: Attachments,
     /// What was last said where `ferroflow status` finds it; nothing yet.
     said: Option<AgentState>,
     state: AgentState,
@@ -119,9 +122,9 @@ struct Daemon {
 #[derive(Default)]
 struct Attachments {
     /// Of this agent or, before it has looked, of the one before.
-    attached: BTreeSet<u32>,
+    attached: BTreeSet<(Interface, u32)>,
     /// Those that this agent has attached to.
-    renewed: BTreeSet<u32>,
+    renewed: BTreeSet<(Interface, u32)>,
     retry: Option<Instant>,
 }
 
@@ -129,19 +132,19 @@ impl Daemon {
     async fn serve(
         mut self,
         mut objects: Receiver<Event>,
-        mut routes: Receiver<RouteEvent>,
+        mut routes: Receiver<NetEvent>,
     ) -> Result<(), DaemonError> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         self.report()?;
         loop {
-            let due = [self.reconciler.due(), self.pods.retry].into_iter().flatten().min();
+            let due = [self.reconciler.due(), self.attachments.retry].into_iter().flatten().min();
             tokio::select! {
                 _ = terminate.recv() => return Ok(()),
                 _ = interrupt.recv() => return Ok(()),
                 Some(event) = objects.recv() => self.object(event),
                 event = routes.recv() => match event {
-                    Some(event) => self.route(event),
+                    Some(event) => self.host(event),
                     None => return Err(DaemonError::Routes),
                 },
                 () = sleep_until(due.unwrap_or_else(far_away).into()), if due.is_some() => {}
@@ -151,7 +154,7 @@ impl Daemon {
                 self.object(event);
             }
             while let Ok(event) = routes.try_recv() {
-                self.route(event);
+                self.host(event);
             }
             self.reconciler.tick(Instant::now());
             if self.awaited == 0 {
@@ -172,13 +175,13 @@ impl Daemon {
         }
     }
 
-    fn route(&mut self, event: RouteEvent) {
-        match event {
-            RouteEvent::Changed(net::RouteChange { addr, ifindex }) => {
-                self.reconciler.handle(Change::LocalRoute(addr, ifindex), Instant::now());
-            }
-            RouteEvent::Synced => self.source_synced(),
-        }
+    fn host(&mut self, event: NetEvent) {
+        let change = match event {
+            NetEvent::Route(Moved { addr, ifindex }) => Change::LocalRoute(addr, ifindex),
+            NetEvent::Address(Moved { addr, ifindex }) => Change::LocalAddress(addr, ifindex),
+            NetEvent::Synced => return self.source_synced(),
+        };
+        self.reconciler.handle(change, Instant::now());
     }
 
     fn source_synced(&mut self) {
@@ -188,42 +191,46 @@ impl Daemon {
         }
     }
 
-    /// Attaches to the interfaces that the endpoints are behind and lets go of the others.
+    /// Attaches to the interfaces of the local pods and to the node's devices, and lets go of others.
     fn attach(&mut self) {
-        let pods = &mut self.pods;
-        let wanted: BTreeSet<u32> = self.reconciler.endpoints().map(|endpoint| endpoint.ifindex).collect();
-        pods.retry = None;
-        for &ifindex in wanted.difference(&pods.renewed.clone()) {
-            match self.datapath.attach_pod(ifindex) {
+        let pods = self.reconciler.endpoints().map(|endpoint| (Interface::Pod, endpoint.ifindex));
+        let devices = plan::node::devices(self.reconciler.world());
+        let wanted: BTreeSet<_> =
+            pods.chain(devices.into_iter().map(|ifindex| (Interface::Device, ifindex))).collect();
+        let Attachments { attached, renewed, retry } = &mut self.attachments;
+        let mut failed = false;
+        for interface @ (kind, ifindex) in wanted.difference(&renewed.clone()).copied() {
+            match self.datapath.attach(kind, ifindex) {
                 Ok(()) => {
-                    pods.renewed.insert(ifindex);
-                    pods.attached.insert(ifindex);
+                    renewed.insert(interface);
+                    attached.insert(interface);
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "cannot attach to a pod's interface; trying again");
-                    pods.retry = Some(Instant::now() + ATTACH_RETRY);
+                    tracing::warn!(%error, "cannot attach to an interface; trying again");
+                    failed = true;
                 }
             }
         }
-        for &ifindex in pods.attached.clone().difference(&wanted) {
-            match self.datapath.detach_pod(ifindex) {
+        for interface @ (kind, ifindex) in attached.clone().difference(&wanted).copied() {
+            match self.datapath.detach(kind, ifindex) {
                 Ok(()) => {
-                    pods.renewed.remove(&ifindex);
-                    pods.attached.remove(&ifindex);
+                    renewed.remove(&interface);
+                    attached.remove(&interface);
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot detach from an interface; trying again");
-                    pods.retry = Some(Instant::now() + ATTACH_RETRY);
+                    failed = true;
                 }
             }
         }
+        *retry = failed.then(|| Instant::now() + ATTACH_RETRY);
     }
 
     /// Says how things are, where `ferroflow status` finds it; written only when it changed.
     fn report(&mut self) -> Result<(), MapError> {
         let stats = self.reconciler.stats();
         let synced =
-            self.awaited == 0 && stats.pending == 0 && stats.failing == 0 && self.pods.retry.is_none();
+            self.awaited == 0 && stats.pending == 0 && stats.failing == 0 && self.attachments.retry.is_none();
         self.state.synced = u32::from(synced);
         self.state.writes = stats.writes;
         self.state.retries = stats.failures;
@@ -278,7 +285,7 @@ pub enum DaemonError {
     Map(#[from] MapError),
     #[error(transparent)]
     Net(#[from] NetError),
-    #[error("the watch of the kernel's routes ended")]
+    #[error("the watch of the kernel's routes and addresses ended")]
     Routes,
     #[error("cannot read the programs' log: {0}")]
     Log(#[from] aya_log::Error),

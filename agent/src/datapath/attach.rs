@@ -13,9 +13,28 @@ use aya::sys::{NetlinkError, SyscallError};
 use super::{Datapath, DatapathError};
 use crate::config::{Attach, SocketLb};
 
-/// The programs of a pod's interface: what the pod sends is the host's ingress.
-const POD: [(&str, TcAttachType); 2] =
-    [("pod_egress", TcAttachType::Ingress), ("pod_ingress", TcAttachType::Egress)];
+/// Whose interface it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Interface {
+    /// The host's end of a pod's.
+    Pod,
+    /// One of the node's own.
+    Device,
+}
+
+impl Interface {
+    const ALL: [Self; 2] = [Self::Pod, Self::Device];
+
+    /// Its programs: what a pod sends is the host's ingress.
+    const fn programs(self) -> [(&'static str, TcAttachType); 2] {
+        match self {
+            Self::Pod => [("pod_egress", TcAttachType::Ingress), ("pod_ingress", TcAttachType::Egress)],
+            Self::Device => {
+                [("device_ingress", TcAttachType::Ingress), ("device_egress", TcAttachType::Egress)]
+            }
+        }
+    }
+}
 
 const CONNECT: [&str; 4] = ["connect4", "connect6", "getpeername4", "getpeername6"];
 const DATAGRAM: [&str; 4] = ["sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6"];
@@ -81,13 +100,13 @@ impl Datapath {
         keep(link, pin)
     }
 
-    /// Attaches the two pod programs to the host's end of a pod's interface.
+    /// Attaches the two programs of its kind to an interface.
     ///
     /// # Errors
     /// What the kernel refuses, with the interface.
-    pub fn attach_pod(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        for (name, hook) in POD {
-            let pin = self.pod_pin(name, ifindex);
+    pub fn attach(&mut self, kind: Interface, ifindex: u32) -> Result<(), DatapathError> {
+        for (name, hook) in kind.programs() {
+            let pin = self.pin(name, ifindex);
             let program = self.ebpf.program_mut(name).ok_or(DatapathError::NoProgram { name })?;
             let error =
                 |source| DatapathError::Attach { place: format!("{name} on interface {ifindex}"), source };
@@ -111,31 +130,35 @@ impl Datapath {
         Ok(())
     }
 
-    /// Removes what is pinned for an interface that is no longer a pod's.
+    /// Removes what is pinned for an interface that is no longer of this kind.
     ///
     /// # Errors
     /// [`DatapathError::Io`] where the pin cannot be removed.
-    pub fn detach_pod(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        for (name, _hook) in POD {
-            remove(&self.pod_pin(name, ifindex))?;
-        }
-        Ok(())
+    pub fn detach(&mut self, kind: Interface, ifindex: u32) -> Result<(), DatapathError> {
+        kind.programs().iter().try_for_each(|(name, _hook)| remove(&self.pin(name, ifindex)))
     }
 
     /// The interfaces that an earlier agent pinned programs for.
     ///
     /// # Errors
     /// [`DatapathError::Io`] where the directory cannot be read.
-    pub fn pinned_pods(&self) -> Result<Vec<u32>, DatapathError> {
+    pub fn pinned(&self) -> Result<Vec<(Interface, u32)>, DatapathError> {
         let dir = self.options.bpffs.links();
         let entries = fs::read_dir(&dir).map_err(|source| DatapathError::Io { path: dir.clone(), source })?;
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        Ok(names.filter_map(|name| name.strip_prefix("pod_egress-")?.parse().ok()).collect())
+        Ok(names.filter_map(|name| pinned_for(&name)).collect())
     }
 
-    fn pod_pin(&self, program: &str, ifindex: u32) -> PathBuf {
+    fn pin(&self, program: &str, ifindex: u32) -> PathBuf {
         self.options.bpffs.links().join(format!("{program}-{ifindex}"))
     }
+}
+
+/// What the pin of an interface's first program is for.
+fn pinned_for(name: &str) -> Option<(Interface, u32)> {
+    let (program, ifindex) = name.rsplit_once('-')?;
+    let kind = Interface::ALL.into_iter().find(|kind| kind.programs()[0].0 == program)?;
+    Some((kind, ifindex.parse().ok()?))
 }
 
 fn attach_tcx(

@@ -14,6 +14,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use crate::config::{Attach, Bpffs, SocketLb};
 
+pub use attach::Interface;
 pub use host::{cgroup2_mount, prepare};
 
 /// What is fixed when the programs are loaded.

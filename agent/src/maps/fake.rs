@@ -7,7 +7,9 @@ use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey, SourceRangeKey};
 
 use zerocopy::IntoBytes;
 
-use super::{ArrayTable, Backends, Frontends, HashTable, MapError, Maps, Rows, Slots, SourceRanges};
+use super::{
+    ArrayTable, Backends, Frontends, HashTable, MapError, Maps, Masquerades, Rows, Slots, SourceRanges,
+};
 
 #[derive(Clone, Debug)]
 pub struct FakeMaps {
@@ -55,6 +57,7 @@ impl FakeMaps {
     pub fn new(sizes: Sizes, search: Search) -> Self {
         let arrays = [
             (Slots::NAME, vec![0; sizes.slots as usize * size_of::<<Slots as ArrayTable>::Value>()]),
+            (Masquerades::NAME, vec![0; size_of::<<Masquerades as ArrayTable>::Value>()]),
             (Backends::NAME, vec![0; sizes.backends as usize * size_of::<Backend>()]),
         ];
         let arrays = BTreeMap::from(arrays);

@@ -19,8 +19,8 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use super::batch;
 use super::{
-    ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Plain, Services, Slots,
-    SourceRanges,
+    ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Masquerades, NodeAddresses, Plain,
+    Services, Slots, SourceRanges,
 };
 
 /// A value whose bytes may go to the kernel and come from it.
@@ -47,11 +47,13 @@ impl KernelMaps {
     pub fn open(dir: &Path) -> Result<Self, MapError> {
         let mut hashes = BTreeMap::new();
         // To the system calls a trie is a hash table with a key of this layout.
-        for name in [Frontends::NAME, SourceRanges::NAME, Services::NAME, Endpoints::NAME] {
+        for name in
+            [Frontends::NAME, SourceRanges::NAME, Services::NAME, Endpoints::NAME, NodeAddresses::NAME]
+        {
             hashes.insert(name, Map::HashMap(pinned(dir, name)?));
         }
         let mut arrays = BTreeMap::new();
-        for name in [Slots::NAME, Backends::NAME] {
+        for name in [Slots::NAME, Backends::NAME, Masquerades::NAME] {
             arrays.insert(name, Rows::map(name, &pinned(dir, name)?)?);
         }
         Ok(Self { dir: dir.to_owned(), hashes, arrays, writes: 0 })

@@ -12,6 +12,7 @@ use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::lb::{
     Backend, Frontend, FrontendKey, ServiceName, Slot, SourceRange, SourceRangeKey,
 };
+use ferroflow_common::abi::node::{Masquerade, NodeAddress};
 use ferroflow_common::addr::Addr;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -49,6 +50,8 @@ tables! { HashTable:
     Services = "services", Key = u32, Value = ServiceName;
     /// A trie to the programs; here its prefixes are written and removed like any other rows.
     SourceRanges = "source_ranges", Key = SourceRangeKey, Value = SourceRange;
+    /// This node's own addresses.
+    NodeAddresses = "node_addresses", Key = Addr, Value = NodeAddress;
     /// Local pods by address.
     Endpoints = "endpoints", Key = Addr, Value = Endpoint;
 }
@@ -56,6 +59,8 @@ tables! { HashTable:
 tables! { ArrayTable:
     Slots = "slots", Value = Slot;
     Backends = "backends", Value = Backend;
+    /// One row.
+    Masquerades = "masquerade", Value = Masquerade;
 }
 
 /// The rows of a hash table, in no order.

@@ -48,6 +48,8 @@ pub enum Change {
     Pod(Name, Option<Pod>),
     /// An address behind an interface of this host, and that interface.
     LocalRoute(Addr, Option<u32>),
+    /// An address of this host itself, and the interface it is on.
+    LocalAddress(Addr, Option<u32>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

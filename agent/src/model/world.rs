@@ -22,6 +22,7 @@ pub struct World {
     pods: BTreeMap<Name, Pod>,
     pod_addresses: BTreeSet<(Addr, Name)>,
     local_routes: BTreeMap<Addr, u32>,
+    local_addresses: BTreeMap<Addr, u32>,
 }
 
 /// A Service and its slices, each of which may come first. Slices are kept apart, because an endpoint that moves
@@ -38,6 +39,8 @@ pub enum Touched {
     Service(Name),
     /// The local pod that has this address, or had it.
     Endpoint(Addr),
+    /// What the programs know of this node itself.
+    Node,
 }
 
 impl fmt::Display for Touched {
@@ -45,6 +48,7 @@ impl fmt::Display for Touched {
         match self {
             Self::Service(name) => write!(f, "Service {name}"),
             Self::Endpoint(addr) => write!(f, "local pod {addr}"),
+            Self::Node => write!(f, "this node's addresses"),
         }
     }
 }
@@ -67,6 +71,13 @@ impl World {
                     None => self.local_routes.remove(&addr),
                 };
                 if old == ifindex { Vec::new() } else { vec![Touched::Endpoint(addr)] }
+            }
+            Change::LocalAddress(addr, ifindex) => {
+                let old = match ifindex {
+                    Some(ifindex) => self.local_addresses.insert(addr, ifindex),
+                    None => self.local_addresses.remove(&addr),
+                };
+                if old == ifindex { Vec::new() } else { vec![Touched::Node] }
             }
         }
     }
@@ -105,6 +116,11 @@ impl World {
         self.local_routes.get(&addr).copied()
     }
 
+    /// This host's own addresses, and the interface each is on.
+    pub fn local_addresses(&self) -> &BTreeMap<Addr, u32> {
+        &self.local_addresses
+    }
+
     fn apply_node(&mut self, name: Box<str>, node: Option<Node>) -> Vec<Touched> {
         let own = name == self.node;
         let new = node.clone().unwrap_or_default();
@@ -124,7 +140,8 @@ impl World {
             return Vec::new();
         }
         let services = self.services.iter().filter(|(_, backing)| depends(backing));
-        services.map(|(name, _)| Touched::Service(name.clone())).collect()
+        let services = services.map(|(name, _)| Touched::Service(name.clone()));
+        services.chain(addresses.then_some(Touched::Node)).collect()
     }
 
     fn apply_service(&mut self, name: Name, service: Option<Service>) -> Vec<Touched> {
@@ -282,7 +299,7 @@ mod tests {
             touched("here", node(Some("a"), &[Addr::v4([10, 0, 0, 9])])),
             std::slice::from_ref(&guarded)
         );
-        assert_eq!(touched("here", None), [guarded, Touched::Service(web())]);
+        assert_eq!(touched("here", None), [guarded, Touched::Service(web()), Touched::Node]);
     }
 
     #[test]

@@ -1,41 +1,48 @@
-//! Routes by netlink.
+//! Routes and addresses by netlink.
 
 use std::net::IpAddr;
 use std::time::Duration;
 
 use ferroflow_common::addr::Addr;
 use futures_util::{StreamExt as _, TryStreamExt as _};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
 use tokio::sync::mpsc::Sender;
 
-use super::{LocalRoutes, NetError, RouteEvent, report};
+use super::{NetError, NetEvent, Snapshot, report};
 
-/// What can change a host route. Links too: a route that goes with its device is not announced.
-const GROUPS: [MulticastGroup; 3] =
-    [MulticastGroup::Link, MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route];
+/// What can change a host route or an address. Links too: a route that goes with its device is not announced.
+const GROUPS: [MulticastGroup; 5] = [
+    MulticastGroup::Link,
+    MulticastGroup::Ipv4Ifaddr,
+    MulticastGroup::Ipv6Ifaddr,
+    MulticastGroup::Ipv4Route,
+    MulticastGroup::Ipv6Route,
+];
 
-/// Events come in bursts, and a list of all routes answers any number of them.
+/// Events come in bursts, and a list of everything answers any number of them.
 const SETTLE: Duration = Duration::from_millis(5);
 
 /// Lists again without an event, should one have been lost (the socket's buffer overran).
 const RELIST: Duration = Duration::from_secs(30);
 
-/// Reports the host's routes to single addresses and every change of them, until the receiver is closed.
+/// Reports the host's own addresses, its routes to single ones, and every change of them, until the receiver is
+/// closed.
 ///
 /// # Errors
 /// [`NetError`] where netlink cannot be used at all.
-pub async fn watch_routes(events: Sender<RouteEvent>) -> Result<(), NetError> {
+pub async fn watch(events: Sender<NetEvent>) -> Result<(), NetError> {
     let (connection, handle, mut messages) = new_multicast_connection(&GROUPS)?;
     let connection = tokio::spawn(connection);
-    let mut known = LocalRoutes::new();
+    let mut known = Snapshot::default();
     let mut synced = false;
     while !events.is_closed() {
-        let routes = list(&handle).await?;
-        report(&events, &known, &routes).await;
-        known = routes;
+        let seen = list(&handle).await?;
+        report(&events, &known, &seen).await;
+        known = seen;
         if !synced {
-            let _closed = events.send(RouteEvent::Synced).await;
+            let _closed = events.send(NetEvent::Synced).await;
             synced = true;
         }
         tokio::select! {
@@ -49,17 +56,40 @@ pub async fn watch_routes(events: Sender<RouteEvent>) -> Result<(), NetError> {
     Ok(())
 }
 
-async fn list(handle: &Handle) -> Result<LocalRoutes, NetError> {
+async fn list(handle: &Handle) -> Result<Snapshot, NetError> {
     let v4 = RouteMessageBuilder::<std::net::Ipv4Addr>::new().build();
     let v6 = RouteMessageBuilder::<std::net::Ipv6Addr>::new().build();
-    let mut found = LocalRoutes::new();
+    let mut found = Snapshot::default();
     for query in [v4, v6] {
         let mut routes = Box::pin(handle.route().get(query).execute());
         while let Some(route) = routes.try_next().await? {
-            found.extend(host_route(&route));
+            found.routes.extend(host_route(&route));
         }
     }
+    let mut addresses = Box::pin(handle.address().get().execute());
+    while let Some(address) = addresses.try_next().await? {
+        found.addresses.extend(own_address(&address));
+    }
     Ok(found)
+}
+
+/// An address that others can reach this host at. The kernel calls an interface's own address "local" where it tells
+/// it from a peer's.
+fn own_address(message: &AddressMessage) -> Option<(Addr, u32)> {
+    let mut own = None;
+    for attribute in &message.attributes {
+        if let AddressAttribute::Local(ip) = attribute {
+            own = Some(*ip);
+        } else if let (AddressAttribute::Address(ip), None) = (attribute, own) {
+            own = Some(*ip);
+        }
+    }
+    let own = own?;
+    let link_local = match own {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    (!own.is_loopback() && !link_local).then_some((Addr::from(own), message.header.index))
 }
 
 /// The address and interface of a route to one address on this host's own links.

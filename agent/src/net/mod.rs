@@ -1,4 +1,4 @@
-//! The host's network as the kernel tells it: which addresses are behind which interfaces.
+//! The host's network as the kernel tells it: which addresses are its own, and which are behind which interfaces.
 
 mod kernel;
 
@@ -7,42 +7,53 @@ use std::collections::BTreeMap;
 use ferroflow_common::addr::Addr;
 use tokio::sync::mpsc::Sender;
 
-pub use kernel::watch_routes;
+pub use kernel::watch;
 
-/// Interfaces by the address that a host route (/32 or /128, without a gateway) says is behind them. Every network
-/// plugin that routes to its pods leaves such a route.
-pub type LocalRoutes = BTreeMap<Addr, u32>;
+/// Interfaces by address.
+type Interfaces = BTreeMap<Addr, u32>;
 
-/// One address that is now behind another interface, or behind none.
+/// What is where at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Snapshot {
+    /// Behind which interface a host route (/32 or /128, without a gateway) says that an address is. Every network
+    /// plugin that routes to its pods leaves such a route.
+    routes: Interfaces,
+    /// The host's own addresses.
+    addresses: Interfaces,
+}
+
+/// One address that is now at another interface, or at none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RouteChange {
+pub struct Moved {
     pub addr: Addr,
     pub ifindex: Option<u32>,
 }
 
-/// What the kernel's routes say, as long as somebody listens.
-#[derive(Clone, Copy, Debug)]
-pub enum RouteEvent {
-    Changed(RouteChange),
-    /// The routes that were there at the start have all been reported. Sent once.
+/// What the kernel says, as long as somebody listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NetEvent {
+    Route(Moved),
+    Address(Moved),
+    /// What was there at the start has all been reported. Sent once.
     Synced,
 }
 
-/// What to report to go from one set of routes to another; an address that moved is reported once.
-fn changes(old: &LocalRoutes, new: &LocalRoutes) -> Vec<RouteChange> {
-    let gone =
-        old.keys().filter(|addr| !new.contains_key(addr)).map(|&addr| RouteChange { addr, ifindex: None });
+/// What to report to go from one state to another; an address that moved is reported once.
+fn changes(old: &Interfaces, new: &Interfaces) -> Vec<Moved> {
+    let gone = old.keys().filter(|addr| !new.contains_key(addr)).map(|&addr| Moved { addr, ifindex: None });
     let come = new
         .iter()
         .filter(|(addr, ifindex)| old.get(addr) != Some(ifindex))
-        .map(|(&addr, &ifindex)| RouteChange { addr, ifindex: Some(ifindex) });
+        .map(|(&addr, &ifindex)| Moved { addr, ifindex: Some(ifindex) });
     gone.chain(come).collect()
 }
 
-async fn report(events: &Sender<RouteEvent>, old: &LocalRoutes, new: &LocalRoutes) {
-    for change in changes(old, new) {
+async fn report(events: &Sender<NetEvent>, old: &Snapshot, new: &Snapshot) {
+    let routes = changes(&old.routes, &new.routes).into_iter().map(NetEvent::Route);
+    let addresses = changes(&old.addresses, &new.addresses).into_iter().map(NetEvent::Address);
+    for event in addresses.chain(routes) {
         // A receiver that is gone ends the watch at its next turn.
-        let _closed = events.send(RouteEvent::Changed(change)).await;
+        let _closed = events.send(event).await;
     }
 }
 
@@ -50,8 +61,8 @@ async fn report(events: &Sender<RouteEvent>, old: &LocalRoutes, new: &LocalRoute
 pub enum NetError {
     #[error("cannot open a netlink socket: {0}")]
     Socket(#[from] std::io::Error),
-    #[error("cannot list routes: {0}")]
-    Routes(#[from] rtnetlink::Error),
+    #[error("cannot list routes and addresses: {0}")]
+    List(#[from] rtnetlink::Error),
 }
 
 #[cfg(test)]
@@ -63,10 +74,10 @@ mod tests {
         let a = Addr::v4([10, 244, 1, 2]);
         let b = Addr::v4([10, 244, 1, 3]);
         let c = Addr::v4([10, 244, 1, 4]);
-        let old = LocalRoutes::from([(a, 1), (b, 2), (c, 3)]);
-        let new = LocalRoutes::from([(a, 1), (b, 5)]);
-        let changed = |addr, ifindex| RouteChange { addr, ifindex };
-        assert_eq!(changes(&old, &new), [changed(c, None), changed(b, Some(5))]);
+        let old = Interfaces::from([(a, 1), (b, 2), (c, 3)]);
+        let new = Interfaces::from([(a, 1), (b, 5)]);
+        let moved = |addr, ifindex| Moved { addr, ifindex };
+        assert_eq!(changes(&old, &new), [moved(c, None), moved(b, Some(5))]);
         assert_eq!(changes(&new, &new), []);
     }
 }

@@ -108,7 +108,11 @@ mod tests {
     use super::*;
     use crate::model::{Exposure, Prefix};
 
-    const CONFIG: Config = Config { external_ips: ExternalIps::Serve, maglev_lengths: &[7] };
+    const CONFIG: Config = Config {
+        external_ips: ExternalIps::Serve,
+        node_ports: crate::plan::node::NodePortAddresses::Primary,
+        maglev_lengths: &[7],
+    };
 
     fn addrs(texts: &[&str]) -> Box<[Addr]> {
         texts.iter().map(|text| Addr::from(text.parse::<IpAddr>().unwrap())).collect()

@@ -8,6 +8,7 @@ pub mod endpoints;
 pub mod frontends;
 pub mod ids;
 pub mod maglev;
+pub mod node;
 pub mod ranges;
 pub mod slots;
 pub mod sources;
@@ -24,9 +25,10 @@ pub use frontends::PlannedFrontend;
 pub use sources::Source;
 
 /// What the agent was told of how to serve.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Config {
     pub external_ips: ExternalIps,
+    pub node_ports: node::NodePortAddresses,
     /// The lengths of Maglev tables: [`maglev::LENGTHS`], but for tests.
     pub maglev_lengths: &'static [u32],
 }
@@ -41,7 +43,11 @@ pub enum ExternalIps {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { external_ips: ExternalIps::Ignore, maglev_lengths: maglev::LENGTHS }
+        Self {
+            external_ips: ExternalIps::Ignore,
+            node_ports: node::NodePortAddresses::Primary,
+            maglev_lengths: maglev::LENGTHS,
+        }
     }
 }
 

@@ -41,12 +41,15 @@ impl Hold {
         match key {
             Touched::Service(name) => self.services.remove(name),
             Touched::Endpoint(addr) => self.endpoints.remove(addr),
+            Touched::Node => false,
         };
     }
 
     /// Whether what the tables have is to stay.
     pub(super) fn keeps(&self, world: &World, rows: &BTreeMap<Addr, Endpoint>, key: &Touched) -> bool {
         match key {
+            // The host says what it has, not a document.
+            Touched::Node => false,
             Touched::Service(name) => self.services.contains(name) && self.keeps_service(world, name),
             Touched::Endpoint(addr) => {
                 let row = rows.get(addr).map(|row| row.ifindex);

@@ -84,6 +84,7 @@ impl<M: Maps> Reconciler<M> {
         for addr in tables.endpoints.keys() {
             queue.touch(Touched::Endpoint(*addr), now);
         }
+        queue.touch(Touched::Node, now);
         let world = World::new(config.node.clone());
         Ok(Self { world, tables, queue, synced: false, failures: 0 })
     }
@@ -187,6 +188,10 @@ impl<M: Maps> Reconciler<M> {
             Touched::Endpoint(addr) => {
                 let desired = endpoints::endpoint(&self.world, *addr);
                 Ok(self.tables.apply_endpoint(*addr, desired)?)
+            }
+            Touched::Node => {
+                let rows = plan::node::rows(&self.world, &self.tables.plan.node_ports);
+                Ok(self.tables.apply_node(&rows)?)
             }
         }
     }

@@ -61,7 +61,7 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
     Ok(Tables {
         maps,
         limits: config.limits,
-        plan: config.plan,
+        plan: config.plan.clone(),
         grace: config.grace,
         ids,
         indices,

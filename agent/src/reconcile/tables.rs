@@ -10,11 +10,15 @@ use ferroflow_common::abi::lb::{
 };
 use ferroflow_common::addr::Addr;
 
+use super::diff::{Step, steps};
 use super::hold::Hold;
-use crate::maps::{Backends, Endpoints, Frontends, MapError, Maps, Services, Slots, SourceRanges};
+use crate::maps::{
+    Backends, Endpoints, Frontends, MapError, Maps, Masquerades, NodeAddresses, Services, Slots, SourceRanges,
+};
 use crate::model::Name;
 use crate::plan;
 use crate::plan::ids::Numbers;
+use crate::plan::node::NodeRows;
 use crate::plan::ranges::{Range, Ranges};
 
 #[derive(Debug)]
@@ -132,6 +136,28 @@ impl<M: Maps> Tables<M> {
                 self.endpoints.remove(&addr);
             }
             Some(_) | None => {}
+        }
+        Ok(())
+    }
+
+    /// The table is small and read back each time.
+    pub(super) fn apply_node(&mut self, rows: &NodeRows) -> Result<(), MapError> {
+        if self.maps.read::<Masquerades>(0)? != rows.masquerade {
+            self.maps.write::<Masquerades>(0, &rows.masquerade)?;
+        }
+        let mut actual = self.maps.dump::<NodeAddresses>()?;
+        actual.sort_unstable_by_key(|(addr, _)| *addr);
+        let desired = rows.addresses.iter().map(|(addr, row)| (*addr, (*addr, *row)));
+        let actual = actual.into_iter().map(|(addr, row)| (addr, (addr, row)));
+        for step in steps(desired, actual) {
+            match step {
+                Step::Add((addr, row)) => self.maps.put::<NodeAddresses>(&addr, &row)?,
+                Step::Keep((addr, row), (_, old)) if row != old => {
+                    self.maps.put::<NodeAddresses>(&addr, &row)?;
+                }
+                Step::Keep(..) => {}
+                Step::Remove((addr, _)) => self.maps.delete::<NodeAddresses>(&addr)?,
+            }
         }
         Ok(())
     }

@@ -28,7 +28,8 @@ const GRACE: Duration = Duration::from_secs(5);
 const SIZES: Sizes = Sizes { hash: 1000, slots: 2000, backends: 1000 };
 
 fn config() -> Config {
-    let plan = plan::Config { external_ips: ExternalIps::Serve, maglev_lengths: &[7] };
+    let plan =
+        plan::Config { external_ips: ExternalIps::Serve, maglev_lengths: &[7], ..plan::Config::default() };
     Config { node: "here".into(), limits: Limits { services: 100, frontends: 200 }, plan, grace: GRACE }
 }
 

@@ -1,0 +1,109 @@
+//! What the programs know of this node: its addresses, and which of them serve NodePorts.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ferroflow_common::abi::node::{Masquerade, NodeAddress};
+use ferroflow_common::addr::Addr;
+
+use crate::model::{Family, Prefix, World};
+
+/// Which of the node's addresses serve NodePorts (rule 24).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// The first of each family in the Node object.
+    #[default]
+    Primary,
+    /// Every address that the host has.
+    All,
+    /// Those in these ranges; all of a family of which there is no range.
+    Ranges(Box<[Prefix]>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeRows {
+    pub addresses: BTreeMap<Addr, NodeAddress>,
+    pub masquerade: Masquerade,
+}
+
+/// Every address that the host has at present; the Node object alone says nothing of what is configured.
+pub fn rows(world: &World, served: &NodePortAddresses) -> NodeRows {
+    let row = |addr: &Addr| {
+        let flags = if serves(world, served, addr) { NodeAddress::NODE_PORTS } else { 0 };
+        (*addr, NodeAddress { flags })
+    };
+    let own = |family| {
+        let primary = world.own_node().and_then(|node| node.primary(family));
+        primary.filter(|addr| world.local_addresses().contains_key(addr)).unwrap_or(Addr::UNSPECIFIED)
+    };
+    NodeRows {
+        addresses: world.local_addresses().keys().map(row).collect(),
+        masquerade: Masquerade { v4: own(Family::V4), v6: own(Family::V6) },
+    }
+}
+
+fn serves(world: &World, served: &NodePortAddresses, addr: &Addr) -> bool {
+    let family = Family::of(addr);
+    match served {
+        NodePortAddresses::Primary => {
+            world.own_node().and_then(|node| node.primary(family)).as_ref() == Some(addr)
+        }
+        NodePortAddresses::All => true,
+        NodePortAddresses::Ranges(ranges) => {
+            let mut same = ranges.iter().filter(|range| range.family() == family).peekable();
+            same.peek().is_none() || same.any(|range| range.contains(addr))
+        }
+    }
+}
+
+/// The interfaces that carry the node's addresses of the Node object: where traffic from outside arrives.
+pub fn devices(world: &World) -> BTreeSet<u32> {
+    let addresses = world.own_node().into_iter().flat_map(|node| &node.addresses);
+    addresses.filter_map(|addr| world.local_addresses().get(addr).copied()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Change, Node};
+
+    const PRIMARY: Addr = Addr::v4([192, 168, 5, 1]);
+    const SECOND: Addr = Addr::v4([10, 9, 0, 1]);
+
+    fn world() -> World {
+        let mut world = World::new("here");
+        let node = Node { addresses: Box::new([PRIMARY, SECOND]), ..Node::default() };
+        world.apply(Change::Node("here".into(), Some(node)));
+        world.apply(Change::LocalAddress(PRIMARY, Some(3)));
+        world.apply(Change::LocalAddress(SECOND, Some(4)));
+        world
+    }
+
+    fn served(world: &World, which: &NodePortAddresses) -> Vec<Addr> {
+        let rows = rows(world, which);
+        rows.addresses.into_iter().filter(|(_, row)| row.flags != 0).map(|(addr, _)| addr).collect()
+    }
+
+    #[test]
+    fn rule_24_node_ports_are_on_the_primary_addresses_by_default() {
+        let world = world();
+        let range = |text: [u8; 4], bits| Prefix::new(Addr::v4(text), bits).unwrap();
+        assert_eq!(served(&world, &NodePortAddresses::default()), [PRIMARY]);
+        assert_eq!(served(&world, &NodePortAddresses::All), [SECOND, PRIMARY]);
+        let ranges = NodePortAddresses::Ranges(Box::new([range([10, 0, 0, 0], 8)]));
+        assert_eq!(served(&world, &ranges), [SECOND]);
+        let six = Prefix::new(Addr::v6([0xfd; 16]), 128).unwrap();
+        let of_the_other_family = NodePortAddresses::Ranges(Box::new([six]));
+        assert_eq!(served(&world, &of_the_other_family), [SECOND, PRIMARY]);
+    }
+
+    #[test]
+    fn rule_25_addresses_come_and_go() {
+        let mut world = world();
+        assert_eq!(devices(&world), BTreeSet::from([3, 4]));
+        assert_eq!(rows(&world, &NodePortAddresses::Primary).masquerade.v4, PRIMARY);
+        world.apply(Change::LocalAddress(PRIMARY, None));
+        assert_eq!(devices(&world), BTreeSet::from([4]));
+        let gone = rows(&world, &NodePortAddresses::Primary);
+        assert_eq!((gone.addresses.len(), gone.masquerade.v4), (1, Addr::UNSPECIFIED));
+    }
+}
