@@ -12,6 +12,7 @@ use tokio::time::sleep_until;
 use crate::boottime;
 use crate::config;
 use crate::datapath::{self, Datapath, DatapathError};
+use crate::gc;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
@@ -68,11 +69,13 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     tokio::spawn(source.run(events));
     let (events, routes) = mpsc::channel(QUEUE);
     let watching = tokio::spawn(net::watch_routes(events));
+    let sweeping = tokio::spawn(gc::run(config.bpffs.maps()));
     let pods =
         Attachments { attached: datapath.pinned_pods()?.into_iter().collect(), ..Attachments::default() };
     let state = first_words(config);
-    Daemon { datapath, reconciler, pods, state, awaited: 2 }.serve(objects, routes).await?;
+    Daemon { datapath, reconciler, pods, said: None, state, awaited: 2 }.serve(objects, routes).await?;
     watching.abort();
+    sweeping.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
 }
@@ -105,6 +108,8 @@ struct Daemon {
     datapath: Datapath,
     reconciler: Reconciler<KernelMaps>,
     pods: Attachments,
+    /// What was last said where `ferroflow status` finds it; nothing yet.
+    said: Option<AgentState>,
     state: AgentState,
     /// Sources that have not yet sent all they have.
     awaited: u32,
@@ -219,20 +224,19 @@ impl Daemon {
         let stats = self.reconciler.stats();
         let synced =
             self.awaited == 0 && stats.pending == 0 && stats.failing == 0 && self.pods.retry.is_none();
-        let state = AgentState {
-            synced: u32::from(synced),
-            writes: stats.writes,
-            retries: stats.failures,
-            ..self.state
-        };
-        if state != self.state || state.writes == 0 {
-            self.reconciler.maps().set_agent_state(state)?;
+        self.state.synced = u32::from(synced);
+        self.state.writes = stats.writes;
+        self.state.retries = stats.failures;
+        if self.said == Some(self.state) {
+            return Ok(());
         }
-        if synced && self.state.synced == 0 {
+        self.reconciler.maps().set_agent_state(self.state)?;
+        let was_synced = self.said.is_some_and(|said| said.synced != 0);
+        if synced && !was_synced {
             let reconcile::Stats { services, frontends, backends, endpoints, writes, .. } = stats;
             tracing::info!(services, frontends, backends, endpoints, writes, "in sync");
         }
-        self.state = state;
+        self.said = Some(self.state);
         Ok(())
     }
 }

@@ -23,6 +23,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod datapath;
+pub mod gc;
 pub mod health;
 pub mod lock;
 pub mod maps;

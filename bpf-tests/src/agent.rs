@@ -86,6 +86,21 @@ impl Agent {
         }
     }
 
+    /// Until its status is as wanted.
+    pub fn wait_status(&self, limit: Duration, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let status = self.status()?;
+            if wanted(&status) {
+                return Ok(status);
+            }
+            if Instant::now() > deadline {
+                bail!("the status of {} stays {status}\n{}", self.node, self.log_tail());
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     pub fn status(&self) -> Result<Value> {
         let text = self.verb(&["status", "-o", "json"])?;
         serde_json::from_str(&text).with_context(|| format!("the status is no JSON: {text}"))

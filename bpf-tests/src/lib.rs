@@ -5,6 +5,7 @@
 //!     └─ cluster: nodes and pods as network namespaces ── manifests (ordinary Kubernetes YAML)
 //!           ├─ agent: the real binary on a node
 //!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
+//!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
 //! ```
 #![forbid(unsafe_code)]
@@ -18,6 +19,8 @@ pub mod ethtool;
 pub mod manifests;
 pub mod netns;
 pub mod pod;
+pub mod run;
 pub mod runner;
 pub mod sandbox;
 pub mod traffic;
+pub mod verify;

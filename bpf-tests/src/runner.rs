@@ -48,7 +48,13 @@ pub fn require_root(test: &str) -> Result<Privilege> {
     if geteuid().is_root() {
         return Ok(Privilege::Root);
     }
-    let why = "needs root";
+    skip(test, "needs root")?;
+    Ok(Privilege::Skip)
+}
+
+/// For a test that this machine cannot run: fails, unless `BPF_TESTS=skip`; the skip is recorded as by
+/// [`require_root`].
+pub fn skip(test: &str, why: &str) -> Result<()> {
     if env::var_os("BPF_TESTS").is_none_or(|value| value != "skip") {
         bail!("{test} {why}; set BPF_TESTS=skip to go on without it");
     }
@@ -62,7 +68,7 @@ pub fn require_root(test: &str) -> Result<Privilege> {
             .with_context(|| format!("open BPF_TESTS_SKIPPED={}", path.display()))?;
         file.write_all(line.as_bytes()).context("record a skipped test")?;
     }
-    Ok(Privilege::Skip)
+    Ok(())
 }
 
 fn run(tests: &[(&'static str, Test)], arguments: &Arguments) -> Result<ExitCode> {

@@ -5,7 +5,7 @@ use std::{process::ExitCode, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
-    checks::{ECHO_SERVICE_PORT, World, pod_target, tally, target},
+    checks::{self, ECHO_SERVICE_PORT, World, pod_target, tally, target},
     cluster::{Cluster, Family, Pod},
     pod::{ECHO_PORT, FailureKind, Outcome},
     runner,
@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         ("the_socket_path_serves_udp", the_socket_path_serves_udp),
         ("clsact_serves", clsact_serves),
         ("pod_addresses_stay_reachable_under_an_agent", pod_addresses_stay_reachable_under_an_agent),
+        ("bad_documents_are_named_and_cost_nothing_else", bad_documents_are_named_and_cost_nothing_else),
     ])
 }
 
@@ -155,6 +156,39 @@ fn clsact_serves(sandbox: &Sandbox) -> Result<()> {
 
 fn pod_addresses_stay_reachable_under_an_agent(sandbox: &Sandbox) -> Result<()> {
     World::test(sandbox, &[], |world| every_pod_reaches_every_pod(&world.cluster))
+}
+
+/// A file with three bad documents and a good one, and a service that works spoilt afterwards.
+fn bad_documents_are_named_and_cost_nothing_else(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| {
+        let manifests = world.cluster.manifests();
+        let late = checks::service("late", 77);
+        let bad = [
+            "apiVersion: v1\nkind: Service\nmetadata: {name: high}\nspec: {clusterIP: 10.96.0.70, ports: [{port: 70000}]}",
+            "apiVersion: v1\nkind: Service\nmetadata: {name: odd}\nspec: {clusterIP: 10.96.0.700, ports: [{port: 80}]}",
+            "apiVersion: v1\nkind: Service\nmetadata: {name: [unclosed",
+            "apiVersion: example.com/v1\nkind: Gadget\nmetadata: {name: unknown}",
+        ];
+        manifests.write("bad", &format!("{}\n---\n{}", bad.join("\n---\n"), late.yaml()))?;
+        let spoilt = world.web.yaml().replace("port: 80", "port: eighty");
+        ensure!(spoilt != world.web.yaml(), "the service was not spoilt");
+        manifests.write("service-web", &spoilt)?;
+        for agent in &world.agents {
+            agent.wait_status(SOON, |status| status["rejected"] == 4 && status["frontends"] == 18)?;
+            let log = agent.log_tail();
+            for named in [
+                ["bad.yaml", "document 1", "ports[0].port"],
+                ["bad.yaml", "document 2", "clusterIP"],
+                ["bad.yaml", "document 3", "line"],
+                ["service-web.yaml", "document 1", "ports"],
+                ["bad.yaml", "Gadget", "passed over"],
+            ] {
+                let found = log.lines().any(|line| named.iter().all(|part| line.contains(part)));
+                ensure!(found, "no line names {named:?} in\n{log}");
+            }
+        }
+        serves(world)
+    })
 }
 
 const SOON: Duration = Duration::from_secs(5);

@@ -35,6 +35,14 @@ impl Addr {
         [self.bytes[12], self.bytes[13], self.bytes[14], self.bytes[15]]
     }
 
+    /// Whether it is a mapped one.
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        let b = &self.bytes;
+        u64::from_ne_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) == 0
+            && u32::from_be_bytes([b[8], b[9], b[10], b[11]]) == 0xffff
+    }
+
     pub fn ip(&self) -> IpAddr {
         Ipv6Addr::from(self.bytes).to_canonical()
     }

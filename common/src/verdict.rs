@@ -8,6 +8,9 @@ pub enum Verdict {
     Stack,
     /// Into the local pod behind this host-side interface.
     Pod { ifindex: u32 },
+    /// To the next hop that the kernel's routes name, past the stack: it would not forward a packet that carries the
+    /// node's own address as its source.
+    Forward,
     /// Back out of the interface it came from: the packet was turned into its own answer (RST, ICMP error).
     Reply,
 }
@@ -24,6 +27,15 @@ macro_rules! drop_reasons {
 
         impl DropReason {
             pub const ALL: &'static [Self] = &[$(Self::$name),*];
+
+            /// The reason with this number; the first one where there is none.
+            #[inline(always)]
+            pub const fn from_number(number: u32) -> Self {
+                match number {
+                    $($number => Self::$name,)*
+                    _ => Self::ALL[0],
+                }
+            }
 
             /// The reason as metrics and the CLI print it.
             pub const fn as_str(self) -> &'static str {
@@ -56,6 +68,12 @@ drop_reasons! {
     ExtensionHeaders = 8, "extension-headers";
     /// A packet that must not be answered (RST, ICMP error) for a service without endpoints.
     NoEndpoint = 9, "no-endpoint";
+    /// The client is in none of the service's `loadBalancerSourceRanges` (rule 22).
+    SourceRange = 10, "source-range";
+    /// The client must be masqueraded, and the node has no address of its family.
+    NoMasquerade = 11, "no-masquerade-address";
+    /// The kernel's routes lead nowhere from here.
+    NoRoute = 12, "no-route";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.
@@ -69,6 +87,7 @@ mod tests {
     fn reasons_are_dense_unique_and_fit_the_map() {
         for (index, reason) in DropReason::ALL.iter().enumerate() {
             assert_eq!(*reason as usize, index, "{}", reason.as_str());
+            assert_eq!(DropReason::from_number(*reason as u32), *reason);
         }
         assert!(DropReason::ALL.len() <= DROP_ROWS);
     }

@@ -1,53 +1,60 @@
 //! Flows through services: found by the tuple of either direction, kept while they live.
 //!
-//! A flow is two entries. The forward one says which backend the client's packets go to, the reply one which frontend
-//! the backend's packets come from. Each is refreshed by its own packets; what the other must know (a reply was seen,
+//! A flow is two entries. The forward one says what the client's packets become on their way to the backend, the reply
+//! one what the backend's become on their way back. Each is refreshed by its own packets; what the other must know (a reply was seen,
 //! a side closed, the flow still lives) is written to both, which happens a few times in a connection's life.
 
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::lb::Backend;
-use ferroflow_common::addr::Proto;
+use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::Family;
+use ferroflow_common::hash;
 use ferroflow_common::tcp::{Direction, Flags, State};
 use ferroflow_common::verdict::DropReason;
 
-use crate::nat::{End, Rewrite};
+use crate::nat::Rewrite;
 use crate::parse::Headers;
 use crate::tables::{Aligned, InsertError, OnConflict, Services, Tables, Tracked};
 
-/// What is known of a packet's flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Known {
-    /// The packet belongs to a flow and is rewritten.
-    Flow(Rewrite),
-    /// It opens a flow, or its flow's backend is gone: what it goes to is to be chosen.
-    Nothing,
-}
+type Key<F> = Aligned<Tuple<<F as Family>::Bytes>>;
 
-/// Looks the packet's flow up and brings its state up to date.
+/// Looks the packet's flow up, brings its state up to date and says what the packet becomes; `None` where it belongs to
+/// no flow, or to one whose backend is to be chosen again.
 #[inline(always)]
-pub fn follow<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Known {
-    let Some(tracked) = tables.tracked(&headers.tuple) else { return Known::Nothing };
+pub fn follow<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Option<Rewrite> {
+    let tracked = tables.tracked(&headers.tuple)?;
     let entry = tracked.load();
     let now = tables.now();
     if entry.expires < now {
-        return Known::Nothing;
+        return None;
     }
-    let (direction, end) = if entry.is_forward() {
-        if chooses_again(tables, headers, &entry) {
-            tables.untrack(&partner::<F>(&headers.tuple, &entry));
-            return Known::Nothing;
-        }
-        (Direction::Forward, End::Destination)
+    let (direction, over) = if entry.kind == Entry::FORWARD {
+        (Direction::Forward, chooses_again(tables, headers, &entry))
     } else {
-        // A server that opens a connection from its service port to a former client's port: not a reply (rule 35).
-        if headers.flags.opens() {
-            return Known::Nothing;
-        }
-        (Direction::Reply, End::Source)
+        // A server that opens a connection from its service port to a former client's port: not a reply, and neither
+        // is what follows (rule 35).
+        (Direction::Reply, headers.flags.opens())
     };
-    refresh(tables, &tracked, headers, Refresh { entry, direction, now });
-    Known::Flow(Rewrite { end, addr: entry.nat, port: entry.nat_port, looped: entry.is_looped() })
+    let state = State(entry.state).after(headers.flags, direction);
+    let lifetime = state.lifetime(headers.tuple.proto);
+    let expires = now.wrapping_add(lifetime);
+    // A busy flow is written every eighth of its lifetime, not at every packet; but then in both directions.
+    let due = state.0 != entry.state || expires > entry.expires.saturating_add(lifetime / 8);
+    if over || due {
+        if let Some((tuple, row)) = other(tables, headers, &tracked.load()) {
+            if over {
+                tables.untrack(&tuple);
+            } else {
+                row.store_state(state.0, expires);
+            }
+        }
+        if over {
+            tables.untrack(&headers.tuple);
+            return None;
+        }
+        tracked.store_state(state.0, expires);
+    }
+    Some(Rewrite::of(&tracked.load()))
 }
 
 /// Only a SYN moves a TCP flow, and only to where it is not a retransmission to a live backend (rules 30, 35). A UDP
@@ -66,107 +73,546 @@ fn gone<T: Services>(tables: &T, entry: &Entry) -> bool {
     tables.backend(entry.backend).is_none_or(|backend: Backend| backend.generation != entry.generation)
 }
 
-/// An entry as it was read, with what its packet adds.
-struct Refresh {
-    entry: Entry,
-    direction: Direction,
-    now: u32,
-}
-
-/// Writes state and expiry where they changed by more than an eighth of the lifetime, to both entries: a busy flow is
-/// written every few seconds, not at every packet.
+/// The other direction's entry with its tuple, unless a flow of another frontend has taken that tuple over since.
 #[inline(always)]
-fn refresh<F: Family, T: Tables<F>>(tables: &T, own: &T::Tracked, headers: &Headers<F>, seen: Refresh) {
-    let Refresh { entry, direction, now } = seen;
-    let state = State(entry.state).after(headers.flags, direction);
-    let lifetime = state.lifetime(headers.tuple.proto);
-    let expires = now.wrapping_add(lifetime);
-    let due = expires > entry.expires.saturating_add(lifetime / 8);
-    if state.0 == entry.state && !due {
-        return;
-    }
-    own.store_state(state.0, expires);
-    if let Some(other) = tables.tracked(&partner::<F>(&headers.tuple, &entry)) {
-        other.store_state(state.0, expires);
-    }
+fn other<F: Family, T: Tables<F>>(
+    tables: &T,
+    headers: &Headers<F>,
+    entry: &Entry,
+) -> Option<(Key<F>, T::Tracked)> {
+    let tuple = partner::<F>(entry, headers.tuple.proto);
+    let row = tables.tracked(&tuple)?;
+    leads_to::<F>(&row.load(), &headers.tuple).then_some((tuple, row))
 }
 
-/// The tuple of the same flow's other direction.
+/// The tuple of the same flow's other direction: what this direction's becomes, turned around.
 #[inline(always)]
-fn partner<F: Family>(tuple: &Tuple<F::Bytes>, entry: &Entry) -> Aligned<Tuple<F::Bytes>> {
-    let nat = F::bytes(&entry.nat);
-    // Which addresses the packet and its partner's share (see `Entry::LOOPED`).
-    let (own, other) = if entry.is_looped() { (tuple.src, tuple.dst) } else { (tuple.dst, tuple.src) };
-    if entry.is_forward() {
-        Aligned(Tuple { src: nat, src_port: entry.nat_port, dst: other, dst_port: tuple.src_port, ..*tuple })
-    } else {
-        Aligned(Tuple { src: own, src_port: tuple.dst_port, dst: nat, dst_port: entry.nat_port, ..*tuple })
-    }
+fn partner<F: Family>(entry: &Entry, proto: Proto) -> Aligned<Tuple<F::Bytes>> {
+    Aligned(Tuple {
+        src: F::bytes(&entry.dst),
+        dst: F::bytes(&entry.src),
+        src_port: entry.dst_port,
+        dst_port: entry.src_port,
+        proto,
+        reserved: [0; 3],
+    })
 }
 
-/// Tracks a new flow to `backend` and says how its packets are rewritten.
+/// Whether `entry` is the other direction of the flow with this tuple.
+#[inline(always)]
+fn leads_to<F: Family>(entry: &Entry, tuple: &Tuple<F::Bytes>) -> bool {
+    entry.src_port == tuple.dst_port
+        && entry.dst_port == tuple.src_port
+        && F::words(&F::bytes(&entry.src)) == F::words(&tuple.dst)
+        && F::words(&F::bytes(&entry.dst)) == F::words(&tuple.src)
+}
+
+/// Tracks a new flow to the backend `index`. The backend sees the client's own address, or `masquerade` (rule 26).
+///
+/// A client that is its own backend is masqueraded by the frontend's address: a pod takes no packets from its own
+/// (rule 26 b). Where two flows would share the tuple towards a backend (two frontends, one client port), the later one
+/// gets another source port.
 ///
 /// # Errors
-/// [`DropReason::TupleCollision`] where another frontend's flow has the tuple towards this backend (section 4 of the
-/// design: to be resolved by a new source port), [`DropReason::ConntrackInsert`].
+/// [`DropReason::TupleCollision`] where no source port was found free, [`DropReason::ConntrackInsert`],
+/// [`DropReason::NoBackend`].
 #[inline(always)]
 pub fn open<F: Family, T: Tables<F>>(
     tables: &T,
     headers: &Headers<F>,
     index: u32,
-    backend: &Backend,
-) -> Result<Rewrite, DropReason> {
+    masquerade: Option<F::Bytes>,
+) -> Result<(), DropReason> {
     let tuple = &headers.tuple;
-    let state = State::NEW;
-    let looped = backend.addr == F::addr(tuple.src);
-    let loops = if looped { Entry::LOOPED } else { 0 };
-    let forward = Entry {
-        nat: backend.addr,
-        nat_port: backend.port,
-        kind: Entry::FORWARD | loops,
-        state: state.0,
+    // The stack is short: one tuple and one entry, which are the reply's first and the forward one's then.
+    let backend = tables.backend(index).ok_or(DropReason::NoBackend)?;
+    let mut reply_tuple = Aligned(Tuple {
+        src: F::bytes(&backend.addr),
+        dst: masquerade.unwrap_or(tuple.src),
+        src_port: backend.port,
+        dst_port: if masquerade.is_some() { random_port(tables.random()) } else { tuple.src_port },
+        proto: tuple.proto,
+        reserved: [0; 3],
+    });
+    if F::words(&reply_tuple.src) == F::words(&tuple.src) {
+        reply_tuple.0.dst = tuple.dst;
+    }
+    let frontend = F::addr(tuple.dst);
+    let mut entry = Entry {
+        src: frontend,
+        dst: F::addr(tuple.src),
+        src_port: tuple.dst_port,
+        dst_port: tuple.src_port,
+        kind: Entry::REPLY,
+        state: State::NEW.0,
+        flags: if own(tables, &frontend) { Entry::OWN_SOURCE } else { 0 },
+        reserved: 0,
         service: backend.service,
         backend: index,
         generation: backend.generation,
-        expires: tables.now().wrapping_add(state.lifetime(tuple.proto)),
+        expires: tables.now().wrapping_add(State::NEW.lifetime(tuple.proto)),
     };
-    let reply =
-        Entry { nat: F::addr(tuple.dst), nat_port: tuple.dst_port, kind: Entry::REPLY | loops, ..forward };
-    let reply_tuple = partner::<F>(tuple, &forward);
-    match tables.track(&reply_tuple, &reply, OnConflict::Fail) {
-        Ok(()) => {}
-        Err(InsertError::Exists) => take_over(tables, headers, &reply_tuple, &reply)?,
-        Err(InsertError::Refused) => return Err(DropReason::ConntrackInsert),
-    }
-    if tables.track(tuple, &forward, OnConflict::Replace).is_err() {
+    claim(tables, headers, &mut reply_tuple, &entry)?;
+    entry.src = F::addr(reply_tuple.dst);
+    entry.dst = F::addr(reply_tuple.src);
+    entry.src_port = reply_tuple.dst_port;
+    entry.dst_port = reply_tuple.src_port;
+    entry.kind = Entry::FORWARD;
+    entry.flags = if masquerade.is_some() { Entry::OWN_SOURCE } else { 0 };
+    if tables.track(tuple, &entry, OnConflict::Replace).is_err() {
         tables.untrack(&reply_tuple);
         return Err(DropReason::ConntrackInsert);
     }
-    Ok(Rewrite { end: End::Destination, addr: backend.addr, port: backend.port, looped })
+    Ok(())
 }
 
-/// Replaces a reply entry that is of the same frontend or no longer lives.
 #[inline(always)]
-fn take_over<F: Family, T: Tables<F>>(
+fn own<T: Services>(tables: &T, addr: &Addr) -> bool {
+    tables.node_address(addr).is_some()
+}
+
+/// Enters the reply's tuple, under another client port where this one is another flow's.
+#[inline(always)]
+fn claim<F: Family, T: Tables<F>>(
+    tables: &T,
+    headers: &Headers<F>,
+    reply_tuple: &mut Aligned<Tuple<F::Bytes>>,
+    reply: &Entry,
+) -> Result<(), DropReason> {
+    for _ in 0..PORT_TRIES {
+        let mut entered = tables.track(reply_tuple, reply, OnConflict::Fail);
+        if entered == Err(InsertError::Exists) && replaceable(tables, headers, reply_tuple) {
+            entered = tables.track(reply_tuple, reply, OnConflict::Replace);
+        }
+        match entered {
+            Ok(()) => return Ok(()),
+            Err(InsertError::Refused) => return Err(DropReason::ConntrackInsert),
+            Err(InsertError::Exists) => reply_tuple.0.dst_port = random_port(tables.random()),
+        }
+    }
+    Err(DropReason::TupleCollision)
+}
+
+/// How many source ports a new flow tries: with half of a backend's ports taken all fail once in 256 times.
+const PORT_TRIES: u32 = 8;
+
+/// A source port that no socket chooses by itself: below `net.ipv4.ip_local_port_range`, and below NodePorts. Random
+/// throughout (rule 27), so that two CPUs seldom want the same.
+#[inline(always)]
+const fn random_port(random: u32) -> Port {
+    Port::new(FIRST_PORT + hash::slot(random, PORTS) as u16)
+}
+
+const FIRST_PORT: u16 = 1024;
+const LAST_PORT: u16 = 29_999;
+const PORTS: u32 = (LAST_PORT - FIRST_PORT) as u32 + 1;
+
+/// A random number that gives this port, for tests; `None` where none does.
+#[cfg(not(target_arch = "bpf"))]
+pub fn throw_for(port: Port) -> Option<u32> {
+    let slot = u64::from(port.host().checked_sub(FIRST_PORT)?);
+    u32::try_from((slot << 32).div_ceil(u64::from(PORTS))).ok()
+}
+
+/// Whether the reply entry under `tuple` is this flow's own from before, or of a flow that is over.
+#[inline(always)]
+fn replaceable<F: Family, T: Tables<F>>(
     tables: &T,
     headers: &Headers<F>,
     tuple: &Aligned<Tuple<F::Bytes>>,
-    reply: &Entry,
-) -> Result<(), DropReason> {
-    if let Some(other) = tables.tracked(tuple) {
-        let other = other.load();
-        let same = other.nat == reply.nat && other.nat_port == reply.nat_port;
-        let over = other.expires < tables.now()
-            || (headers.tuple.proto == Proto::TCP && State(other.state).closed());
-        if !same && !over {
-            return Err(DropReason::TupleCollision);
-        }
-    }
-    tables.track(tuple, reply, OnConflict::Replace).map_err(|_refused| DropReason::ConntrackInsert)
+) -> bool {
+    let Some(row) = tables.tracked(tuple) else { return true };
+    let entry = row.load();
+    leads_to::<F>(&entry, &headers.tuple)
+        || entry.expires < tables.now()
+        || (headers.tuple.proto == Proto::TCP && State(entry.state).closed())
 }
 
 /// Whether the flow's first packet may be answered by a refusal.
 #[inline(always)]
 pub const fn refusable(flags: Flags) -> bool {
     flags.0 & Flags::RST == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use ferroflow_common::verdict::Verdict;
+
+    use super::*;
+    use crate::frame::{Frame, Names, Socket, both_families};
+    use crate::tables::fake::Fake;
+
+    both_families!(
+        rule_30_a_retransmitted_syn_keeps_its_backend,
+        rule_30_a_retransmitted_syn_leaves_a_backend_that_is_gone,
+        rule_30_an_established_connection_keeps_a_backend_that_is_gone,
+        rule_35_a_syn_after_the_close_chooses_again,
+        rule_31_a_datagram_flow_moves_at_once_and_leaves_nothing,
+        an_idle_flow_expires,
+        a_busy_flow_is_written_seldom_and_in_both_directions,
+        a_tuple_of_two_frontends_gets_another_source_port,
+        source_ports_run_out,
+        a_tuple_is_taken_over_when_its_flow_is_over,
+        a_flow_whose_tuple_was_taken_leaves_the_other_alone,
+        rule_36_a_full_table_is_told_and_leaves_nothing,
+        rule_35_a_server_may_open_to_a_former_client,
+        a_looped_flow_is_followed_both_ways,
+    );
+
+    const SYN: u8 = Flags::SYN;
+    const ACK: u8 = Flags::ACK;
+    const FIN: u8 = Flags::FIN | ACK;
+
+    /// A client of pod 1 and two frontends with the backends pod 2 and 3, all of this node.
+    struct Net {
+        fake: Fake,
+        client: Socket,
+        vip: Socket,
+        proto: Proto,
+    }
+
+    impl Net {
+        fn new<F: Names>(proto: Proto) -> Self {
+            let mut fake = Fake::default();
+            let backends = Self::backends::<F>();
+            fake.service(F::vip(1), 80, proto, &backends);
+            fake.service(F::vip(2), 80, proto, &backends[..1]);
+            for pod in 1..4 {
+                fake.local(F::pod(pod), pod.into());
+            }
+            fake.clock.set(1_000);
+            Self { fake, client: (F::pod(1), 4000), vip: (F::vip(1), 80), proto }
+        }
+
+        fn backends<F: Names>() -> [Socket; 2] {
+            [(F::pod(2), 8080), (F::pod(3), 8080)]
+        }
+
+        /// One frontend with one backend, so every choice is the same.
+        fn single<F: Names>(proto: Proto) -> Self {
+            let net = Self::new::<F>(proto);
+            Self { vip: (F::vip(2), 80), ..net }
+        }
+
+        fn frame(&self, flags: u8) -> Frame {
+            if self.proto == Proto::TCP {
+                Frame::tcp(self.client, self.vip, flags)
+            } else {
+                Frame::udp(self.client, self.vip).payload(b"datagram")
+            }
+        }
+
+        /// Sends to the frontend and says which backend got it; the packet must have changed in nothing else.
+        fn send(&self, flags: u8) -> Socket {
+            let frame = self.frame(flags);
+            let (_verdict, bytes) = frame.leave(&self.fake).unwrap();
+            let backends = self.fake.backends.iter().map(|backend| (backend.addr, backend.port.host()));
+            let right = |backend: &Socket| frame.clone().sent_to(*backend).build() == bytes;
+            backends.into_iter().find(right).expect("some backend gets it")
+        }
+
+        /// The backend answers; the client must see the frontend.
+        fn answer(&self, backend: Socket, flags: u8) {
+            let expected = self.frame(0).answer(flags);
+            let answer = expected.clone().sent_from(backend);
+            assert_eq!(answer.leave(&self.fake).unwrap().1, expected.build());
+        }
+
+        fn forward(&self) -> Option<Entry> {
+            self.fake.entry(self.client, self.vip, self.proto)
+        }
+
+        fn reply(&self, backend: Socket) -> Option<Entry> {
+            self.fake.entry(backend, self.client, self.proto)
+        }
+
+        /// All slots name the one backend.
+        fn only(&mut self, index: u32) -> Socket {
+            self.fake.slots.fill(index);
+            let backend = self.fake.backends[index as usize];
+            (backend.addr, backend.port.host())
+        }
+
+        fn other_than(&mut self, backend: Socket) -> Socket {
+            let index = (1..=2).find(|&index| self.fake.backends[index].addr != backend.0).unwrap();
+            self.only(u32::try_from(index).unwrap())
+        }
+
+        /// The backend stops serving: its row is another's from now on.
+        fn retire(&mut self, gone: Socket) {
+            let rows = self.fake.backends.iter_mut();
+            rows.filter(|row| row.addr == gone.0).for_each(|row| row.generation += 1);
+        }
+
+        fn wait(&self, seconds: u32) {
+            self.fake.clock.set(self.fake.clock.get() + seconds);
+        }
+
+        fn establish(&self) -> Socket {
+            let backend = self.send(SYN);
+            self.answer(backend, SYN | ACK);
+            assert_eq!(self.send(ACK), backend);
+            backend
+        }
+    }
+
+    fn rule_30_a_retransmitted_syn_keeps_its_backend<F: Names>() {
+        let mut net = Net::new::<F>(Proto::TCP);
+        let backend = net.send(SYN);
+        net.other_than(backend);
+        for _ in 0..3 {
+            net.wait(7);
+            assert_eq!(net.send(SYN), backend);
+        }
+        net.answer(backend, SYN | ACK);
+        assert_eq!(net.send(ACK), backend);
+    }
+
+    fn rule_30_a_retransmitted_syn_leaves_a_backend_that_is_gone<F: Names>() {
+        let mut net = Net::new::<F>(Proto::TCP);
+        let gone = net.send(SYN);
+        net.retire(gone);
+        let other = net.other_than(gone);
+        assert_eq!(net.send(SYN), other);
+        assert!(net.reply(gone).is_none());
+        assert!(net.reply(other).is_some());
+    }
+
+    fn rule_30_an_established_connection_keeps_a_backend_that_is_gone<F: Names>() {
+        let mut net = Net::new::<F>(Proto::TCP);
+        let backend = net.establish();
+        net.retire(backend);
+        net.other_than(backend);
+        for _ in 0..3 {
+            net.wait(3_600);
+            assert_eq!(net.send(ACK), backend);
+            net.answer(backend, ACK);
+        }
+        assert_eq!(net.send(FIN), backend);
+        net.answer(backend, FIN);
+        assert_eq!(net.send(ACK), backend);
+    }
+
+    fn rule_35_a_syn_after_the_close_chooses_again<F: Names>() {
+        for close in [FIN, Flags::RST] {
+            let mut net = Net::new::<F>(Proto::TCP);
+            let former = net.establish();
+            assert_eq!(net.send(close), former);
+            if close == FIN {
+                net.answer(former, FIN);
+            }
+            let other = net.other_than(former);
+            assert_eq!(net.send(SYN), other);
+            assert!(net.reply(former).is_none(), "the former server would be heard as the service");
+            let entry = net.forward().unwrap();
+            assert_eq!((entry.state, entry.expires), (State::NEW.0, 1_060));
+        }
+    }
+
+    fn rule_31_a_datagram_flow_moves_at_once_and_leaves_nothing<F: Names>() {
+        let mut net = Net::new::<F>(Proto::UDP);
+        let gone = net.send(0);
+        net.answer(gone, 0);
+        let other = net.other_than(gone);
+        assert_eq!(net.send(0), gone, "out of the slots is not gone");
+        net.retire(gone);
+        assert_eq!(net.send(0), other);
+        assert!(net.reply(gone).is_none());
+        net.answer(other, 0);
+        // What the former one still sends is a stranger's.
+        let late = net.frame(0).answer(0).sent_from(gone);
+        assert_eq!(late.leave(&net.fake).unwrap().1, late.build());
+    }
+
+    fn an_idle_flow_expires<F: Names>() {
+        for (proto, lifetime) in [(Proto::TCP, 60), (Proto::UDP, 30)] {
+            let mut net = Net::new::<F>(proto);
+            let first = net.send(SYN);
+            let other = net.other_than(first);
+            net.wait(lifetime);
+            assert_eq!(net.send(SYN), first, "its last second");
+            net.wait(lifetime + 1);
+            let late = net.frame(0).answer(ACK).sent_from(first);
+            assert_eq!(late.leave(&net.fake).unwrap().1, late.build(), "the reply entry too");
+            assert_eq!(net.send(SYN), other);
+        }
+    }
+
+    fn a_busy_flow_is_written_seldom_and_in_both_directions<F: Names>() {
+        for (proto, lifetime) in [(Proto::TCP, 86_400), (Proto::UDP, 120)] {
+            let net = Net::new::<F>(proto);
+            let backend = net.establish();
+            net.fake.refreshed.set(0);
+            let step = (lifetime / 240).max(1);
+            let mut sent = 0;
+            for turn in 0..240u32 {
+                net.wait(step);
+                if turn.is_multiple_of(2) {
+                    net.send(ACK);
+                } else {
+                    net.answer(backend, ACK);
+                }
+                sent += 1;
+                let (forward, reply) = (net.forward().unwrap(), net.reply(backend).unwrap());
+                assert_eq!((forward.state, forward.expires), (reply.state, reply.expires));
+                let left = forward.expires - net.fake.clock.get();
+                assert!((lifetime * 7 / 8..=lifetime).contains(&left), "{left} s left of {lifetime}");
+            }
+            let writes = net.fake.refreshed.get();
+            assert!((2..=2 * 18).contains(&writes), "{writes} writes for {sent} packets");
+        }
+    }
+
+    fn a_tuple_of_two_frontends_gets_another_source_port<F: Names>() {
+        for proto in [Proto::TCP, Proto::UDP] {
+            let mut net = Net::new::<F>(proto);
+            let backend = net.only(1);
+            let first = net.frame(SYN);
+            assert_eq!(net.send(SYN), backend);
+            let second = Net { vip: (F::vip(2), 80), ..net };
+            let mut ports = Vec::new();
+            for frame in [second.frame(SYN), second.frame(ACK)] {
+                let (_, bytes) = frame.leave(&second.fake).unwrap();
+                let entry = second.forward().unwrap();
+                let there = frame.clone().sent_from((entry.src, entry.src_port.host())).sent_to(backend);
+                assert_eq!(bytes, there.build());
+                let (_, bytes) = there.answer(SYN | ACK).leave(&second.fake).unwrap();
+                assert_eq!(bytes, frame.answer(SYN | ACK).build(), "the client sees its own port");
+                ports.push(there.src_port);
+            }
+            assert!((1024..30_000).contains(&ports[0]) && ports[0] == ports[1], "{ports:?}");
+            // The first flow goes on.
+            let there = first.clone().sent_to(backend);
+            assert_eq!(there.answer(ACK).leave(&second.fake).unwrap().1, first.answer(ACK).build());
+        }
+    }
+
+    fn source_ports_run_out<F: Names>() {
+        let mut net = Net::new::<F>(Proto::TCP);
+        let backend = net.only(1);
+        net.fake.service(F::vip(3), 80, Proto::TCP, &[backend]);
+        net.fake.dice.set(Some(7));
+        let second = Net { vip: (F::vip(2), 80), ..net };
+        assert!(second.frame(SYN).leave(&second.fake).is_ok());
+        let first = Net { vip: (F::vip(1), 80), ..second };
+        assert!(first.frame(SYN).leave(&first.fake).is_ok());
+        let before = first.fake.tracked();
+        assert_eq!(before.len(), 4);
+        let third = Net { vip: (F::vip(3), 80), ..first };
+        assert_eq!(third.frame(SYN).leave(&third.fake), Err(DropReason::TupleCollision));
+        assert_eq!(third.fake.tracked(), before);
+    }
+
+    fn a_tuple_is_taken_over_when_its_flow_is_over<F: Names>() {
+        // Expired, closed by a reset, or the client's own earlier flow whose forward entry is gone.
+        type End = fn(&Net);
+        let over: [(Proto, End); 3] = [
+            (Proto::UDP, |net| net.wait(31)),
+            (Proto::TCP, |net| net.wait(61)),
+            (Proto::TCP, |net| {
+                net.send(Flags::RST);
+            }),
+        ];
+        for (proto, end) in over {
+            let mut net = Net::new::<F>(proto);
+            let backend = net.only(1);
+            net.send(SYN);
+            end(&net);
+            let second = Net { vip: (F::vip(2), 80), ..net };
+            assert_eq!(second.send(SYN), backend);
+            second.answer(backend, SYN | ACK);
+        }
+        let net = Net::single::<F>(Proto::UDP);
+        let backend = net.send(0);
+        net.fake.conntrack.borrow_mut().retain(|_, row| row.load().kind != Entry::FORWARD);
+        assert_eq!(net.send(0), backend);
+        net.answer(backend, 0);
+    }
+
+    fn a_flow_whose_tuple_was_taken_leaves_the_other_alone<F: Names>() {
+        let mut first = Net::new::<F>(Proto::TCP);
+        let backend = first.only(1);
+        first.establish();
+        first.send(Flags::RST);
+        let second = Net { vip: (F::vip(2), 80), ..first };
+        second.establish();
+        let live = second.reply(backend).unwrap();
+        // A late reset of the first flow, then a new connection on it.
+        let first = Net { vip: (F::vip(1), 80), ..second };
+        first.send(Flags::RST | ACK);
+        assert_eq!(first.reply(backend), Some(live));
+        assert!(first.frame(SYN).leave(&first.fake).is_ok());
+        assert_eq!(first.reply(backend), Some(live));
+        let second = Net { vip: (F::vip(2), 80), ..first };
+        second.answer(backend, ACK);
+        assert_eq!(second.send(ACK), backend);
+    }
+
+    fn rule_36_a_full_table_is_told_and_leaves_nothing<F: Names>() {
+        for room in 0..2 {
+            let net = Net::new::<F>(Proto::TCP);
+            net.fake.room.set(Some(room));
+            assert_eq!(net.frame(SYN).leave(&net.fake), Err(DropReason::ConntrackInsert));
+            assert!(net.fake.tracked().is_empty());
+        }
+        let net = Net::new::<F>(Proto::TCP);
+        net.fake.room.set(Some(2));
+        let backend = net.establish();
+        net.answer(backend, ACK);
+        let more = Net { client: (F::pod(1), 4001), ..net };
+        assert_eq!(more.frame(SYN).leave(&more.fake), Err(DropReason::ConntrackInsert));
+        let net = Net { client: (F::pod(1), 4000), ..more };
+        assert_eq!(net.send(ACK), backend, "who is in stays in");
+    }
+
+    fn rule_35_a_server_may_open_to_a_former_client<F: Names>() {
+        for close in [Flags::RST, ACK] {
+            let net = Net::new::<F>(Proto::TCP);
+            let server = net.establish();
+            net.send(close);
+            for (frame, enters) in [
+                (Frame::tcp(server, net.client, SYN), false),
+                (Frame::tcp(net.client, server, SYN | ACK), false),
+                (Frame::tcp(server, net.client, ACK).payload(b"data"), false),
+                (Frame::tcp(server, net.client, ACK), true),
+                (Frame::tcp(net.client, server, ACK), true),
+            ] {
+                let (_, bytes) =
+                    if enters { frame.enter(&net.fake) } else { frame.leave(&net.fake) }.unwrap();
+                assert_eq!(bytes, frame.build(), "rewritten as if it were the service's");
+            }
+        }
+    }
+
+    fn a_looped_flow_is_followed_both_ways<F: Names>() {
+        for proto in [Proto::TCP, Proto::UDP] {
+            let net = Net::single::<F>(proto);
+            let pod: (Addr, u16) = (F::pod(2), 4000);
+            let net = Net { client: pod, ..net };
+            let frame = net.frame(SYN);
+            let there = frame.clone().sent_from((net.vip.0, 4000)).sent_to((F::pod(2), 8080));
+            for _ in 0..2 {
+                let arrived = frame.leave(&net.fake);
+                assert_eq!(arrived, Ok((Verdict::Pod { ifindex: 2 }, there.build())));
+                let back = there.answer(SYN | ACK).leave(&net.fake);
+                assert_eq!(back, Ok((Verdict::Pod { ifindex: 2 }, frame.answer(SYN | ACK).build())));
+            }
+            let entries = net.fake.tracked();
+            assert_eq!(entries.len(), 2);
+            assert!(entries.values().all(|entry| entry.state == State::REPLIED));
+            // The end of one is the end of both.
+            if proto == Proto::TCP {
+                assert!(net.frame(Flags::RST).leave(&net.fake).is_ok());
+                assert!(net.fake.tracked().values().all(|entry| State(entry.state).closed()));
+            }
+        }
+    }
+
+    #[test]
+    fn every_source_port_has_its_throw() {
+        for port in (FIRST_PORT..=LAST_PORT).map(Port::new) {
+            assert_eq!(random_port(throw_for(port).unwrap()), port);
+        }
+        assert_eq!([0, LAST_PORT + 1, u16::MAX].map(|port| throw_for(Port::new(port))), [None; 3]);
+    }
 }

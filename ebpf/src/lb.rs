@@ -1,8 +1,9 @@
 //! Which service a destination is, and which backend a flow gets.
 
 use ferroflow_common::abi::conntrack::Tuple;
-use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey};
-use ferroflow_common::addr::{Addr, Port, Proto};
+use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey};
+use ferroflow_common::abi::node::NodeAddress;
+use ferroflow_common::addr::Addr;
 use ferroflow_common::family::Family;
 use ferroflow_common::hash;
 use ferroflow_common::verdict::DropReason;
@@ -20,10 +21,63 @@ pub enum Choice {
     Reject,
 }
 
-/// One hash lookup says whether this is a service at all.
+/// What a packet with this destination looks up: one hash lookup says whether that is a service at all. The key is
+/// changed in place where another row is looked up, because the programs' stack is short.
 #[inline(always)]
-pub fn frontend<T: Services>(tables: &T, addr: Addr, port: Port, proto: Proto) -> Option<Frontend> {
-    tables.frontend(&FrontendKey { addr, port, proto, scope: FrontendKey::EXTERNAL })
+pub fn key<F: Family>(tuple: &Tuple<F::Bytes>) -> FrontendKey {
+    let scope = FrontendKey::EXTERNAL;
+    FrontendKey { addr: F::addr(tuple.dst), port: tuple.dst_port, proto: tuple.proto, scope }
+}
+
+/// Whether this is a row at all. Every service has an id from 1 on: looking at it keeps the compiler from computing
+/// with the row's address instead, which the verifier refuses.
+#[inline(always)]
+pub fn is_service(row: Option<Frontend>) -> bool {
+    row.is_some_and(|frontend| frontend.service != 0)
+}
+
+/// The NodePort that a packet to one of this node's own addresses is for (rules 17, 24, 25); the key is then its.
+#[inline(always)]
+pub fn node_port<T: Services>(tables: &T, key: &mut FrontendKey) -> Option<Frontend> {
+    if tables.node_address(&key.addr)?.flags & NodeAddress::NODE_PORTS == 0 {
+        return None;
+    }
+    key.addr = if key.addr.is_v4() { FrontendKey::NODE_V4 } else { FrontendKey::NODE_V6 };
+    tables.frontend(key)
+}
+
+/// The row for traffic from this node's own pods and host (rule 16), given the one for traffic from anywhere.
+#[inline(always)]
+pub fn internal<T: Services>(tables: &T, external: Frontend, key: &mut FrontendKey) -> Frontend {
+    if external.flags & Frontend::INTERNAL_ROW == 0 {
+        return external;
+    }
+    key.scope = FrontendKey::INTERNAL;
+    tables.frontend(key).unwrap_or(external)
+}
+
+/// The backend that a client has kept, where the service has affinity and it may still be used (rule 29).
+#[inline(always)]
+pub fn kept<T: Services>(tables: &T, frontend: &Frontend, client: Addr, now: u32) -> Option<u32> {
+    if frontend.affinity == 0 || frontend.length == 0 {
+        return None;
+    }
+    let kept = tables.remembered(&AffinityKey { client, service: frontend.service })?;
+    let backend = tables.backend(kept.backend)?;
+    let fresh = now <= kept.last_used.saturating_add(frontend.affinity);
+    (fresh && backend.generation == kept.generation && frontend.chooses(&backend)).then_some(kept.backend)
+}
+
+/// Keeps the client at its backend for as long as the service says from now on.
+#[inline(always)]
+pub fn keep<T: Services>(tables: &T, frontend: &Frontend, client: Addr, index: u32, now: u32) {
+    if frontend.affinity == 0 {
+        return;
+    }
+    if let Some(Backend { generation, .. }) = tables.backend(index) {
+        let choice = Affinity { backend: index, generation, last_used: now };
+        tables.remember(&AffinityKey { client, service: frontend.service }, &choice);
+    }
 }
 
 /// The backend that `hash` chooses among the frontend's slots.
@@ -73,6 +127,8 @@ pub fn flow_hash<F: Family>(tuple: &Tuple<F::Bytes>) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use ferroflow_common::addr::{Port, Proto};
+
     use super::*;
     use crate::tables::fake::Fake;
 
@@ -83,8 +139,12 @@ mod tests {
         (Addr::v4([10, 244, 2, 2]), 8080),
     ];
 
+    fn web() -> FrontendKey {
+        FrontendKey { addr: VIP, port: Port::new(80), proto: Proto::TCP, scope: FrontendKey::EXTERNAL }
+    }
+
     fn lookup(fake: &Fake) -> Frontend {
-        frontend(fake, VIP, Port::new(80), Proto::TCP).unwrap()
+        fake.frontend(&web()).unwrap()
     }
 
     #[test]
@@ -107,9 +167,9 @@ mod tests {
     fn a_frontend_is_told_by_address_port_and_protocol() {
         let mut fake = Fake::default();
         fake.service(VIP, 80, Proto::TCP, &PODS);
-        assert!(frontend(&fake, VIP, Port::new(80), Proto::UDP).is_none());
-        assert!(frontend(&fake, VIP, Port::new(81), Proto::TCP).is_none());
-        assert!(frontend(&fake, PODS[0].0, Port::new(80), Proto::TCP).is_none());
+        assert!(fake.frontend(&FrontendKey { proto: Proto::UDP, ..web() }).is_none());
+        assert!(fake.frontend(&FrontendKey { port: Port::new(81), ..web() }).is_none());
+        assert!(fake.frontend(&FrontendKey { addr: PODS[0].0, ..web() }).is_none());
     }
 
     #[test]
@@ -130,5 +190,60 @@ mod tests {
         assert_eq!(choose(&fake, &lookup(&fake), 7), Err(DropReason::NoBackend));
         fake.slots.clear();
         assert_eq!(choose(&fake, &lookup(&fake), 7), Err(DropReason::NoBackend));
+    }
+
+    #[test]
+    fn rule_29_a_client_keeps_its_backend_while_it_may_be_used() {
+        let mut fake = Fake::default();
+        let frontend = fake.service(VIP, 80, Proto::TCP, &PODS);
+        frontend.affinity = 100;
+        let frontend = *frontend;
+        for backend in &mut fake.backends {
+            backend.flags |= Backend::CLUSTER;
+        }
+        let client = Addr::v4([10, 244, 1, 9]);
+        let kept = |fake: &Fake, now| kept(fake, &frontend, client, now);
+        assert_eq!(kept(&fake, 1_000), None, "a new client chooses");
+        keep(&fake, &frontend, client, 2, 1_000);
+        assert_eq!(kept(&fake, 1_100), Some(2));
+        assert_eq!(kept(&fake, 1_101), None, "too long ago");
+        keep(&fake, &frontend, client, 2, 1_090);
+        assert_eq!(kept(&fake, 1_190), Some(2), "each use counts from then");
+        assert_eq!(
+            super::kept(&fake, &Frontend { affinity: 0, ..frontend }, client, 1_100),
+            None,
+            "turned off"
+        );
+        let local = Frontend { flags: Frontend::LOCAL, ..frontend };
+        assert_eq!(super::kept(&fake, &local, client, 1_100), None, "not one of those it chooses among");
+        fake.backends[2].generation += 1;
+        assert_eq!(kept(&fake, 1_100), None, "gone");
+    }
+
+    #[test]
+    fn rule_16_traffic_of_the_node_has_a_row_of_its_own() {
+        let mut fake = Fake::default();
+        let external = fake.service(VIP, 80, Proto::TCP, &[]);
+        external.flags = Frontend::INTERNAL_ROW;
+        let external = *external;
+        assert_eq!(internal(&fake, external, &mut web()), external, "not written yet");
+        let row = Frontend { length: 3, ..external };
+        fake.frontends.insert(FrontendKey { scope: FrontendKey::INTERNAL, ..web() }, row);
+        assert_eq!(internal(&fake, external, &mut web()), row);
+        let alone = Frontend { flags: 0, ..external };
+        assert_eq!(internal(&fake, alone, &mut web()), alone);
+    }
+
+    #[test]
+    fn rules_17_and_24_a_node_port_is_on_the_nodes_chosen_addresses() {
+        let mut fake = Fake::default();
+        let (own, unchosen, other) =
+            (Addr::v4([192, 168, 5, 1]), Addr::v4([192, 168, 6, 1]), Addr::v4([192, 168, 5, 2]));
+        fake.node.insert(own, NodeAddress { flags: NodeAddress::NODE_PORTS });
+        fake.node.insert(unchosen, NodeAddress { flags: 0 });
+        let expected = *fake.service(FrontendKey::NODE_V4, 80, Proto::TCP, &PODS);
+        let found = |addr| node_port(&fake, &mut FrontendKey { addr, ..web() });
+        assert_eq!(found(own), Some(expected));
+        assert_eq!((found(unchosen), found(other)), (None, None));
     }
 }

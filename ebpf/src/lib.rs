@@ -25,12 +25,18 @@
 #![forbid(unsafe_code)]
 
 pub mod conntrack;
+pub mod device;
+#[cfg(not(target_arch = "bpf"))]
+pub mod frame;
 pub mod lb;
 pub mod nat;
+#[cfg(not(target_arch = "bpf"))]
+pub mod noise;
 pub mod packet;
 pub mod parse;
 pub mod pod;
 pub mod reject;
 pub mod route;
+pub mod service;
 pub mod socket;
 pub mod tables;

@@ -1,35 +1,50 @@
-//! Rewriting one end of a packet.
+//! Rewriting the ends of a packet.
 
 use core::mem::offset_of;
 
+use ferroflow_common::abi::conntrack::Entry;
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::csum::Sum;
 use ferroflow_common::family::Family;
 use ferroflow_common::verdict::DropReason;
 use network_types::tcp::TcpHdr;
 use network_types::udp::UdpHdr;
+use zerocopy::transmute_ref;
 
 use crate::packet::{L3, L4Change, Packet};
 use crate::parse::Headers;
 
-/// Which end is rewritten.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    Source,
-    Destination,
-}
-
-/// One end's new address and port.
+/// What a packet's ends become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rewrite {
-    pub end: End,
-    pub addr: Addr,
-    pub port: Port,
-    /// The other end's address becomes what this end's was (`Entry::LOOPED` says why).
-    pub looped: bool,
+    /// Source and destination, side by side as in a header.
+    pub addrs: [Addr; 2],
+    pub src_port: Port,
+    pub dst_port: Port,
+    /// The bits of [`Entry::flags`].
+    pub flags: u8,
 }
 
-/// Gives one end of the packet another address and port and mends both checksums.
+impl Rewrite {
+    #[inline(always)]
+    pub const fn of(entry: &Entry) -> Self {
+        let Entry { src, dst, src_port, dst_port, flags, .. } = *entry;
+        Self { addrs: [src, dst], src_port, dst_port, flags }
+    }
+
+    #[inline(always)]
+    pub const fn src(&self) -> &Addr {
+        &self.addrs[0]
+    }
+
+    #[inline(always)]
+    pub const fn dst(&self) -> &Addr {
+        &self.addrs[1]
+    }
+}
+
+/// Gives the packet its new ends and mends both checksums. Both addresses are written at once, and so are both ports:
+/// that costs what one of them would.
 ///
 /// # Errors
 /// [`DropReason::Rewrite`].
@@ -40,52 +55,30 @@ pub fn rewrite<F: Family, P: Packet>(
     to: &Rewrite,
 ) -> Result<(), DropReason>
 where
-    F::Bytes: Store,
+    F::Bytes: Ends,
 {
-    let Rewrite { end, addr, port, looped } = *to;
     let tuple = &headers.tuple;
-    let (old, old_port, addr_off, port_off) = match end {
-        End::Source => (tuple.src, tuple.src_port, F::SRC_OFF, 0),
-        End::Destination => (tuple.dst, tuple.dst_port, F::DST_OFF, 2),
-    };
-    if looped {
-        let (other, other_off) = match end {
-            End::Source => (tuple.dst, F::DST_OFF),
-            End::Destination => (tuple.src, F::SRC_OFF),
-        };
-        replace::<F, P>(packet, headers, other_off, &other, &old)?;
-    }
-    replace::<F, P>(packet, headers, addr_off, &old, &F::bytes(&addr))?;
-    if old_port == port {
-        return Ok(());
-    }
-    let ports = Sum::ZERO.less_half(u16::from_ne_bytes(old_port.be)).half(u16::from_ne_bytes(port.be));
+    let (src, dst) = (F::bytes(to.src()), F::bytes(to.dst()));
+    let addresses = difference::<F>(difference::<F>(Sum::ZERO, &tuple.src, &src), &tuple.dst, &dst);
     let (check, zero_is_none) = checksum(tuple.proto);
-    packet.change_l4_checksum(headers.l4 + check, &L4Change::Ports { ports, zero_is_none })?;
-    packet.write(headers.l4 + port_off, &port.be)
-}
-
-/// Gives the address at `offset` in the IP header another value.
-#[inline(always)]
-fn replace<F: Family, P: Packet>(
-    packet: &mut P,
-    headers: &Headers<F>,
-    offset: u32,
-    old: &F::Bytes,
-    new: &F::Bytes,
-) -> Result<(), DropReason>
-where
-    F::Bytes: Store,
-{
-    let addresses = difference::<F>(old, new);
-    let (check, zero_is_none) = checksum(headers.tuple.proto);
     let l3_unsummed = F::CSUM_OFF.is_none();
     let change = L4Change::Addresses { addresses, zero_is_none, l3_unsummed };
     packet.change_l4_checksum(headers.l4 + check, &change)?;
     if let Some(check) = F::CSUM_OFF {
         packet.change_l3_checksum(L3 + check, addresses)?;
     }
-    new.store(packet, L3 + offset)
+    F::Bytes::store(packet, L3 + F::SRC_OFF, to)?;
+    if (tuple.src_port, tuple.dst_port) == (to.src_port, to.dst_port) {
+        return Ok(());
+    }
+    let ports = Sum::ZERO
+        .less_half(u16::from_ne_bytes(tuple.src_port.be))
+        .half(u16::from_ne_bytes(to.src_port.be))
+        .less_half(u16::from_ne_bytes(tuple.dst_port.be))
+        .half(u16::from_ne_bytes(to.dst_port.be));
+    packet.change_l4_checksum(headers.l4 + check, &L4Change::Ports { ports, zero_is_none })?;
+    let ([s0, s1], [d0, d1]) = (to.src_port.be, to.dst_port.be);
+    packet.write(headers.l4, &[s0, s1, d0, d1])
 }
 
 /// Where the checksum is in the transport header, and whether zero there means none.
@@ -98,28 +91,167 @@ const fn checksum(proto: Proto) -> (u32, bool) {
     }
 }
 
-/// New minus old, over the words that this family has.
+/// Adds new minus old, over the words that this family has.
 #[inline(always)]
-fn difference<F: Family>(old: &F::Bytes, new: &F::Bytes) -> Sum {
+fn difference<F: Family>(sum: Sum, old: &F::Bytes, new: &F::Bytes) -> Sum {
     let [o0, o1, o2, o3] = F::words(old);
     let [n0, n1, n2, n3] = F::words(new);
-    let sum = Sum::ZERO.less_word(o0).word(n0);
+    let sum = sum.less_word(o0).word(n0);
     if F::CSUM_OFF.is_some() {
         return sum;
     }
     sum.less_word(o1).word(n1).less_word(o2).word(n2).less_word(o3).word(n3)
 }
 
-/// Writes an address of either length.
-pub trait Store {
+/// Writes the two addresses of a header, which follow one another in both families.
+pub trait Ends: Sized {
     /// # Errors
     /// [`DropReason::Rewrite`].
-    fn store<P: Packet>(&self, packet: &mut P, offset: u32) -> Result<(), DropReason>;
+    fn store<P: Packet>(packet: &mut P, offset: u32, to: &Rewrite) -> Result<(), DropReason>;
 }
 
-impl<const N: usize> Store for [u8; N] {
+impl Ends for [u8; 4] {
     #[inline(always)]
-    fn store<P: Packet>(&self, packet: &mut P, offset: u32) -> Result<(), DropReason> {
-        packet.write(offset, self)
+    fn store<P: Packet>(packet: &mut P, offset: u32, to: &Rewrite) -> Result<(), DropReason> {
+        let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (to.src().v4_bytes(), to.dst().v4_bytes());
+        packet.write(offset, &[s0, s1, s2, s3, d0, d1, d2, d3])
+    }
+}
+
+impl Ends for [u8; 16] {
+    #[inline(always)]
+    fn store<P: Packet>(packet: &mut P, offset: u32, to: &Rewrite) -> Result<(), DropReason> {
+        let both: &[u8; 32] = transmute_ref!(&to.addrs);
+        packet.write(offset, both)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::{Frame, Names, Transport, UdpChecksum, both_families, verify};
+    use crate::noise::Noise;
+    use crate::packet::Bytes;
+    use crate::parse::{Parse, headers};
+
+    both_families!(
+        either_end_is_rewritten_and_the_checksums_hold,
+        both_ends_are_rewritten_at_once,
+        a_datagram_without_checksum_stays_without,
+        a_datagram_with_checksum_never_loses_it,
+        a_wrong_checksum_stays_wrong,
+    );
+
+    fn rewritten<F>(frame: &Frame, to: &Rewrite) -> Vec<u8>
+    where
+        F: Parse<Bytes: Ends>,
+    {
+        let Bytes(bytes) = rewritten_bytes::<F>(frame.packet(), to);
+        bytes
+    }
+
+    fn rewritten_bytes<F>(mut packet: Bytes, to: &Rewrite) -> Bytes
+    where
+        F: Parse<Bytes: Ends>,
+    {
+        let headers = headers::<F, Bytes>(&packet).unwrap().unwrap();
+        rewrite(&mut packet, &headers, to).unwrap();
+        packet
+    }
+
+    /// Which end is rewritten.
+    #[derive(Clone, Copy)]
+    enum End {
+        Source,
+        Destination,
+    }
+
+    /// The frame's ends, one of them replaced.
+    fn to(frame: &Frame, end: End, (addr, port): (Addr, u16)) -> Rewrite {
+        let (src_port, dst_port) = (Port::new(frame.src_port), Port::new(frame.dst_port));
+        let same = Rewrite { addrs: [frame.src, frame.dst], src_port, dst_port, flags: 0 };
+        match end {
+            End::Source => Rewrite { addrs: [addr, frame.dst], src_port: Port::new(port), ..same },
+            End::Destination => Rewrite { addrs: [frame.src, addr], dst_port: Port::new(port), ..same },
+        }
+    }
+
+    fn either_end_is_rewritten_and_the_checksums_hold<F>()
+    where
+        F: Names + Parse<Bytes: Ends>,
+    {
+        let mut noise = Noise(1);
+        let (client, vip) = ((F::pod(1), 4000), (F::vip(1), 80));
+        for round in 0..500 {
+            let length = noise.below(64);
+            let payload = noise.bytes(length);
+            let to_pod = (F::pod(noise.below(256) as u8), noise.number() as u16);
+            for frame in [Frame::tcp(client, vip, 2), Frame::udp(client, vip)] {
+                for frame in [frame.clone().payload(&payload), frame.extended().payload(&payload)] {
+                    let forward = rewritten::<F>(&frame, &to(&frame, End::Destination, to_pod));
+                    assert_eq!(forward, frame.clone().sent_to(to_pod).build(), "round {round}");
+                    verify(&forward).unwrap();
+                    let reply = rewritten::<F>(&frame, &to(&frame, End::Source, to_pod));
+                    assert_eq!(reply, frame.clone().sent_from(to_pod).build(), "round {round}");
+                }
+            }
+        }
+    }
+
+    fn both_ends_are_rewritten_at_once<F>()
+    where
+        F: Names + Parse<Bytes: Ends>,
+    {
+        let (pod, vip) = (F::pod(1), F::vip(1));
+        for frame in [Frame::tcp((pod, 4000), (vip, 80), 2), Frame::udp((pod, 4000), (vip, 80))] {
+            let (other, backend) = ((F::pod(7), 1024), (F::pod(2), 8080));
+            let masqueraded = to(&frame.clone().sent_to(backend), End::Source, other);
+            let expected = frame.clone().sent_from(other).sent_to(backend);
+            assert_eq!(rewritten::<F>(&frame, &masqueraded), expected.build());
+            let unchanged = to(&frame, End::Source, (frame.src, frame.src_port));
+            assert_eq!(rewritten::<F>(&frame, &unchanged), frame.build());
+        }
+    }
+
+    fn a_datagram_without_checksum_stays_without<F>()
+    where
+        F: Names + Parse<Bytes: Ends>,
+    {
+        let none = Transport::Udp { checksum: UdpChecksum::None };
+        let frame = Frame::new((F::pod(1), 4000), (F::vip(1), 53), none).payload(b"query");
+        let pod = (F::pod(2), 5353);
+        let forward = rewritten::<F>(&frame, &to(&frame, End::Destination, pod));
+        assert_eq!(forward, frame.sent_to(pod).build());
+    }
+
+    /// Every value of one payload word, so also the one whose checksum comes out as zero.
+    fn a_datagram_with_checksum_never_loses_it<F>()
+    where
+        F: Names + Parse<Bytes: Ends>,
+    {
+        let frame = Frame::udp((F::pod(1), 4000), (F::vip(1), 53));
+        let pod = (F::pod(2), 5353);
+        let mut other_forms = 0;
+        for word in 0..=u16::MAX {
+            let frame = frame.clone().payload(&word.to_be_bytes());
+            let forward = rewritten::<F>(&frame, &to(&frame, End::Destination, pod));
+            let check = forward.len() - 4;
+            assert_ne!(forward[check..check + 2], [0, 0], "{word}");
+            other_forms += usize::from(forward[check..check + 2] == [0xff, 0xff]);
+            verify(&forward).unwrap();
+        }
+        assert!(other_forms > 0);
+    }
+
+    fn a_wrong_checksum_stays_wrong<F>()
+    where
+        F: Names + Parse<Bytes: Ends>,
+    {
+        let frame = Frame::tcp((F::pod(1), 4000), (F::vip(1), 80), 2).payload(b"abcd");
+        let Bytes(mut bytes) = frame.packet();
+        *bytes.last_mut().unwrap() ^= 0x10;
+        let Bytes(bytes) =
+            rewritten_bytes::<F>(Bytes(bytes), &to(&frame, End::Destination, (F::pod(2), 8080)));
+        assert_eq!(verify(&bytes).unwrap_err(), "TCP checksum");
     }
 }

@@ -39,6 +39,10 @@ pub trait Packet {
     /// The packet's EtherType.
     fn ethertype(&self) -> u16;
 
+    /// The same number, of which the verifier knows nothing any more. Where paths meet that found it differently (each
+    /// number of extension headers is one), it then follows what comes after once and not once a path.
+    fn forget(&self, number: u32) -> u32;
+
     /// 32-bit words in memory order, `None` where the packet ends before. Words and not bytes, because a word stays in
     /// one register: `u32::to_ne_bytes` takes it apart where a byte is wanted.
     fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]>;
@@ -101,6 +105,10 @@ impl Packet for Bytes {
 
     fn ethertype(&self) -> u16 {
         self.bytes(12).map_or(0, u16::from_be_bytes)
+    }
+
+    fn forget(&self, number: u32) -> u32 {
+        number
     }
 
     fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {

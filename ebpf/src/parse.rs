@@ -29,6 +29,8 @@ pub struct Network<F: Family> {
     pub proto: Proto,
     /// Where the transport header starts.
     pub l4: u32,
+    /// Where the datagram ends; what follows is padding.
+    pub end: u32,
     pub fragment: Fragment,
 }
 
@@ -37,6 +39,8 @@ pub struct Network<F: Family> {
 pub struct Headers<F: Family> {
     pub tuple: Aligned<Tuple<F::Bytes>>,
     pub l4: u32,
+    /// Where the datagram ends; what follows is padding.
+    pub end: u32,
     /// [`Flags::NONE`] unless TCP.
     pub flags: Flags,
     pub fragment: Fragment,
@@ -62,7 +66,8 @@ impl Parse for V4 {
         }
         // A zero length is a packet over 64 KiB built by the kernel (IPv4 BIG TCP, kernel commit b1a78b9b9886).
         let total = u32::from(u16::from_be_bytes([len0, len1]));
-        if total != 0 && (total < ihl || L3 + total > packet.length()) {
+        let end = if total == 0 { packet.length() } else { L3 + total };
+        if end < L3 + ihl || end > packet.length() {
             return Err(DropReason::Truncated);
         }
         let frags = u16::from_be_bytes([frag0, frag1]);
@@ -71,6 +76,7 @@ impl Parse for V4 {
             dst: Self::from_words([dst, 0, 0, 0]),
             proto: Proto { number: proto },
             l4: L3 + ihl,
+            end,
             fragment: fragment(frags & 0x1fff, frags & 0x2000),
         })
     }
@@ -91,7 +97,8 @@ impl Parse for V6 {
         let [len0, len1, mut next, _hop_limit] = second.to_ne_bytes();
         // Zero is a jumbo payload: IPv6 BIG TCP (kernel commit 0fe79f28bfaf).
         let payload = u32::from(u16::from_be_bytes([len0, len1]));
-        if payload != 0 && L3 + Self::HDR_LEN + payload > packet.length() {
+        let end = if payload == 0 { packet.length() } else { L3 + Self::HDR_LEN + payload };
+        if end > packet.length() {
             return Err(DropReason::Truncated);
         }
         let src = Self::from_words([s0, s1, s2, s3]);
@@ -100,7 +107,7 @@ impl Parse for V6 {
         let mut part = Fragment::Whole;
         for _ in 0..EXTENSION_HEADERS {
             if !extension(next) {
-                return Ok(Network { src, dst, proto: Proto { number: next }, l4, fragment: part });
+                return Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part });
             }
             let [word] = packet.words(l4).ok_or(DropReason::Truncated)?;
             let extension = word.to_ne_bytes();
@@ -114,11 +121,15 @@ impl Parse for V6 {
                 l4 += (u32::from(extension[1]) + 1) * 8;
             }
             next = extension[0];
+            l4 = packet.forget(l4);
             if part == Fragment::Later {
-                return Ok(Network { src, dst, proto: Proto { number: next }, l4, fragment: part });
+                return Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part });
             }
         }
-        Err(DropReason::ExtensionHeaders)
+        if extension(next) {
+            return Err(DropReason::ExtensionHeaders);
+        }
+        Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part })
     }
 }
 
@@ -149,20 +160,24 @@ const fn extension(next: u8) -> bool {
 /// [`DropReason::Truncated`] where a header does not fit, [`DropReason::ExtensionHeaders`].
 #[inline(always)]
 pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, DropReason> {
-    let network = F::network(packet)?;
+    let mut network = F::network(packet)?;
     if network.fragment == Fragment::Later {
         return Ok(None);
     }
-    let (ports, flags) = if network.proto == Proto::TCP {
+    network.l4 = packet.forget(network.l4);
+    let (ports, length, flags) = if network.proto == Proto::TCP {
         let [ports, _seq, _ack, control, _check] =
             packet.words::<{ TcpHdr::LEN / 4 }>(network.l4).ok_or(DropReason::Truncated)?;
-        (ports, Flags(control.to_ne_bytes()[1]))
+        (ports, TcpHdr::LEN as u32, Flags(control.to_ne_bytes()[1]))
     } else if network.proto == Proto::UDP {
         let [ports, _check] = packet.words::<{ UdpHdr::LEN / 4 }>(network.l4).ok_or(DropReason::Truncated)?;
-        (ports, Flags::NONE)
+        (ports, UdpHdr::LEN as u32, Flags::NONE)
     } else {
         return Ok(None);
     };
+    if network.l4 + length > network.end {
+        return Err(DropReason::Truncated);
+    }
     let ports = ports.to_ne_bytes();
     let tuple = Aligned(Tuple {
         src: network.src,
@@ -172,5 +187,155 @@ pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, Dr
         proto: network.proto,
         reserved: [0; 3],
     });
-    Ok(Some(Headers { tuple, l4: network.l4, flags, fragment: network.fragment }))
+    Ok(Some(Headers { tuple, l4: network.l4, end: network.end, flags, fragment: network.fragment }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::{self, AUTHENTICATION, Frame, Names, Part, ROUTING, Transport, both_families};
+    use crate::packet::Bytes;
+
+    both_families!(
+        ports_are_found_behind_options_and_extension_headers,
+        a_truncated_packet_is_told_at_every_length,
+        a_length_that_lies_is_told,
+        a_header_in_the_padding_is_none,
+        fragments_are_told_apart,
+        protocols_without_ports_are_the_stacks,
+        another_version_is_told,
+    );
+
+    fn plain<F: Names>() -> [Frame; 2] {
+        let (client, vip) = ((F::pod(1), 4000), (F::vip(1), 80));
+        [Frame::tcp(client, vip, Flags::SYN), Frame::udp(client, vip)]
+    }
+
+    fn read<F: Parse>(bytes: &[u8]) -> Result<Option<Headers<F>>, DropReason> {
+        headers::<F, Bytes>(&Bytes(bytes.to_vec()))
+    }
+
+    fn ports_are_found_behind_options_and_extension_headers<F: Names + Parse>() {
+        for frame in plain::<F>() {
+            for frame in [frame.clone(), frame.clone().payload(b"payload"), frame.extended()] {
+                let bytes = frame.build();
+                let found = read::<F>(&bytes).unwrap().unwrap();
+                let tuple = &found.tuple;
+                assert_eq!((F::addr(tuple.src), F::addr(tuple.dst)), (frame.src, frame.dst));
+                assert_eq!((tuple.src_port.host(), tuple.dst_port.host()), (4000, 80));
+                let tcp = matches!(frame.transport, Transport::Tcp { .. });
+                assert_eq!(found.flags, if tcp { Flags(Flags::SYN) } else { Flags::NONE });
+                assert_eq!(found.end as usize, bytes.len());
+                assert_eq!(bytes[found.l4 as usize..][..4], [0x0f, 0xa0, 0, 80]);
+            }
+        }
+    }
+
+    fn a_truncated_packet_is_told_at_every_length<F: Names + Parse>() {
+        for frame in plain::<F>() {
+            for frame in [frame.clone(), frame.payload(b"payload").extended()] {
+                let bytes = frame.build();
+                for length in 0..bytes.len() {
+                    let cut = read::<F>(&bytes[..length]);
+                    assert!(matches!(cut, Err(DropReason::Truncated)), "{length} of {}", bytes.len());
+                }
+            }
+        }
+    }
+
+    /// Sets the length that the IP header gives, counted from the header's start.
+    fn lie<F: Family>(bytes: &mut [u8], length: u16) {
+        let v4 = F::CSUM_OFF.is_some();
+        let (at, length) = if v4 { (16, length) } else { (18, length - 40) };
+        bytes[at..at + 2].copy_from_slice(&length.to_be_bytes());
+    }
+
+    fn a_length_that_lies_is_told<F: Names + Parse>() {
+        for frame in plain::<F>() {
+            let mut bytes = frame.payload(b"payload").build();
+            let honest = u16::try_from(bytes.len() - L3 as usize).unwrap();
+            for length in honest + 1..honest + 100 {
+                lie::<F>(&mut bytes, length);
+                assert!(matches!(read::<F>(&bytes), Err(DropReason::Truncated)), "{length}");
+            }
+        }
+    }
+
+    fn a_header_in_the_padding_is_none<F: Names + Parse>() {
+        for frame in plain::<F>() {
+            let mut bytes = frame.build();
+            let honest = u16::try_from(bytes.len() - L3 as usize).unwrap();
+            bytes.extend([0; 6]);
+            assert_eq!(read::<F>(&bytes).unwrap().unwrap().end, L3 + u32::from(honest));
+            // Zero is a length of its own: over 64 KiB.
+            let header = u16::try_from(F::HDR_LEN).unwrap();
+            for length in header + 1..honest {
+                lie::<F>(&mut bytes, length);
+                assert!(matches!(read::<F>(&bytes), Err(DropReason::Truncated)), "{length}");
+            }
+        }
+    }
+
+    fn fragments_are_told_apart<F: Names + Parse>() {
+        for frame in plain::<F>() {
+            let first = frame.clone().payload(&[7; 16]).part(Part::First).build();
+            assert_eq!(read::<F>(&first).unwrap().unwrap().fragment, Fragment::First);
+            let later = frame.payload(b"later").part(Part::Later(64)).build();
+            assert!(read::<F>(&later).unwrap().is_none());
+        }
+    }
+
+    fn protocols_without_ports_are_the_stacks<F: Names + Parse>() {
+        for proto in [Proto::ICMP, Proto::ICMPV6, Proto::SCTP, Proto { number: 59 }, Proto { number: 255 }] {
+            let frame = Frame::new((F::pod(1), 0), (F::vip(1), 0), Transport::Other(proto));
+            assert!(read::<F>(&frame.build()).unwrap().is_none(), "{proto}");
+        }
+    }
+
+    fn another_version_is_told<F: Names + Parse>() {
+        let [mut frame, _] = plain::<F>().map(|frame| frame.build());
+        for version in (0..16).filter(|version| *version != frame[14] >> 4).collect::<Vec<_>>() {
+            frame[14] = version << 4 | 5;
+            assert!(matches!(read::<F>(&frame), Err(DropReason::Truncated)), "{version}");
+        }
+    }
+
+    #[test]
+    fn an_ipv4_header_length_under_five_words_is_told() {
+        for words in 0..5 {
+            let mut bytes = plain::<V4>()[0].build();
+            bytes[14] = 0x40 | words;
+            assert!(matches!(read::<V4>(&bytes), Err(DropReason::Truncated)), "{words}");
+        }
+    }
+
+    #[test]
+    fn big_tcp_has_no_length() {
+        let [v4, v6] = [plain::<V4>()[0].build(), plain::<V6>()[0].build()];
+        let big = |mut bytes: Vec<u8>, at: usize| {
+            bytes[at..at + 2].copy_from_slice(&[0, 0]);
+            bytes.resize(70_000, 1);
+            bytes
+        };
+        assert_eq!(read::<V4>(&big(v4, 16)).unwrap().unwrap().end, 70_000);
+        assert_eq!(read::<V6>(&big(v6, 18)).unwrap().unwrap().end, 70_000);
+    }
+
+    #[test]
+    fn rule_39_extension_headers_are_followed_to_a_bound() {
+        let [frame, _] = plain::<V6>();
+        let kinds = [frame::HOP_BY_HOP, frame::DESTINATION_OPTIONS, ROUTING, AUTHENTICATION];
+        for count in 0..12 {
+            let extensions = (0..count).map(|index| (kinds[index % 4], 1 + (index % 3) as u8)).collect();
+            let found = read::<V6>(&Frame { extensions, ..frame.clone() }.build());
+            if count <= EXTENSION_HEADERS {
+                assert_eq!(found.unwrap().unwrap().tuple.dst_port, Port::new(80), "{count}");
+            } else {
+                assert!(matches!(found, Err(DropReason::ExtensionHeaders)), "{count}");
+            }
+        }
+        // The longest one takes the ports out of reach of direct reads.
+        let extensions = vec![(frame::DESTINATION_OPTIONS, 31); 3];
+        assert!(read::<V6>(&Frame { extensions, ..frame.clone() }.build()).unwrap().is_some());
+    }
 }

@@ -3,13 +3,13 @@
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack::{self, Known};
-use crate::lb::{self, Choice};
-use crate::nat::{self, End, Store};
+use crate::conntrack;
+use crate::lb;
+use crate::nat::{self, Ends};
 use crate::packet::Packet;
-use crate::parse::{self, Fragment, Parse};
-use crate::reject::{self, Answer};
+use crate::parse::{self, Parse};
 use crate::route;
+use crate::service::{self, Fate, Origin, Outcome, whole};
 use crate::tables::Tables;
 
 /// A packet that a pod sends, at the host's end of its interface.
@@ -23,13 +23,14 @@ where
     T: Tables<V4> + Tables<V6>,
 {
     match packet.ethertype() {
-        V4::ETHERTYPE => leave_in_steps::<V4, P, T>(packet, tables),
-        V6::ETHERTYPE => leave_in_steps::<V6, P, T>(packet, tables),
+        V4::ETHERTYPE => service::in_steps::<V4, P, T>(packet, tables, Origin::Pod, leave::<V4, P, T>),
+        V6::ETHERTYPE => service::in_steps::<V6, P, T>(packet, tables, Origin::Pod, leave::<V6, P, T>),
         _ => Ok(Verdict::Stack),
     }
 }
 
-/// A packet that the node's stack hands to a pod.
+/// A packet that the node's stack hands to a pod, or sends out of a device: what it may need is to come from the
+/// service that it answers for.
 ///
 /// # Errors
 /// Why the packet is dropped.
@@ -40,114 +41,299 @@ where
     T: Tables<V4> + Tables<V6>,
 {
     match packet.ethertype() {
-        V4::ETHERTYPE => enter::<V4, P, T>(packet, tables),
-        V6::ETHERTYPE => enter::<V6, P, T>(packet, tables),
+        V4::ETHERTYPE => service::final_verdict(enter::<V4, P, T>(packet, tables)),
+        V6::ETHERTYPE => service::final_verdict(enter::<V6, P, T>(packet, tables)),
         _ => Ok(Verdict::Stack),
-    }
-}
-
-/// What becomes of a packet that leaves a pod.
-enum Fate {
-    Goes(Verdict),
-    /// The first packet of a flow to a service.
-    Opens,
-    /// To be turned into its own refusal.
-    Refused,
-}
-
-/// One step after the other, not one inside the other: each is a function of its own in the kernel and has the 512
-/// bytes of stack that a chain of calls may use nearly to itself. A step reads the headers again, which only the first
-/// packet of a flow pays.
-#[inline(always)]
-fn leave_in_steps<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
-where
-    F: Answer,
-    F::Bytes: Store,
-    P: Packet,
-    T: Tables<F>,
-{
-    let mut fate = leave::<F, P, T>(packet, tables)?;
-    if matches!(fate, Fate::Opens) {
-        fate = open::<F, P, T>(packet, tables)?;
-    }
-    match fate {
-        Fate::Goes(verdict) => Ok(verdict),
-        Fate::Refused | Fate::Opens => refuse::<F, P>(packet),
     }
 }
 
 /// A packet of a flow that is known, or of no service.
 #[inline(never)]
-fn leave<F, P, T>(packet: &mut P, tables: &T) -> Result<Fate, DropReason>
+fn leave<F, P, T>(packet: &mut P, tables: &T) -> Outcome
 where
     F: Parse,
-    F::Bytes: Store,
+    F::Bytes: Ends,
+    P: Packet,
+    T: Tables<F>,
+{
+    Outcome::of(try_leave(packet, tables))
+}
+
+#[inline(always)]
+fn try_leave<F, P, T>(packet: &mut P, tables: &T) -> Result<Fate, DropReason>
+where
+    F: Parse,
+    F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
     let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Fate::Goes(Verdict::Stack)) };
-    let dst = F::addr(headers.tuple.dst);
-    match conntrack::follow::<F, T>(tables, &headers) {
-        Known::Flow(to) => {
-            nat::rewrite(packet, &headers, &to)?;
-            let next = match to.end {
-                End::Destination => to.addr,
-                End::Source if to.looped => F::addr(headers.tuple.src),
-                End::Source => dst,
-            };
-            Ok(Fate::Goes(route::route::<F, T>(tables, &next)))
-        }
-        Known::Nothing => {
-            if lb::frontend(tables, dst, headers.tuple.dst_port, headers.tuple.proto).is_some() {
-                return Ok(Fate::Opens);
-            }
-            Ok(Fate::Goes(route::route::<F, T>(tables, &dst)))
-        }
+    if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
+        whole(&headers)?;
+        nat::rewrite(packet, &headers, &to)?;
+        return Ok(Fate::Goes(route::rewritten::<F, T>(tables, &to)));
     }
+    let mut key = lb::key::<F>(&headers.tuple);
+    if lb::is_service(tables.frontend(&key)) {
+        return Ok(Fate::Opens);
+    }
+    // Most packets are for a pod of this node or of another; only what is for neither may be for a NodePort.
+    let verdict = route::route::<F, T>(tables, &key.addr);
+    if verdict == Verdict::Stack && lb::is_service(lb::node_port(tables, &mut key)) {
+        return Ok(Fate::Opens);
+    }
+    Ok(Fate::Goes(verdict))
 }
 
-/// The first packet of a flow to a service.
 #[inline(never)]
-fn open<F, P, T>(packet: &mut P, tables: &T) -> Result<Fate, DropReason>
+fn enter<F, P, T>(packet: &mut P, tables: &T) -> Outcome
 where
     F: Parse,
-    F::Bytes: Store,
+    F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
-    if headers.fragment == Fragment::First {
-        return Err(DropReason::Fragment);
-    }
-    let tuple = &headers.tuple;
-    let frontend =
-        lb::frontend(tables, F::addr(tuple.dst), tuple.dst_port, tuple.proto).ok_or(DropReason::NoBackend)?;
-    let (index, backend) = match lb::choose(tables, &frontend, lb::flow_hash::<F>(tuple))? {
-        Choice::Backend { index, backend } => (index, backend),
-        Choice::Reject => return Ok(Fate::Refused),
-    };
-    let to = conntrack::open(tables, &headers, index, &backend)?;
-    nat::rewrite(packet, &headers, &to)?;
-    Ok(Fate::Goes(route::route::<F, T>(tables, &to.addr)))
+    Outcome::of(try_enter(packet, tables).map(Fate::Goes))
 }
 
-#[inline(never)]
-fn refuse<F: Answer, P: Packet>(packet: &mut P) -> Result<Verdict, DropReason> {
-    let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Reject)?;
-    reject::reject(packet, &headers)
-}
-
-#[inline(never)]
-fn enter<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
+#[inline(always)]
+fn try_enter<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
 where
     F: Parse,
-    F::Bytes: Store,
+    F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
     let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Verdict::Stack) };
-    if let Known::Flow(to) = conntrack::follow::<F, T>(tables, &headers) {
+    if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
+        whole(&headers)?;
         nat::rewrite(packet, &headers, &to)?;
     }
     Ok(Verdict::Stack)
+}
+
+#[cfg(test)]
+mod tests {
+    use ferroflow_common::addr::Addr;
+    use ferroflow_common::tcp::Flags;
+
+    use super::*;
+    use crate::frame::{Frame, Names, Part, Socket, Transport, UdpChecksum, both_families, verify};
+    use crate::noise::{Noise, world};
+    use crate::packet::Bytes;
+    use crate::tables::fake::Fake;
+
+    both_families!(
+        a_service_is_reached_and_answers_as_itself,
+        a_remote_backend_is_the_stacks_and_its_answer_enters,
+        a_pod_address_is_no_service,
+        rule_14_and_15_without_endpoints,
+        fragments_of_a_service_are_told_and_others_pass,
+        truncated_at_every_length,
+        a_datagram_without_checksum_is_served,
+        a_slot_without_backend_is_told,
+        noise_leaves_packets_whole,
+    );
+
+    const SYN: u8 = Flags::SYN;
+    const ACK: u8 = Flags::ACK;
+
+    /// The first packet of a client in pod 1 to service 1, TCP and UDP, and where the backends listen.
+    fn flows<F: Names>() -> [(Frame, u16); 2] {
+        let client = (F::pod(1), 4000);
+        [
+            (Frame::tcp(client, (F::vip(1), 80), SYN), 8080),
+            (Frame::udp(client, (F::vip(1), 53)).payload(b"query"), 5353),
+        ]
+    }
+
+    /// The world with one backend for everything.
+    fn only(addr: Addr) -> Fake {
+        let mut fake = world();
+        let like = |proto| fake.backends.iter().position(|row| row.addr == addr && row.proto == proto);
+        let slots = fake.slots.iter().map(|&slot| like(fake.backends[slot as usize].proto).unwrap() as u32);
+        fake.slots = slots.collect();
+        fake
+    }
+
+    fn a_service_is_reached_and_answers_as_itself<F: Names>() {
+        for (frame, port) in flows::<F>() {
+            for frame in [frame.clone(), frame.extended()] {
+                let fake = only(F::pod(2));
+                let backend: Socket = (F::pod(2), port);
+                for _ in 0..3 {
+                    let there = frame.clone().sent_to(backend);
+                    assert_eq!(frame.leave(&fake), Ok((Verdict::Pod { ifindex: 12 }, there.build())));
+                    let back = frame.answer(SYN | ACK).sent_from(backend).leave(&fake);
+                    assert_eq!(back, Ok((Verdict::Pod { ifindex: 11 }, frame.answer(SYN | ACK).build())));
+                }
+                assert_eq!(fake.tracked().len(), 2);
+            }
+        }
+    }
+
+    fn a_remote_backend_is_the_stacks_and_its_answer_enters<F: Names>() {
+        for (frame, port) in flows::<F>() {
+            let fake = only(F::pod(3));
+            let backend: Socket = (F::pod(3), port);
+            assert_eq!(frame.leave(&fake), Ok((Verdict::Stack, frame.clone().sent_to(backend).build())));
+            let back = frame.answer(SYN | ACK).sent_from(backend).enter(&fake);
+            assert_eq!(back, Ok((Verdict::Stack, frame.answer(SYN | ACK).build())));
+            let stranger = frame.answer(ACK).sent_from((F::pod(3), port + 1));
+            assert_eq!(stranger.enter(&fake), Ok((Verdict::Stack, stranger.build())));
+        }
+    }
+
+    fn a_pod_address_is_no_service<F: Names>() {
+        let fake = world();
+        for (frame, _) in flows::<F>() {
+            let local = frame.clone().sent_to((F::pod(2), 80));
+            assert_eq!(local.leave(&fake), Ok((Verdict::Pod { ifindex: 12 }, local.build())));
+            let other_port = frame.clone().sent_to((F::vip(1), 443));
+            assert_eq!(other_port.leave(&fake), Ok((Verdict::Stack, other_port.build())));
+            let remote = frame.sent_to((F::pod(3), 80));
+            for packet in [remote.leave(&fake), remote.enter(&fake)] {
+                assert_eq!(packet, Ok((Verdict::Stack, remote.build())));
+            }
+        }
+        let icmp = Frame::icmp(F::pod(1), F::vip(1), 8, 0);
+        assert_eq!(icmp.leave(&fake), Ok((Verdict::Stack, icmp.build())));
+        assert!(fake.tracked().is_empty());
+    }
+
+    fn rule_14_and_15_without_endpoints<F: Names>() {
+        let fake = world();
+        for (frame, _) in flows::<F>() {
+            let refused = frame.clone().sent_to((F::vip(9), frame.dst_port));
+            assert!(matches!(refused.leave(&fake), Ok((Verdict::Reply, _))));
+            let dropped = frame.clone().sent_to((F::vip(8), frame.dst_port));
+            assert_eq!(dropped.leave(&fake), Err(DropReason::NoLocalEndpoint));
+        }
+        assert!(fake.tracked().is_empty(), "a refusal tracks nothing");
+    }
+
+    fn fragments_of_a_service_are_told_and_others_pass<F: Names>() {
+        let fake = only(F::pod(3));
+        for (frame, port) in flows::<F>() {
+            let frame = frame.payload(&[5; 64]);
+            let first = frame.clone().part(Part::First);
+            let later = frame.clone().part(Part::Later(1480));
+            // Before its flow is known, and after: the rest of the datagram is not rewritten either way.
+            for _ in 0..2 {
+                assert_eq!(first.leave(&fake), Err(DropReason::Fragment));
+                assert_eq!(later.leave(&fake), Ok((Verdict::Stack, later.build())));
+                assert!(frame.leave(&fake).is_ok());
+            }
+            let answer = frame.answer(ACK).sent_from((F::pod(3), port)).payload(&[5; 64]).part(Part::First);
+            assert_eq!(answer.enter(&fake), Err(DropReason::Fragment));
+            for part in [Part::First, Part::Later(1480)] {
+                let other = frame.clone().sent_to((F::pod(3), 9)).part(part);
+                assert_eq!(other.leave(&fake), Ok((Verdict::Stack, other.build())));
+                assert_eq!(other.enter(&fake), Ok((Verdict::Stack, other.build())));
+            }
+        }
+    }
+
+    fn truncated_at_every_length<F: Names>() {
+        let fake = world();
+        let mut frames = Vec::new();
+        for (frame, port) in flows::<F>() {
+            assert!(frame.leave(&fake).is_ok());
+            let refused = frame.clone().sent_to((F::vip(9), frame.dst_port)).payload(b"payload");
+            let reply = frame.answer(ACK).sent_from((F::pod(2), port));
+            frames.extend([frame.clone(), frame.extended(), refused.clone().extended(), refused, reply]);
+        }
+        let before = fake.tracked();
+        for frame in frames {
+            let whole = frame.build();
+            for length in 0..whole.len() {
+                for step in [leaving::<Bytes, Fake>, entering::<Bytes, Fake>] {
+                    let mut packet = Bytes(whole[..length].to_vec());
+                    let verdict = step(&mut packet, &fake);
+                    assert!(
+                        matches!(verdict, Ok(Verdict::Stack) | Err(DropReason::Truncated)),
+                        "{verdict:?}"
+                    );
+                    assert_eq!(packet.0, whole[..length]);
+                }
+            }
+        }
+        assert_eq!(fake.tracked(), before);
+    }
+
+    fn a_datagram_without_checksum_is_served<F: Names>() {
+        let fake = only(F::pod(2));
+        let none = Transport::Udp { checksum: UdpChecksum::None };
+        let frame = Frame::new((F::pod(1), 4000), (F::vip(1), 53), none).payload(b"query");
+        let there = frame.clone().sent_to((F::pod(2), 5353)).build();
+        assert_eq!(frame.leave(&fake), Ok((Verdict::Pod { ifindex: 12 }, there)));
+        let back = frame.answer(0).sent_from((F::pod(2), 5353)).leave(&fake);
+        assert_eq!(back, Ok((Verdict::Pod { ifindex: 11 }, frame.answer(0).build())));
+    }
+
+    fn a_slot_without_backend_is_told<F: Names>() {
+        let mut fake = world();
+        fake.slots.fill(0);
+        for (frame, _) in flows::<F>() {
+            assert_eq!(frame.leave(&fake), Err(DropReason::NoBackend));
+        }
+        assert!(fake.tracked().is_empty());
+    }
+
+    /// Whatever comes, a packet is dropped as it was, or goes as it was, or goes with right checksums if it came so.
+    fn noise_leaves_packets_whole<F: Names>() {
+        let (mut fake, mut noise) = (world(), Noise(u64::from(F::ETHERTYPE)));
+        let mut changed = 0;
+        for round in 0..20_000 {
+            if noise.percent(2) {
+                fake.clock.set(fake.clock.get() + noise.pick(&[1, 31, 100, 4_000]));
+                let index = noise.below(fake.backends.len());
+                fake.backends[index].generation += 1;
+            }
+            let bytes = if noise.percent(80) { noise.frame::<F>().build() } else { noise.packet() };
+            let mut packet = Bytes(bytes.clone());
+            let verdict =
+                if noise.percent(75) { leaving(&mut packet, &fake) } else { entering(&mut packet, &fake) };
+            if packet.0 == bytes {
+                continue;
+            }
+            changed += 1;
+            assert!(verdict.is_ok(), "{round}: {verdict:?} and changed");
+            if verify(&bytes).is_ok() {
+                assert_eq!(verify(&packet.0), Ok(()), "{round}: {verdict:?}");
+            }
+        }
+        assert!(changed > 5_000, "{changed} packets were changed");
+    }
+
+    #[test]
+    fn what_is_not_ip_is_the_stacks() {
+        let fake = world();
+        let arp = [&[0xff; 12][..], &[8, 6], &[0; 28]].concat();
+        let vlan = [&[2; 12][..], &[0x81, 0, 0, 1, 8, 0], &[0x45; 40]].concat();
+        for bytes in [arp, vlan, vec![], vec![1; 13], vec![8; 14]] {
+            for step in [leaving::<Bytes, Fake>, entering::<Bytes, Fake>] {
+                let mut packet = Bytes(bytes.clone());
+                assert_eq!(step(&mut packet, &fake), Ok(Verdict::Stack));
+                assert_eq!(packet.0, bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn random_bytes_do_no_harm() {
+        let (fake, mut noise) = (world(), Noise(99));
+        for _ in 0..50_000 {
+            let length = noise.below(200);
+            let mut bytes = noise.bytes(length);
+            if let Some(kind) = bytes.get_mut(12..15) {
+                kind.copy_from_slice(&noise.pick(&[[8, 0, 0x45], [0x86, 0xdd, 0x60], [8, 0, 0x4f]]));
+            }
+            for step in [leaving::<Bytes, Fake>, entering::<Bytes, Fake>] {
+                let mut packet = Bytes(bytes.clone());
+                let verdict = step(&mut packet, &fake);
+                assert!(packet.0 == bytes || verdict.is_ok());
+            }
+        }
+    }
 }

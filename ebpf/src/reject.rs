@@ -128,7 +128,7 @@ fn reset<F: Answer, P: Packet>(packet: &mut P, headers: &Headers<F>) -> Result<(
     let [_ports, old_seq, old_ack, control, _check] =
         packet.words::<{ TcpHdr::LEN / 4 }>(headers.l4).ok_or(DropReason::Truncated)?;
     let offset = u32::from(control.to_ne_bytes()[0] >> 4) * 4;
-    let segment = packet.length().saturating_sub(headers.l4 + offset);
+    let segment = headers.end.saturating_sub(headers.l4 + offset);
     let controls =
         u32::from(headers.flags.0 & Flags::SYN != 0) + u32::from(headers.flags.0 & Flags::FIN != 0);
     let (seq, ack, flags) = if headers.flags.0 & Flags::ACK != 0 {
@@ -204,4 +204,144 @@ fn turn_around<P: Packet>(packet: &mut P) -> Result<(), DropReason> {
     let [e, f, g, h] = second.to_ne_bytes();
     let [i, j, k, l] = third.to_ne_bytes();
     packet.write(0, &[g, h, i, j, k, l, a, b, c, d, e, f])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::{Frame, Macs, Names, Part, Transport, both_families, verify};
+    use crate::noise::world;
+    use crate::tables::fake::Fake;
+
+    both_families!(
+        rule_14_a_segment_without_ack_is_acknowledged_by_its_reset,
+        a_segment_with_ack_gives_its_reset_the_number,
+        padding_is_not_acknowledged,
+        a_reset_is_never_answered,
+        rule_14_a_datagram_is_answered_by_port_unreachable,
+        a_refusal_behind_options_or_extension_headers,
+        a_fragment_is_not_refused,
+        every_refusal_verifies,
+    );
+
+    const SEQ: u32 = 0xffff_fffe;
+
+    fn segment<F: Names>(flags: u8, payload: &[u8]) -> Frame {
+        let frame = Frame::tcp((F::pod(1), 4000), (F::vip(9), 80), flags).payload(payload);
+        let ack = if flags & Flags::ACK != 0 { 77_000 } else { 0 };
+        Frame { transport: Transport::Tcp { seq: SEQ, ack, flags, options: vec![1; 8] }, ..frame }
+    }
+
+    fn query<F: Names>() -> Frame {
+        Frame::udp((F::pod(1), 4000), (F::vip(9), 53)).payload(b"a query of some length")
+    }
+
+    /// The reset that `frame` is to get.
+    fn reset(frame: &Frame, seq: u32, ack: u32, flags: u8) -> Frame {
+        let answer = frame.answer(flags).turned();
+        Frame { transport: Transport::Tcp { seq, ack, flags, options: Vec::new() }, ..answer }
+    }
+
+    fn refused(frame: &Frame, fake: &Fake) -> Result<Vec<u8>, DropReason> {
+        let (verdict, bytes) = frame.leave(fake)?;
+        assert_eq!(verdict, Verdict::Reply);
+        verify(&bytes).unwrap();
+        Ok(bytes)
+    }
+
+    /// RFC 9293 section 3.10.7.1: "SEQ=0, ACK=SEG.SEQ+SEG.LEN, CTL=RST,ACK", where SYN and FIN count.
+    fn rule_14_a_segment_without_ack_is_acknowledged_by_its_reset<F: Names>() {
+        for (flags, payload, length) in [
+            (Flags::SYN, &b""[..], 1),
+            (Flags::SYN, b"fast open", 10),
+            (Flags::SYN | Flags::FIN, b"", 2),
+            (Flags::FIN, b"abc", 4),
+            (0, b"abc", 3),
+            (0, b"", 0),
+        ] {
+            let frame = segment::<F>(flags, payload);
+            let expected = reset(&frame, 0, SEQ.wrapping_add(length), Flags::RST | Flags::ACK);
+            assert_eq!(refused(&frame, &world()), Ok(expected.build()), "{flags:#x} {payload:?}");
+        }
+    }
+
+    /// The same: "SEQ=SEG.ACK, CTL=RST".
+    fn a_segment_with_ack_gives_its_reset_the_number<F: Names>() {
+        for flags in [Flags::ACK, Flags::SYN | Flags::ACK, Flags::FIN | Flags::ACK, Flags::ACK | 8] {
+            for payload in [&b""[..], b"payload"] {
+                let frame = segment::<F>(flags, payload);
+                let expected = reset(&frame, 77_000, 0, Flags::RST);
+                assert_eq!(refused(&frame, &world()), Ok(expected.build()), "{flags:#x}");
+            }
+        }
+    }
+
+    /// A virtual machine's device may pad short frames: a number beyond what was sent would be ignored.
+    fn padding_is_not_acknowledged<F: Names>() {
+        let frame = Frame::tcp((F::pod(1), 4000), (F::vip(9), 80), Flags::SYN);
+        let mut packet = frame.packet();
+        packet.0.extend([0; 6]);
+        assert_eq!(crate::pod::leaving(&mut packet, &world()), Ok(Verdict::Reply));
+        assert_eq!(packet.0, reset(&frame, 0, 0x0102_0305, Flags::RST | Flags::ACK).build());
+    }
+
+    fn a_reset_is_never_answered<F: Names>() {
+        for flags in [Flags::RST, Flags::RST | Flags::ACK, Flags::RST | Flags::SYN] {
+            assert_eq!(refused(&segment::<F>(flags, b""), &world()), Err(DropReason::NoEndpoint));
+        }
+    }
+
+    /// The packet's IP header and eight bytes, as they were.
+    fn quote(frame: &Frame, header: usize) -> Frame {
+        let (kind, code) = if header < 40 || frame.src.ip().is_ipv4() { (3, 3) } else { (1, 4) };
+        let bytes = frame.build();
+        let quoted = &bytes[L3 as usize..][..header + UdpHdr::LEN];
+        let Macs { dst, src } = frame.macs;
+        let answer = Frame::icmp(frame.dst, frame.src, kind, code).payload(quoted);
+        Frame { macs: Macs { dst: src, src: dst }, ..answer }
+    }
+
+    fn rule_14_a_datagram_is_answered_by_port_unreachable<F: Names>() {
+        for frame in [query::<F>(), query::<F>().payload(b""), query::<F>().payload(&[9; 1400])] {
+            let expected = quote(&frame, F::HDR_LEN as usize);
+            assert_eq!(refused(&frame, &world()), Ok(expected.build()));
+        }
+    }
+
+    fn a_refusal_behind_options_or_extension_headers<F: Names>() {
+        let more = if F::CSUM_OFF.is_some() { 8 } else { 24 };
+        let frame = query::<F>().extended();
+        let expected = quote(&frame, F::HDR_LEN as usize + more);
+        assert_eq!(refused(&frame, &world()), Ok(expected.build()));
+        let frame = segment::<F>(Flags::SYN, b"").extended();
+        let answer = reset(&frame, 0, SEQ.wrapping_add(1), Flags::RST | Flags::ACK);
+        assert_eq!(refused(&frame, &world()), Ok(answer.build()));
+    }
+
+    #[test]
+    fn more_extension_headers_than_can_be_quoted_are_dropped_by_name() {
+        let frame = Frame { extensions: vec![(60, 11)], ..query::<V6>() };
+        assert_eq!(refused(&frame, &world()), Err(DropReason::ExtensionHeaders));
+        let frame = Frame { extensions: vec![(60, 10)], ..query::<V6>() };
+        assert_eq!(refused(&frame, &world()), Ok(quote(&frame, 120).build()));
+    }
+
+    fn a_fragment_is_not_refused<F: Names>() {
+        let first = query::<F>().payload(&[1; 64]).part(Part::First);
+        assert_eq!(refused(&first, &world()), Err(DropReason::Fragment));
+    }
+
+    /// Every sum that a payload word can lead to.
+    fn every_refusal_verifies<F: Names>() {
+        let fake = world();
+        for port in 0..=u16::MAX {
+            let frame = Frame::udp((F::pod(1), port), (F::vip(9), 53));
+            refused(&frame, &fake).unwrap();
+            refused(
+                &Frame { dst_port: 80, ..segment::<F>(Flags::SYN, b"") }.sent_from((F::pod(1), port)),
+                &fake,
+            )
+            .unwrap();
+        }
+    }
 }

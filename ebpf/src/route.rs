@@ -1,9 +1,11 @@
 //! Where a packet goes once its addresses are final.
 
+use ferroflow_common::abi::conntrack::Entry;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::Family;
 use ferroflow_common::verdict::Verdict;
 
+use crate::nat::Rewrite;
 use crate::tables::Tables;
 
 /// A local pod directly, everything else by the kernel's routes.
@@ -12,5 +14,14 @@ pub fn route<F: Family, T: Tables<F>>(tables: &T, dst: &Addr) -> Verdict {
     match tables.endpoint(dst) {
         Some(endpoint) => Verdict::Pod { ifindex: endpoint.ifindex },
         None => Verdict::Stack,
+    }
+}
+
+/// The same for a packet that was rewritten, which the stack may not accept any more.
+#[inline(always)]
+pub fn rewritten<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite) -> Verdict {
+    match route::<F, T>(tables, to.dst()) {
+        Verdict::Stack if to.flags & Entry::OWN_SOURCE != 0 => Verdict::Forward,
+        verdict => verdict,
     }
 }

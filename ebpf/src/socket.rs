@@ -3,7 +3,7 @@
 //! A destination that is no service, or a service without usable endpoints, is left as it is: the packet path then
 //! passes or refuses it, with the same answer on every kernel (a cgroup program cannot set an errno before 5.18).
 
-use ferroflow_common::abi::lb::Backend;
+use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey};
 use ferroflow_common::abi::socket::Translation;
 use ferroflow_common::addr::{Addr, Port, Proto};
 
@@ -21,7 +21,14 @@ pub struct Peer {
 /// The backend for a new connection; `entropy` stands in for the flow's hash, since the source port is not known yet.
 #[inline(always)]
 pub fn connect<T: Services>(tables: &T, peer: &Peer, entropy: u32) -> Option<Translation> {
-    let frontend = lb::frontend(tables, peer.addr, peer.port, peer.proto)?;
+    let Peer { addr, port, proto } = *peer;
+    let mut key = FrontendKey { addr, port, proto, scope: FrontendKey::EXTERNAL };
+    let frontend = tables.frontend(&key)?;
+    // Affinity and source ranges go by the client's address, which a socket need not have yet.
+    if frontend.affinity != 0 || frontend.flags & Frontend::SOURCE_RANGES != 0 {
+        return None;
+    }
+    let frontend = lb::internal(tables, frontend, &mut key);
     let Ok(Choice::Backend { index, backend }) = lb::choose(tables, &frontend, entropy) else { return None };
     Some(Translation {
         frontend: peer.addr,

@@ -8,17 +8,18 @@ use anyhow::Result;
 
 use crate::test::{Scope, Tally};
 use crate::toolchain::{Toolchain, succeed};
-use crate::{demo, layers, setup, test};
+use crate::{compile, demo, layers, setup, test, verify};
 
 /// Runs one part and returns its tests.
 type Part = fn(&Toolchain) -> Result<Tally>;
 
-const PARTS: [(&str, Part); 6] = [
+const PARTS: [(&str, Part); 7] = [
     ("setup", setup),
     ("format", format),
     ("lints", lints),
     ("layers", layers),
     ("test", all_tests),
+    ("verify", verify::part),
     ("demo", demonstrate),
 ];
 
@@ -59,7 +60,8 @@ fn format(toolchain: &Toolchain) -> Result<Tally> {
 fn lints(toolchain: &Toolchain) -> Result<Tally> {
     let mut clippy = toolchain.cargo();
     clippy.args(["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"]);
-    check(&mut clippy)
+    check(&mut clippy)?;
+    check(compile::object_cargo(toolchain, "clippy").args(["--", "--deny", "warnings"]))
 }
 
 fn check(command: &mut Command) -> Result<Tally> {
@@ -78,7 +80,8 @@ fn all_tests(toolchain: &Toolchain) -> Result<Tally> {
 
 fn demonstrate(toolchain: &Toolchain) -> Result<Tally> {
     let mut tally = Tally::default();
-    let done = test::stream(&mut demo::command(toolchain, &[])?, stdout(), |line| tally += checks(line))?;
+    let done =
+        test::stream(&mut demo::command(toolchain, "demo", &[])?, stdout(), |line| tally += checks(line))?;
     if !done && tally.failed == 0 {
         tally.failed = 1;
     }

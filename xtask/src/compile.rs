@@ -62,18 +62,27 @@ pub(crate) fn run(toolchain: &Toolchain, profile: Profile) -> Result<Built> {
 
 /// The one ELF with all programs. Always optimised: unoptimised programs do not fit the verifier's limits.
 fn object(toolchain: &Toolchain, linker: &Path) -> Result<PathBuf> {
-    let target = toolchain.target("bpf");
-    let mut cargo = toolchain.cargo();
-    cargo.args(["build", "--locked", "--package", "ferroflow-ebpf", "--bin", OBJECT, "--features", "object"]);
-    cargo.args(["--release", "--target", BPF, "-Zbuild-std=core"]);
-    // build-std is unstable; the pinned compiler makes it reproducible all the same.
-    cargo.env("RUSTC_BOOTSTRAP", "1").env("CARGO_TARGET_DIR", &target);
-    cargo.env(target_key(BPF, "LINKER"), linker);
-    cargo.env(target_key(BPF, "RUSTFLAGS"), BPF_FLAGS);
+    let mut cargo = object_cargo(toolchain, "build");
+    cargo.args(["--release"]).env(target_key(BPF, "LINKER"), linker);
     // The debug information becomes the BTF.
     cargo.env("CARGO_PROFILE_RELEASE_STRIP", "none");
     succeed(&mut cargo)?;
-    Ok(target.join(BPF).join("release").join(OBJECT))
+    Ok(object_target(toolchain).join(BPF).join("release").join(OBJECT))
+}
+
+/// cargo for the object; a verb that links needs the linker too.
+pub(crate) fn object_cargo(toolchain: &Toolchain, verb: &str) -> Command {
+    let mut cargo = toolchain.cargo();
+    cargo.args([verb, "--locked", "--package", "ferroflow-ebpf", "--bin", OBJECT, "--features", "object"]);
+    cargo.args(["--target", BPF, "-Zbuild-std=core"]);
+    // build-std is unstable; the pinned compiler makes it reproducible all the same.
+    cargo.env("RUSTC_BOOTSTRAP", "1").env("CARGO_TARGET_DIR", object_target(toolchain));
+    cargo.env(target_key(BPF, "RUSTFLAGS"), BPF_FLAGS);
+    cargo
+}
+
+fn object_target(toolchain: &Toolchain) -> PathBuf {
+    toolchain.target("bpf")
 }
 
 fn binary(toolchain: &Toolchain, profile: Profile, object: &Path) -> Result<PathBuf> {

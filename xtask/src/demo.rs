@@ -1,4 +1,4 @@
-//! Builds what the demo shows and runs it.
+//! Builds programs of bpf-tests, such as the demo, and runs them.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -9,31 +9,33 @@ use anyhow::{Context, Result, bail};
 use crate::compile::{self, Built, Profile};
 use crate::toolchain::{Toolchain, succeed};
 
-pub(crate) fn run(toolchain: &Toolchain, args: &[String]) -> Result<ExitCode> {
-    let mut demo = command(toolchain, args)?;
-    let status = demo.status().with_context(|| format!("cannot start {}", demo.get_program().display()))?;
+pub(crate) fn run(toolchain: &Toolchain, name: &str, args: &[String]) -> Result<ExitCode> {
+    let mut command = command(toolchain, name, args)?;
+    let status =
+        command.status().with_context(|| format!("cannot start {}", command.get_program().display()))?;
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
-/// The built demo, ready to start. Only the demo itself needs root: nothing is built as root unless xtask runs so.
-pub(crate) fn command(toolchain: &Toolchain, args: &[String]) -> Result<Command> {
+/// The built program, ready to start. Only it needs root: nothing is built as root unless xtask runs so.
+pub(crate) fn command(toolchain: &Toolchain, name: &str, args: &[String]) -> Result<Command> {
     let built = compile::run(toolchain, Profile::Dev)?;
-    succeed(built.cargo(toolchain, "build")?.args(["--bin", "demo"])).context("the demo does not build")?;
-    let program = built.program(toolchain, "demo")?;
+    succeed(built.cargo(toolchain, "build")?.args(["--bin", name]))
+        .with_context(|| format!("{name} does not build"))?;
+    let program = built.program(toolchain, name)?;
     if !is_root()? {
-        bail!("{}", needs_root(&built, &program.display().to_string(), args));
+        bail!("{}", needs_root(&built, name, &program.display().to_string(), args));
     }
-    let mut demo = Command::new(program);
-    demo.args(args).current_dir(toolchain.root()).envs(built.env());
-    Ok(demo)
+    let mut command = Command::new(program);
+    command.args(args).current_dir(toolchain.root()).envs(built.env());
+    Ok(command)
 }
 
-fn needs_root(built: &Built, program: &str, args: &[String]) -> String {
+fn needs_root(built: &Built, name: &str, program: &str, args: &[String]) -> String {
     let env = built.env().map(|(name, path)| format!("{name}={}", path.display())).join(" ");
     let command = format!("sudo {env} {program} {}", args.join(" "));
     format!(
-        "the demo makes network namespaces and loads BPF programs, which needs root. All is built; run it with:\n  {}",
+        "{name} makes namespaces and loads BPF programs, which needs root. All is built; run it with:\n  {}",
         command.trim_end()
     )
 }

@@ -10,6 +10,7 @@ mod paths;
 mod setup;
 mod test;
 mod toolchain;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -60,6 +61,14 @@ enum Verb {
         /// Run only tests whose name contains this
         filter: Option<String>,
     },
+    /// Show what the programs cost the verifier, the stack and a packet; fails where they grew; needs root
+    ///
+    /// Verified instructions are compared with bpf-tests/verified.json, where this kernel has a row there.
+    Verify {
+        /// Passed on: `--update` writes this kernel's row; see `cargo xtask verify -- --help`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Check the architecture: who may import whom, file names, where `unsafe` may stand
     Layers,
     /// Run what CI runs: format, lints, layers, tests, demo
@@ -87,7 +96,8 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             let profile = if release { Profile::Release } else { Profile::Dev };
             println!("{}", compile::run(&toolchain, profile)?);
         }
-        Verb::Demo { args } => return demo::run(&toolchain, &args),
+        Verb::Demo { args } => return demo::run(&toolchain, "demo", &args),
+        Verb::Verify { args } => return verify::run(&toolchain, &args),
         Verb::Test { unit, filter } => {
             let scope = if unit { Scope::Unit } else { Scope::All };
             return Ok(test::run(&toolchain, scope, filter.as_deref()).report());

@@ -53,7 +53,7 @@ pub(super) fn list(maps: &KernelMaps) -> Result<Answer, CliError> {
 
 /// `None` for the reply half of a flow and for what has expired.
 fn row<F: Family>(maps: &KernelMaps, tuple: &Tuple<F::Bytes>, entry: &Entry, now: u32) -> Option<Row> {
-    if !entry.is_forward() || entry.expires < now {
+    if entry.kind != Entry::FORWARD || entry.expires < now {
         return None;
     }
     let backend = maps.read::<Backends>(entry.backend).ok();
@@ -61,7 +61,7 @@ fn row<F: Family>(maps: &KernelMaps, tuple: &Tuple<F::Bytes>, entry: &Entry, now
         protocol: tuple.proto.to_string(),
         client: socket(F::addr(tuple.src), tuple.src_port),
         frontend: socket(F::addr(tuple.dst), tuple.dst_port),
-        backend: socket(entry.nat, entry.nat_port),
+        backend: socket(entry.dst, entry.dst_port),
         state: State(entry.state).name(tuple.proto),
         expires: entry.expires - now,
         backend_serves: backend.is_some_and(|Backend { generation, .. }| generation == entry.generation),

@@ -92,7 +92,8 @@ fn flows<F: Family>(rows: &[(Tuple<F::Bytes>, Entry)]) -> Vec<Value> {
                 "proto": tuple.proto.to_string(),
             },
             "value": {
-                "nat": entry.nat.to_string(), "nat_port": entry.nat_port.host(), "kind": entry.kind,
+                "src": entry.src.to_string(), "dst": entry.dst.to_string(),
+                "src_port": entry.src_port.host(), "dst_port": entry.dst_port.host(), "kind": entry.kind,
                 "state": entry.state, "service": entry.service, "backend": entry.backend,
                 "generation": entry.generation, "expires": entry.expires,
             },

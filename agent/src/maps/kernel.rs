@@ -17,6 +17,7 @@ use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::verdict::DropReason;
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
+use super::batch;
 use super::{
     ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Plain, Services, Slots,
     SourceRanges,
@@ -109,15 +110,47 @@ impl KernelMaps {
     where
         Tuple<A>: Plain,
     {
-        let name = if size_of::<A>() == 4 { "conntrack_v4" } else { "conntrack_v6" };
-        let map =
-            HashMap::<_, Raw<Tuple<A>>, Raw<Entry>>::try_from(Map::LruHashMap(pinned(&self.dir, name)?))
-                .map_err(|error| kernel_error(name, "open", error))?;
-        map.iter()
-            .filter(|row| !matches!(row, Err(AyaError::KeyNotFound)))
-            .map(|row| row.map(|(Raw(tuple), Raw(entry))| (tuple, entry)))
-            .collect::<Result<_, _>>()
-            .map_err(|error| kernel_error(name, "dump", error))
+        let name = conntrack_name::<A>();
+        let map = pinned(&self.dir, name)?;
+        let mut rows = Vec::new();
+        batch::for_each(map.fd().as_fd(), |tuple: &Tuple<A>, entry: &Entry| rows.push((*tuple, *entry)))
+            .map_err(|source| MapError::Kernel { map: name, call: "lookup batch", source })?;
+        Ok(rows)
+    }
+
+    /// Deletes the flows of one family that were idle longer than they live, as of `now` (seconds of
+    /// `CLOCK_BOOTTIME`), and counts.
+    ///
+    /// A flow that wakes up between the second look and its deletion, a microsecond, is forgotten and opened anew by
+    /// its next packet.
+    ///
+    /// # Errors
+    /// The kernel's refusal; what was deleted stays deleted.
+    pub fn sweep_conntrack<A>(&self, now: u32) -> Result<Sweep, MapError>
+    where
+        Tuple<A>: Plain,
+    {
+        let name = conntrack_name::<A>();
+        let map = pinned(&self.dir, name)?;
+        let mut sweep = Sweep::default();
+        let mut expired = Vec::new();
+        batch::for_each(map.fd().as_fd(), |tuple: &Tuple<A>, entry: &Entry| {
+            sweep.seen += 1;
+            if entry.expires < now {
+                expired.push(*tuple);
+            }
+        })
+        .map_err(|source| MapError::Kernel { map: name, call: "lookup batch", source })?;
+        let mut map = HashMap::<_, Raw<Tuple<A>>, Raw<Entry>>::try_from(Map::LruHashMap(map))
+            .map_err(|error| kernel_error(name, "open", error))?;
+        for tuple in expired {
+            let still = map.get(&Raw(tuple), 0).is_ok_and(|Raw(entry)| entry.expires < now);
+            // That it is gone by now is what was wanted.
+            if still && map.remove(&Raw(tuple)).is_ok() {
+                sweep.deleted += 1;
+            }
+        }
+        Ok(sweep)
     }
 
     fn hash<T: HashTable>(&self) -> Result<Hash<&MapData, T>, MapError> {
@@ -136,7 +169,18 @@ impl KernelMaps {
     }
 }
 
+/// What a sweep found, in entries; a flow has two.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sweep {
+    pub seen: u64,
+    pub deleted: u64,
+}
+
 const STATE: &str = "agent";
+
+const fn conntrack_name<A>() -> &'static str {
+    if size_of::<A>() == 4 { "conntrack_v4" } else { "conntrack_v6" }
+}
 
 /// aya's typed view of one of our tables.
 type Hash<M, T> = HashMap<M, Raw<<T as HashTable>::Key>, Raw<<T as HashTable>::Value>>;

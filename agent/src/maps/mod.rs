@@ -2,6 +2,7 @@
 //!
 //! Two implementations: `kernel` (pinned BPF maps) and `fake` (ordinary maps that may fail on purpose).
 
+mod batch;
 pub mod fake;
 pub mod kernel;
 

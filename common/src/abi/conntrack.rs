@@ -1,5 +1,5 @@
 //! Tracked flows. A flow through a service has two entries, one per direction, each found by the tuple of the packet
-//! as it arrives; an entry holds what the other one's key is made of, so either finds its partner.
+//! as it arrives. An entry says what that tuple becomes, so its partner's key is that, turned around.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -35,14 +35,20 @@ pub struct Tuple<A> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Entry {
-    /// What the packet's address becomes: forward, the destination becomes the backend's; reply, the source becomes
-    /// the frontend's.
-    pub nat: Addr,
-    pub nat_port: Port,
-    /// [`Entry::FORWARD`] or [`Entry::REPLY`], with [`Entry::LOOPED`].
+    /// What the packet's source becomes. Forward: the client's own, or what stands in for it (rule 26). Reply: the
+    /// frontend's.
+    pub src: Addr,
+    /// What the packet's destination becomes. Forward: the backend's. Reply: the client's own.
+    pub dst: Addr,
+    pub src_port: Port,
+    pub dst_port: Port,
+    /// [`Entry::FORWARD`] or [`Entry::REPLY`].
     pub kind: u8,
     /// The bits of [`crate::tcp::State`].
     pub state: u8,
+    /// [`Entry::OWN_SOURCE`].
+    pub flags: u8,
+    pub reserved: u8,
     pub service: u32,
     pub backend: u32,
     /// The backend's generation when the flow chose it.
@@ -54,17 +60,7 @@ pub struct Entry {
 impl Entry {
     pub const FORWARD: u8 = 1;
     pub const REPLY: u8 = 2;
-    /// The client is its own backend (rule 26 b). A pod does not take packets from its own address, so the frontend's
-    /// address stands in for the client's: the other end's address becomes what the rewritten end's was.
-    pub const LOOPED: u8 = 4;
-
-    #[inline(always)]
-    pub const fn is_forward(&self) -> bool {
-        self.kind & Self::FORWARD != 0
-    }
-
-    #[inline(always)]
-    pub const fn is_looped(&self) -> bool {
-        self.kind & Self::LOOPED != 0
-    }
+    /// The source becomes this node's own address: the stack would take such a packet for a forgery, so it goes out of
+    /// its device at once.
+    pub const OWN_SOURCE: u8 = 1;
 }

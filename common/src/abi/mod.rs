@@ -7,6 +7,7 @@
 pub mod conntrack;
 pub mod endpoint;
 pub mod lb;
+pub mod node;
 pub mod socket;
 pub mod state;
 
@@ -21,5 +22,5 @@ const _: () = {
     assert!(size_of::<lb::Affinity>() == 12);
     assert!(size_of::<conntrack::Tuple<[u8; 4]>>() == 16);
     assert!(size_of::<conntrack::Tuple<[u8; 16]>>() == 40);
-    assert!(size_of::<conntrack::Entry>() == 36);
+    assert!(size_of::<conntrack::Entry>() == 56);
 };

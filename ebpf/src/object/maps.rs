@@ -1,12 +1,17 @@
 //! Every map, and the library's view of them. Sizes here are defaults: the agent sets them when it loads.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage};
-use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_boot_ns};
 use aya_ebpf::macros::btf_map;
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
-use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey, ServiceName};
+use ferroflow_common::abi::lb::{
+    Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient, ServiceName, SourceRange,
+    SourceRangeKey,
+};
+use ferroflow_common::abi::node::{Masquerade, NodeAddress};
 use ferroflow_common::abi::socket::Translation;
 use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::addr::Addr;
@@ -21,6 +26,12 @@ const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 #[btf_map(name = "frontends", pin_by_name)]
 static FRONTENDS: HashMap<FrontendKey, Frontend, 131_072, ON_DEMAND> = HashMap::new();
 
+#[btf_map(name = "source_ranges", pin_by_name)]
+static SOURCE_RANGES: LpmTrie<ServiceClient, SourceRange, 65_536> = LpmTrie::new();
+
+#[btf_map(name = "affinity", pin_by_name)]
+static AFFINITY: LruHashMap<AffinityKey, Affinity, 65_536> = LruHashMap::new();
+
 #[btf_map(name = "slots", pin_by_name)]
 static SLOTS: Array<u32, 1_048_576, MMAP> = Array::new();
 
@@ -32,6 +43,12 @@ static SERVICES: HashMap<u32, ServiceName, 131_072, ON_DEMAND> = HashMap::new();
 
 #[btf_map(name = "endpoints", pin_by_name)]
 static ENDPOINTS: HashMap<Addr, Endpoint, 4_096, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "node_addresses", pin_by_name)]
+static NODE_ADDRESSES: HashMap<Addr, NodeAddress, 1_024, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "masquerade", pin_by_name)]
+static MASQUERADE: Array<Masquerade, 1, MMAP> = Array::new();
 
 #[btf_map(name = "conntrack_v4", pin_by_name)]
 static CONNTRACK_V4: LruHashMap<Tuple<[u8; 4]>, Entry, 262_144> = LruHashMap::new();
@@ -66,6 +83,31 @@ impl Services for Kernel {
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
         // SAFETY: copied before anything else is called; the agent replaces a row by a new one, never in place.
         unsafe { FRONTENDS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn node_address(&self, addr: &Addr) -> Option<NodeAddress> {
+        // SAFETY: copied before anything else is called.
+        unsafe { NODE_ADDRESSES.get(addr) }.copied()
+    }
+
+    #[inline(always)]
+    fn allows(&self, client: &ServiceClient) -> bool {
+        SOURCE_RANGES
+            .get(&Key::new(SourceRangeKey::EVERY_BIT, *client))
+            .is_some_and(|verdict| *verdict == SourceRangeKey::ALLOW)
+    }
+
+    #[inline(always)]
+    fn remembered(&self, key: &AffinityKey) -> Option<Affinity> {
+        // SAFETY: copied before anything else is called.
+        unsafe { AFFINITY.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn remember(&self, key: &AffinityKey, choice: &Affinity) {
+        // Where the kernel refuses, the client's next connection chooses anew: no reason to fail this one.
+        let _forgotten = AFFINITY.insert(key, choice, u64::from(BPF_ANY));
     }
 
     #[inline(always)]
@@ -104,10 +146,12 @@ pub(crate) trait Flows: Family {
     fn lookup(tuple: &Aligned<Tuple<Self::Bytes>>) -> Option<*mut Entry>;
     fn insert(tuple: &Aligned<Tuple<Self::Bytes>>, entry: &Entry, flags: u64) -> Result<(), i32>;
     fn remove(tuple: &Aligned<Tuple<Self::Bytes>>);
+    /// The node's address of this family.
+    fn own(masquerade: &Masquerade) -> Self::Bytes;
 }
 
 macro_rules! flows {
-    ($family:ty, $map:ident) => {
+    ($family:ty, $map:ident, $own:ident) => {
         impl Flows for $family {
             #[inline(always)]
             fn lookup(tuple: &Aligned<Tuple<Self::Bytes>>) -> Option<*mut Entry> {
@@ -124,12 +168,17 @@ macro_rules! flows {
                 // That it is gone already is what was wanted.
                 let _gone = $map.remove(&tuple.0);
             }
+
+            #[inline(always)]
+            fn own(masquerade: &Masquerade) -> Self::Bytes {
+                Self::bytes(&masquerade.$own)
+            }
         }
     };
 }
 
-flows!(V4, CONNTRACK_V4);
-flows!(V6, CONNTRACK_V6);
+flows!(V4, CONNTRACK_V4, v4);
+flows!(V6, CONNTRACK_V6, v6);
 
 const EEXIST: i32 = -17;
 
@@ -171,8 +220,19 @@ impl<F: Flows> Tables<F> for Kernel {
     }
 
     #[inline(always)]
+    fn masquerade(&self) -> F::Bytes {
+        F::own(MASQUERADE.get(0).unwrap_or(&Masquerade { v4: Addr::UNSPECIFIED, v6: Addr::UNSPECIFIED }))
+    }
+
+    #[inline(always)]
     fn now(&self) -> u32 {
         // SAFETY: the helper takes nothing and cannot fail.
         (unsafe { bpf_ktime_get_boot_ns() } / 1_000_000_000) as u32
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { bpf_get_prandom_u32() }
     }
 }

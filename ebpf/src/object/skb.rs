@@ -5,19 +5,53 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
-use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
-use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_csum_update, bpf_skb_load_bytes};
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
+    bpf_fib_lookup,
+};
+use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_csum_update, bpf_fib_lookup, bpf_skb_load_bytes};
 use aya_ebpf::programs::TcContext;
 use ferroflow_common::csum::Sum;
+use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::DropReason;
-use ferroflow_ebpf::packet::{L4Change, Packet, SUM_MAX};
+use ferroflow_ebpf::packet::{L3, L4Change, Packet, SUM_MAX};
 
 pub(crate) struct Skb(pub(crate) TcContext);
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
 
 /// How far into the packet direct reads go: the verifier wants a bound, and headers end long before.
 const DIRECT: u32 = 0x700;
 
 impl Skb {
+    /// The device that the kernel's routes send the packet out of, as it now is.
+    #[inline(never)]
+    pub(crate) fn output_device(&self) -> Option<u32> {
+        // SAFETY: plain numbers; zero is a valid value of every field.
+        let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+        if self.ethertype() == V4::ETHERTYPE {
+            let [src, dst] = self.words(L3 + V4::SRC_OFF)?;
+            query.family = AF_INET;
+            query.__bindgen_anon_3.ipv4_src = src;
+            query.__bindgen_anon_4.ipv4_dst = dst;
+        } else {
+            let [s0, s1, s2, s3, d0, d1, d2, d3] = self.words(L3 + V6::SRC_OFF)?;
+            query.family = AF_INET6;
+            query.__bindgen_anon_3.ipv6_src = [s0, s1, s2, s3];
+            query.__bindgen_anon_4.ipv6_dst = [d0, d1, d2, d3];
+        }
+        // SAFETY: the context is the program's own `__sk_buff`.
+        query.ifindex = unsafe { (*self.0.as_ptr().cast::<__sk_buff>()).ingress_ifindex };
+        let size = size_of::<bpf_fib_lookup>() as i32;
+        // SAFETY: the helper reads and writes `size` bytes.
+        let answer = unsafe { bpf_fib_lookup(self.0.as_ptr(), &raw mut query, size, 0) };
+        // A neighbour that is not known is asked for when the packet is sent.
+        let found =
+            answer == i64::from(BPF_FIB_LKUP_RET_SUCCESS) || answer == i64::from(BPF_FIB_LKUP_RET_NO_NEIGH);
+        found.then_some(query.ifindex)
+    }
+
     /// `__sk_buff::data` and `data_end`, loaded by instructions that the compiler cannot split or move apart: the
     /// verifier recognises a packet pointer only in a plain 32-bit load.
     #[inline(always)]
@@ -84,6 +118,23 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn forget(&self, number: u32) -> u32 {
+        let mut number = u64::from(number);
+        let unknown = u64::from(self.0.len());
+        // SAFETY: adds nothing: what is mixed in is taken out again, which the verifier does not relate.
+        unsafe {
+            asm!(
+                "{0} ^= {1}",
+                "{0} ^= {1}",
+                inout(reg) number,
+                in(reg) unknown,
+                options(pure, nomem, nostack),
+            );
+        }
+        number as u32
+    }
+
+    #[inline(always)]
     fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
         if let Some(words) = self.linear(offset) {
             return Some(words);
@@ -98,9 +149,14 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn sum(&self, offset: u32, length: u32) -> Option<Sum> {
-        if length == 0 || length > SUM_MAX || length & 3 != 0 {
+        let mut length = u64::from(length);
+        // SAFETY: adds nothing; the compiler no longer knows a bound that it may have seen elsewhere, and so leaves
+        // the check below to the register that the verifier looks at.
+        unsafe { asm!("{0} += 0", inout(reg) length, options(pure, nomem, nostack)) };
+        if length == 0 || length > u64::from(SUM_MAX) || length & 3 != 0 {
             return None;
         }
+        let length = length as u32;
         let mut bytes = [0u32; SUM_MAX as usize / 4];
         let buffer = bytes.as_mut_ptr();
         // SAFETY: `length` is at most the size of the buffer.

@@ -33,15 +33,19 @@ trait SockAddr {
 impl SockAddr for V4 {
     #[inline(always)]
     unsafe fn addr(ctx: *mut bpf_sock_addr) -> Addr {
-        // SAFETY: the caller's promise; volatile keeps it one 32-bit access, all that the kernel allows here.
-        Addr::v4(unsafe { (&raw const (*ctx).user_ip4).read_volatile() }.to_ne_bytes())
+        // SAFETY: the caller's promise.
+        let field = unsafe { &raw const (*ctx).user_ip4 };
+        // SAFETY: as above; volatile keeps it one 32-bit access, all that the kernel allows here.
+        Addr::v4(unsafe { field.read_volatile() }.to_ne_bytes())
     }
 
     #[inline(always)]
     unsafe fn set_addr(ctx: *mut bpf_sock_addr, addr: &Addr) {
         let word = u32::from_ne_bytes(addr.v4_bytes());
+        // SAFETY: the caller's promise.
+        let field = unsafe { &raw mut (*ctx).user_ip4 };
         // SAFETY: as above.
-        unsafe { (&raw mut (*ctx).user_ip4).write_volatile(word) };
+        unsafe { field.write_volatile(word) };
     }
 }
 
@@ -50,8 +54,10 @@ impl SockAddr for V6 {
     unsafe fn addr(ctx: *mut bpf_sock_addr) -> Addr {
         let mut bytes = [0; 16];
         for (index, chunk) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            // SAFETY: as above; the field has four words and the array four chunks.
-            *chunk = unsafe { (&raw const (*ctx).user_ip6[index]).read_volatile() }.to_ne_bytes();
+            // SAFETY: the caller's promise; the field has four words and the array four chunks.
+            let field = unsafe { &raw const (*ctx).user_ip6[index] };
+            // SAFETY: as above.
+            *chunk = unsafe { field.read_volatile() }.to_ne_bytes();
         }
         Addr::v6(bytes)
     }
@@ -60,8 +66,10 @@ impl SockAddr for V6 {
     unsafe fn set_addr(ctx: *mut bpf_sock_addr, addr: &Addr) {
         for (index, chunk) in addr.bytes.as_chunks::<4>().0.iter().enumerate() {
             let word = u32::from_ne_bytes(*chunk);
+            // SAFETY: the caller's promise; the field has four words and the array four chunks.
+            let field = unsafe { &raw mut (*ctx).user_ip6[index] };
             // SAFETY: as above.
-            unsafe { (&raw mut (*ctx).user_ip6[index]).write_volatile(word) };
+            unsafe { field.write_volatile(word) };
         }
     }
 }
@@ -71,8 +79,10 @@ impl SockAddr for V6 {
 fn peer<F: SockAddr>(ctx: &SockAddrContext) -> Peer {
     // SAFETY: the context is the running program's own, of this family.
     let addr = unsafe { F::addr(ctx.sock_addr) };
+    // SAFETY: as above.
+    let field = unsafe { &raw const (*ctx.sock_addr).user_port };
     // SAFETY: as above; the port is the low half, in network order.
-    let port = unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() } as u16;
+    let port = unsafe { field.read_volatile() } as u16;
     // SAFETY: as above.
     let proto = unsafe { (*ctx.sock_addr).protocol } as u8;
     Peer { addr, port: Port { be: port.to_ne_bytes() }, proto: Proto { number: proto } }
@@ -84,7 +94,9 @@ fn redirect<F: SockAddr>(ctx: &SockAddrContext, addr: &Addr, port: Port) {
     unsafe { F::set_addr(ctx.sock_addr, addr) };
     let port = u32::from(u16::from_ne_bytes(port.be));
     // SAFETY: as above.
-    unsafe { (&raw mut (*ctx.sock_addr).user_port).write_volatile(port) };
+    let field = unsafe { &raw mut (*ctx.sock_addr).user_port };
+    // SAFETY: as above.
+    unsafe { field.write_volatile(port) };
 }
 
 #[inline(always)]

@@ -1,0 +1,237 @@
+//! The real programs in this machine's kernel, run on one packet at a time (`BPF_PROG_TEST_RUN`), and the library on
+//! the same packet.
+
+use std::{collections::BTreeMap, env, fs, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use aya::{
+    maps::{HashMap, Map, MapData},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+};
+use ferroflow::{
+    boottime,
+    config::{Attach, Bpffs, SocketLb},
+    datapath::{Datapath, Options},
+    maps::{Backends, Endpoints, Frontends, Maps as _, Slots, kernel::KernelMaps},
+};
+use ferroflow_common::{
+    abi::conntrack::{Entry, Tuple},
+    addr::Addr,
+    family::{Family as _, V4, V6},
+    verdict::{DropReason, Verdict},
+};
+use ferroflow_ebpf::{
+    conntrack,
+    packet::{Bytes, Packet as _},
+    parse::headers,
+    pod,
+    tables::fake::Fake,
+};
+use zerocopy::{FromBytes as _, Immutable, IntoBytes};
+
+use crate::sandbox::Place;
+
+/// The loaded object with maps of its own.
+pub struct Programs {
+    pub datapath: Datapath,
+    tables: KernelMaps,
+    bpffs: Bpffs,
+}
+
+/// A program that takes packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Program {
+    PodEgress,
+    PodIngress,
+}
+
+/// What TC does with the packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// On to whatever comes next: `TC_ACT_UNSPEC`.
+    Next,
+    /// To another interface, or back: `TC_ACT_REDIRECT`.
+    Redirect,
+    /// Dropped and counted: `TC_ACT_SHOT`.
+    Drop,
+}
+
+type EntryBytes = [u8; size_of::<Entry>()];
+
+/// A tuple of either family, v4 addresses mapped.
+pub type Wide = Tuple<[u8; 16]>;
+
+impl Program {
+    pub const ALL: [Self; 2] = [Self::PodEgress, Self::PodIngress];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PodEgress => "pod_egress",
+            Self::PodIngress => "pod_ingress",
+        }
+    }
+
+    /// What the library does with the packet.
+    pub fn on_host(self, packet: &[u8], tables: &Fake) -> (Result<Verdict, DropReason>, Vec<u8>) {
+        let mut bytes = Bytes(packet.to_vec());
+        let verdict = match self {
+            Self::PodEgress => pod::leaving(&mut bytes, tables),
+            Self::PodIngress => pod::entering(&mut bytes, tables),
+        };
+        (verdict, bytes.0)
+    }
+}
+
+impl From<Result<Verdict, DropReason>> for Action {
+    fn from(verdict: Result<Verdict, DropReason>) -> Self {
+        match verdict {
+            Ok(Verdict::Stack) => Self::Next,
+            Ok(Verdict::Pod { .. } | Verdict::Forward | Verdict::Reply) => Self::Redirect,
+            Err(_) => Self::Drop,
+        }
+    }
+}
+
+/// The random number that gives a flow the source port which this packet came out with, where it is one of those that
+/// colliding flows get: the library, having thrown it, decides as the kernel did.
+pub fn thrown(packet: &[u8]) -> Option<u32> {
+    let packet = Bytes(packet.to_vec());
+    let port = match packet.ethertype() {
+        V4::ETHERTYPE => headers::<V4, _>(&packet).ok()??.tuple.src_port,
+        V6::ETHERTYPE => headers::<V6, _>(&packet).ok()??.tuple.src_port,
+        _ => return None,
+    };
+    conntrack::throw_for(port)
+}
+
+/// What an agent without options loads.
+pub const DEFAULTS: (SocketLb, bool) = (SocketLb::Tcp, false);
+
+impl Programs {
+    /// Loads the object that `FERROFLOW_OBJECT` names, with these load-time constants: which sockets are translated,
+    /// and whether drops are logged.
+    pub fn load(place: &Place, (socket_lb, log_drops): (SocketLb, bool)) -> Result<Self> {
+        let bpffs = Bpffs { dir: place.bpffs.clone() };
+        let options = Options { bpffs: bpffs.clone(), socket_lb, attach: Attach::Auto, log_drops };
+        let datapath = Datapath::load(&object()?, options)?;
+        let tables = KernelMaps::open(&bpffs.maps())?;
+        Ok(Self { datapath, tables, bpffs })
+    }
+
+    /// Where a map is pinned.
+    pub fn pin(&self, map: &str) -> PathBuf {
+        self.bpffs.maps().join(map)
+    }
+
+    /// Writes what the tables of a test hold; rows that are not among them stay.
+    pub fn fill(&mut self, tables: &Fake) -> Result<()> {
+        for (index, backend) in (0..).zip(&tables.backends) {
+            self.tables.write::<Backends>(index, backend)?;
+        }
+        for (index, slot) in (0..).zip(&tables.slots) {
+            self.tables.write::<Slots>(index, slot)?;
+        }
+        for (key, frontend) in &tables.frontends {
+            self.tables.put::<Frontends>(key, frontend)?;
+        }
+        for (addr, endpoint) in &tables.endpoints {
+            self.tables.put::<Endpoints>(addr, endpoint)?;
+        }
+        Ok(())
+    }
+
+    /// One packet through one program.
+    pub fn run(&mut self, program: Program, packet: &[u8]) -> Result<(Action, Vec<u8>)> {
+        // Room for what an answer adds.
+        let mut bytes = vec![0; packet.len() + 256];
+        let options =
+            TestRunOptions { data_in: Some(packet), data_out: Some(&mut bytes), ..Default::default() };
+        let result = self.classifier(program)?.test_run(options).context("test run")?;
+        bytes.truncate(result.data_size_out as usize);
+        // TC_ACT_UNSPEC is -1.
+        let action = match result.return_value.cast_signed() {
+            -1 => Action::Next,
+            2 => Action::Drop,
+            7 => Action::Redirect,
+            other => bail!("{} returned {other}", program.name()),
+        };
+        Ok((action, bytes))
+    }
+
+    /// The mean time of `repeat` runs on one packet, which each run finds as the one before left it.
+    pub fn time(&mut self, program: Program, packet: &[u8], repeat: u32) -> Result<Duration> {
+        let options = TestRunOptions { data_in: Some(packet), repeat, ..Default::default() };
+        Ok(self.classifier(program)?.test_run(options).context("test run")?.duration)
+    }
+
+    fn classifier(&mut self, program: Program) -> Result<&mut SchedClassifier> {
+        let name = program.name();
+        let program = self.datapath.programs().program_mut(name).with_context(|| format!("no {name}"))?;
+        Ok(program.try_into()?)
+    }
+
+    /// The connection tables, both families in one.
+    pub fn tracked(&self) -> Result<BTreeMap<Wide, Entry>> {
+        let v4 = self.tables.conntrack::<[u8; 4]>()?.into_iter().map(|(tuple, entry)| (wide(&tuple), entry));
+        Ok(v4.chain(self.tables.conntrack::<[u8; 16]>()?).collect())
+    }
+
+    /// Makes the connection tables hold exactly this.
+    pub fn set_tracked(&mut self, flows: &BTreeMap<Wide, Entry>) -> Result<()> {
+        let mut v4 = self.flows::<16>("conntrack_v4")?;
+        let mut v6 = self.flows::<40>("conntrack_v6")?;
+        for tuple in self.tracked()?.keys().filter(|tuple| !flows.contains_key(*tuple)) {
+            match narrow(tuple) {
+                Some(tuple) => v4.remove(&bytes(&tuple)?)?,
+                None => v6.remove(&bytes(tuple)?)?,
+            }
+        }
+        for (tuple, entry) in flows {
+            match narrow(tuple) {
+                Some(tuple) => {
+                    v4.insert(&bytes::<16>(&tuple)?, &bytes::<{ size_of::<Entry>() }>(entry)?, 0)?
+                }
+                None => v6.insert(&bytes::<40>(tuple)?, &bytes::<{ size_of::<Entry>() }>(entry)?, 0)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn flows<const KEY: usize>(&self, map: &str) -> Result<HashMap<MapData, [u8; KEY], EntryBytes>> {
+        Ok(HashMap::try_from(Map::LruHashMap(MapData::from_pin(self.pin(map))?))?)
+    }
+
+    /// Packets dropped so far, by reason; reasons that did not occur are left out.
+    pub fn drops(&self) -> Result<Vec<(DropReason, u64)>> {
+        Ok(self.tables.drops()?.into_iter().filter(|(_, count)| *count > 0).collect())
+    }
+
+    /// The programs' clock.
+    pub fn now() -> u32 {
+        boottime::seconds()
+    }
+}
+
+/// The object under test.
+pub fn object() -> Result<Vec<u8>> {
+    let path = env::var_os("FERROFLOW_OBJECT")
+        .context("FERROFLOW_OBJECT does not name the BPF object; `cargo xtask test` sets it")?;
+    fs::read(&path).with_context(|| format!("read FERROFLOW_OBJECT={}", path.display()))
+}
+
+fn wide(tuple: &Tuple<[u8; 4]>) -> Wide {
+    let Tuple { src, dst, src_port, dst_port, proto, reserved } = *tuple;
+    Tuple { src: Addr::v4(src).bytes, dst: Addr::v4(dst).bytes, src_port, dst_port, proto, reserved }
+}
+
+/// `None` where it is IPv6.
+fn narrow(tuple: &Wide) -> Option<Tuple<[u8; 4]>> {
+    let Tuple { src, dst, src_port, dst_port, proto, reserved } = *tuple;
+    let (src, dst) = (Addr::v6(src), Addr::v6(dst));
+    let v4 = Tuple { src: src.v4_bytes(), dst: dst.v4_bytes(), src_port, dst_port, proto, reserved };
+    src.ip().is_ipv4().then_some(v4)
+}
+
+fn bytes<const N: usize>(value: &(impl IntoBytes + Immutable)) -> Result<[u8; N]> {
+    <[u8; N]>::read_from_bytes(value.as_bytes()).ok().context("the layout of a map has changed")
+}

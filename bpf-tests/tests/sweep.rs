@@ -1,0 +1,80 @@
+//! The sweep of idle flows, on a real table.
+#![forbid(unsafe_code)]
+
+use std::{fs, process::ExitCode};
+
+use anyhow::{Context as _, Result, ensure};
+use aya::maps::{HashMap, Map, MapData};
+use bpf_tests::{runner, sandbox::Sandbox};
+use ferroflow::{
+    boottime,
+    config::{Attach, Bpffs, SocketLb},
+    datapath::{Datapath, Options},
+    gc,
+    maps::kernel::{KernelMaps, Sweep},
+};
+use ferroflow_common::{
+    abi::conntrack::{Entry, Tuple},
+    addr::{Addr, Port, Proto},
+};
+use zerocopy::IntoBytes as _;
+
+fn main() -> ExitCode {
+    runner::main(&[("a_sweep_deletes_what_expired_and_nothing_else", a_sweep_deletes_what_expired)])
+}
+
+/// More than one step of a dump, and not a multiple of it.
+const FLOWS: u32 = 10_001;
+
+fn a_sweep_deletes_what_expired(sandbox: &Sandbox) -> Result<()> {
+    let bpffs = Bpffs { dir: sandbox.place()?.bpffs };
+    let object = std::env::var("FERROFLOW_OBJECT").context("run through `cargo xtask test`")?;
+    let options =
+        Options { bpffs: bpffs.clone(), socket_lb: SocketLb::Tcp, attach: Attach::Auto, log_drops: false };
+    let _programs = Datapath::load(&fs::read(object)?, options)?;
+    let now = boottime::seconds();
+    let table = Map::LruHashMap(MapData::from_pin(bpffs.maps().join("conntrack_v4"))?);
+    let mut table = HashMap::<_, [u8; 16], [u8; 56]>::try_from(table)?;
+    for number in 0..FLOWS {
+        let (tuple, entry) = flow(number, if number % 3 == 0 { now - 5 } else { now + 600 });
+        let (key, value) = (tuple.as_bytes().try_into()?, entry.as_bytes().try_into()?);
+        table.insert(&key, &value, 0)?;
+    }
+    let maps = KernelMaps::open(&bpffs.maps())?;
+    let expired = u64::from(FLOWS.div_ceil(3));
+    let first = gc::sweep(&maps)?;
+    ensure!(first == Sweep { seen: FLOWS.into(), deleted: expired }, "{first:?}");
+    let second = gc::sweep(&maps)?;
+    ensure!(second == Sweep { seen: u64::from(FLOWS) - expired, deleted: 0 }, "{second:?}");
+    let left = maps.conntrack::<[u8; 4]>()?;
+    ensure!(left.len() as u64 == u64::from(FLOWS) - expired, "{} are left", left.len());
+    ensure!(left.iter().all(|(_, entry)| entry.expires > now), "an expired flow is left");
+    Ok(())
+}
+
+fn flow(number: u32, expires: u32) -> (Tuple<[u8; 4]>, Entry) {
+    let [_, high, mid, low] = number.to_be_bytes();
+    let tuple = Tuple {
+        src: [10, high, mid, low],
+        dst: [10, 96, 0, 10],
+        src_port: Port::new(40_000),
+        dst_port: Port::new(53),
+        proto: Proto::UDP,
+        reserved: [0; 3],
+    };
+    let entry = Entry {
+        src: Addr::v4([10, high, mid, low]),
+        dst: Addr::v4([10, 244, 1, 2]),
+        src_port: Port::new(40_000),
+        dst_port: Port::new(5353),
+        kind: Entry::FORWARD,
+        state: 0,
+        flags: 0,
+        reserved: 0,
+        service: 1,
+        backend: 1,
+        generation: 1,
+        expires,
+    };
+    (tuple, entry)
+}

@@ -1,0 +1,166 @@
+//! Random packets for tests, from a seed: most of them meant for the services of [`world`], some damaged.
+
+use ferroflow_common::addr::{Addr, Proto};
+use ferroflow_common::family::{V4, V6};
+use ferroflow_common::tcp::Flags;
+
+use crate::frame::{
+    AUTHENTICATION, DESTINATION_OPTIONS, Frame, HOP_BY_HOP, Names, Part, ROUTING, Socket, Transport,
+    UdpChecksum,
+};
+use crate::tables::fake::Fake;
+
+/// A small generator (splitmix64), so that a failure repeats.
+#[derive(Clone, Copy, Debug)]
+pub struct Noise(pub u64);
+
+impl Noise {
+    pub fn number(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// At least 0, less than `end`.
+    pub fn below(&mut self, end: usize) -> usize {
+        usize::try_from(self.number() % end.max(1) as u64).unwrap_or(0)
+    }
+
+    /// True in so many of a hundred.
+    pub fn percent(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+
+    pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())]
+    }
+
+    pub fn bytes(&mut self, length: usize) -> Vec<u8> {
+        (0..length).map(|_| self.number() as u8).collect()
+    }
+
+    /// A packet of the world, seldom damaged, seldom anything at all.
+    pub fn packet(&mut self) -> Vec<u8> {
+        if self.percent(3) {
+            let length = SHORTEST + self.below(120);
+            let mut bytes = self.bytes(length);
+            let kind = self.pick(&[[8, 0], [0x86, 0xdd], [8, 6], [0x81, 0]]);
+            bytes[12..14].copy_from_slice(&kind);
+            return bytes;
+        }
+        let frame = if self.percent(50) { self.frame::<V4>() } else { self.frame::<V6>() };
+        let mut bytes = frame.build();
+        bytes.resize(bytes.len().max(SHORTEST), 0);
+        if self.percent(12) {
+            self.damage(&mut bytes);
+        }
+        bytes
+    }
+
+    /// A packet of the world with right checksums.
+    pub fn frame<F: Names>(&mut self) -> Frame {
+        let proto = self.pick(&[Proto::TCP, Proto::UDP]);
+        let (src, dst) = self.ends::<F>(proto);
+        let mut frame =
+            if proto == Proto::TCP { Frame::tcp(src, dst, self.flags()) } else { Frame::udp(src, dst) };
+        if let Transport::Tcp { seq, ack, options, .. } = &mut frame.transport {
+            (*seq, *ack) = (self.number() as u32, self.number() as u32);
+            *options = vec![1; self.below(4) * 4];
+        }
+        if proto == Proto::UDP && self.percent(15) {
+            frame.transport = Transport::Udp { checksum: UdpChecksum::None };
+        }
+        if self.percent(4) {
+            frame.transport =
+                Transport::Other(self.pick(&[Proto::SCTP, Proto { number: 59 }, Proto::ICMPV6, Proto::ICMP]));
+        }
+        let length = self.below(60);
+        frame.payload = self.bytes(length);
+        if self.percent(20) {
+            frame.options = vec![1; (1 + self.below(10)) * 4];
+            let kinds = [HOP_BY_HOP, DESTINATION_OPTIONS, ROUTING, AUTHENTICATION];
+            let count = 1 + self.below(7);
+            frame.extensions = (0..count).map(|_| (self.pick(&kinds), 1 + self.below(3) as u8)).collect();
+        }
+        if self.percent(8) {
+            frame.fragment = Some(self.pick(&[Part::First, Part::Later(8), Part::Later(1480)]));
+        }
+        frame
+    }
+
+    fn ends<F: Names>(&mut self, proto: Proto) -> (Socket, Socket) {
+        let (service, target) = if proto == Proto::TCP { (80, 8080) } else { (53, 5353) };
+        let client = (F::pod(self.pick(&[1, 2, 4])), self.pick(&[4000, 4001, 4002]));
+        let vip = (F::vip(self.pick(&[1, 1, 1, 2, 2, 3, 8, 9])), service);
+        let backend = (F::pod(self.pick(&[2, 3])), target);
+        match self.below(10) {
+            0..5 => (client, vip),
+            5..8 => (backend, client),
+            // What a pod that is its own backend answers.
+            8 => ((F::pod(2), target), (vip.0, client.1)),
+            _ => {
+                let anyone: [Socket; 5] = [client, vip, backend, (F::pod(77), 9), (F::vip(1), 443)];
+                (self.pick(&anyone), self.pick(&anyone))
+            }
+        }
+    }
+
+    fn flags(&mut self) -> u8 {
+        let fin = Flags::FIN | Flags::ACK;
+        let ack = Flags::ACK;
+        self.pick(&[
+            Flags::SYN,
+            Flags::SYN,
+            Flags::SYN | ack,
+            ack,
+            ack,
+            ack | 8,
+            fin,
+            Flags::RST,
+            Flags::RST | ack,
+            Flags::SYN | Flags::FIN,
+            0,
+        ])
+    }
+
+    fn damage(&mut self, bytes: &mut Vec<u8>) {
+        match self.below(4) {
+            0 => bytes.truncate(SHORTEST + self.below(bytes.len() - SHORTEST + 1)),
+            1 => {
+                let padding = 1 + self.below(20);
+                bytes.extend(self.bytes(padding));
+            }
+            _ => {
+                // The headers are where a change matters.
+                let at = 14 + self.below(bytes.len().min(90) - 14);
+                bytes[at] = self.number() as u8;
+            }
+        }
+    }
+}
+
+/// The kernel runs programs on no shorter IPv6 packet, and every packet here has this length.
+const SHORTEST: usize = 54;
+
+/// Services of both families, with what may go wrong between them: two frontends of one backend, a pod that is its own
+/// backend, one frontend that refuses and one that drops. Pods 1 and 2 are local.
+pub fn world() -> Fake {
+    let mut fake = Fake::default();
+    services::<V4>(&mut fake);
+    services::<V6>(&mut fake);
+    fake
+}
+
+fn services<F: Names>(fake: &mut Fake) {
+    for (proto, port, target) in [(Proto::TCP, 80, 8080), (Proto::UDP, 53, 5353)] {
+        let backends: [(Addr, u16); 2] = [(F::pod(2), target), (F::pod(3), target)];
+        fake.service(F::vip(1), port, proto, &backends);
+        fake.service(F::vip(2), port, proto, &backends[..1]);
+        fake.service(F::vip(3), port, proto, &backends[1..]);
+        fake.service(F::vip(8), port, proto, &[]).flags = 0;
+        fake.service(F::vip(9), port, proto, &[]);
+    }
+    fake.local(F::pod(1), 11);
+    fake.local(F::pod(2), 12);
+}

@@ -1,0 +1,240 @@
+//! Ordinary maps behind the traits, filled by tests.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+use std::rc::Rc;
+
+use ferroflow_common::abi::conntrack::{Entry, Tuple};
+use ferroflow_common::abi::endpoint::Endpoint;
+use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
+use ferroflow_common::abi::node::NodeAddress;
+use ferroflow_common::addr::{Addr, Port, Proto};
+use ferroflow_common::family::{Family, V4, V6};
+
+use super::{Aligned, InsertError, OnConflict, Services, Tables, Tracked};
+
+#[derive(Debug, Default)]
+pub struct Fake {
+    pub frontends: HashMap<FrontendKey, Frontend>,
+    /// This node's own addresses; the first of a family masquerades.
+    pub node: BTreeMap<Addr, NodeAddress>,
+    /// Who is admitted where ranges say so, one by one.
+    pub ranges: Vec<ServiceClient>,
+    pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
+    pub slots: Vec<u32>,
+    pub backends: Vec<Backend>,
+    pub endpoints: HashMap<Addr, Endpoint>,
+    pub conntrack: RefCell<BTreeMap<Tuple<[u8; 16]>, Row>>,
+    pub clock: Cell<u32>,
+    /// How many flows fit, counted per direction; all, where it is `None`.
+    pub room: Cell<Option<usize>>,
+    /// What every throw gives; otherwise each gives another number.
+    pub dice: Cell<Option<u32>>,
+    thrown: Cell<u32>,
+    /// How often a flow's state was written.
+    pub refreshed: Rc<Cell<u32>>,
+    pub lookups: Cell<Lookups>,
+}
+
+impl Fake {
+    /// A service on `addr:port` with these backends, each with its own slot; without any it refuses.
+    pub fn service(
+        &mut self,
+        addr: Addr,
+        port: u16,
+        proto: Proto,
+        backends: &[(Addr, u16)],
+    ) -> &mut Frontend {
+        let service = 1 + self.frontends.len() as u32;
+        let offset = self.slots.len() as u32;
+        for &(addr, port) in backends {
+            if self.backends.is_empty() {
+                self.backends.push(NO_BACKEND);
+            }
+            self.slots.push(self.backends.len() as u32);
+            let port = Port::new(port);
+            let flags = Backend::LIVE;
+            self.backends.push(Backend { addr, port, proto, flags, generation: 1, service, reserved: 0 });
+        }
+        let key = FrontendKey { addr, port: Port::new(port), proto, scope: FrontendKey::EXTERNAL };
+        let length = backends.len() as u32;
+        let frontend = Frontend { service, offset, length, flags: Frontend::REJECT, affinity: 0 };
+        self.frontends.entry(key).insert_entry(frontend).into_mut()
+    }
+
+    /// A pod of this node.
+    pub fn local(&mut self, addr: Addr, ifindex: u32) {
+        self.endpoints.insert(addr, Endpoint { ifindex });
+    }
+
+    /// The entry that a packet with these ends finds.
+    pub fn entry(&self, src: (Addr, u16), dst: (Addr, u16), proto: Proto) -> Option<Entry> {
+        self.row(src, dst, proto).map(|row| row.load())
+    }
+
+    pub fn row(&self, src: (Addr, u16), dst: (Addr, u16), proto: Proto) -> Option<Row> {
+        let tuple = Tuple {
+            src: src.0.bytes,
+            dst: dst.0.bytes,
+            src_port: Port::new(src.1),
+            dst_port: Port::new(dst.1),
+            proto,
+            reserved: [0; 3],
+        };
+        self.conntrack.borrow().get(&tuple).cloned()
+    }
+
+    /// Every tracked direction, v4 addresses mapped.
+    pub fn tracked(&self) -> BTreeMap<Tuple<[u8; 16]>, Entry> {
+        self.conntrack.borrow().iter().map(|(tuple, row)| (*tuple, row.load())).collect()
+    }
+
+    fn count_hash(&self) {
+        let lookups = self.lookups.get();
+        self.lookups.set(Lookups { hash: lookups.hash + 1, ..lookups });
+    }
+
+    fn count_array(&self) {
+        let lookups = self.lookups.get();
+        self.lookups.set(Lookups { array: lookups.array + 1, ..lookups });
+    }
+
+    fn wide<F: Family>(tuple: &Aligned<Tuple<F::Bytes>>) -> Tuple<[u8; 16]> {
+        Tuple {
+            src: F::addr(tuple.src).bytes,
+            dst: F::addr(tuple.dst).bytes,
+            src_port: tuple.src_port,
+            dst_port: tuple.dst_port,
+            proto: tuple.proto,
+            reserved: [0; 3],
+        }
+    }
+}
+
+/// How often tables were read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lookups {
+    pub hash: u32,
+    pub array: u32,
+}
+
+/// What index 0 holds.
+const NO_BACKEND: Backend = Backend {
+    addr: Addr::UNSPECIFIED,
+    port: Port::ZERO,
+    proto: Proto { number: 0 },
+    flags: 0,
+    generation: 0,
+    service: 0,
+    reserved: 0,
+};
+
+/// A tracked direction that lives in the table.
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub entry: Rc<Cell<Entry>>,
+    refreshed: Rc<Cell<u32>>,
+}
+
+impl Tracked for Row {
+    fn load(&self) -> Entry {
+        self.entry.get()
+    }
+
+    fn store_state(&self, state: u8, expires: u32) {
+        self.refreshed.set(self.refreshed.get() + 1);
+        self.entry.set(Entry { state, expires, ..self.entry.get() });
+    }
+}
+
+impl Services for Fake {
+    fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
+        self.count_hash();
+        self.frontends.get(key).copied()
+    }
+
+    fn node_address(&self, addr: &Addr) -> Option<NodeAddress> {
+        self.node.get(addr).copied()
+    }
+
+    fn allows(&self, client: &ServiceClient) -> bool {
+        self.ranges.contains(client)
+    }
+
+    fn remembered(&self, key: &AffinityKey) -> Option<Affinity> {
+        self.affinity.borrow().get(key).copied()
+    }
+
+    fn remember(&self, key: &AffinityKey, choice: &Affinity) {
+        self.affinity.borrow_mut().insert(*key, *choice);
+    }
+
+    fn slot(&self, slot: u32) -> Option<u32> {
+        self.count_array();
+        self.slots.get(slot as usize).copied()
+    }
+
+    fn backend(&self, index: u32) -> Option<Backend> {
+        self.count_array();
+        self.backends.get(index as usize).copied()
+    }
+}
+
+macro_rules! tables {
+    ($family:ty) => {
+        impl Tables<$family> for Fake {
+            type Tracked = Row;
+
+            fn tracked(&self, tuple: &Aligned<Tuple<<$family as Family>::Bytes>>) -> Option<Row> {
+                self.count_hash();
+                self.conntrack.borrow().get(&Self::wide::<$family>(tuple)).cloned()
+            }
+
+            fn track(
+                &self,
+                tuple: &Aligned<Tuple<<$family as Family>::Bytes>>,
+                entry: &Entry,
+                conflict: OnConflict,
+            ) -> Result<(), InsertError> {
+                let key = Self::wide::<$family>(tuple);
+                let mut rows = self.conntrack.borrow_mut();
+                let present = rows.contains_key(&key);
+                if present && conflict == OnConflict::Fail {
+                    return Err(InsertError::Exists);
+                }
+                if !present && self.room.get().is_some_and(|room| rows.len() >= room) {
+                    return Err(InsertError::Refused);
+                }
+                let row = Row { entry: Rc::new(Cell::new(*entry)), refreshed: self.refreshed.clone() };
+                rows.insert(key, row);
+                Ok(())
+            }
+
+            fn untrack(&self, tuple: &Aligned<Tuple<<$family as Family>::Bytes>>) {
+                self.conntrack.borrow_mut().remove(&Self::wide::<$family>(tuple));
+            }
+
+            fn endpoint(&self, addr: &Addr) -> Option<Endpoint> {
+                self.count_hash();
+                self.endpoints.get(addr).copied()
+            }
+
+            fn masquerade(&self) -> <$family as Family>::Bytes {
+                let own = self.node.keys().find(|addr| addr.ip().is_ipv6() == <$family>::CSUM_OFF.is_none());
+                <$family>::bytes(own.unwrap_or(&Addr::UNSPECIFIED))
+            }
+
+            fn now(&self) -> u32 {
+                self.clock.get()
+            }
+
+            fn random(&self) -> u32 {
+                self.thrown.set(self.thrown.get().wrapping_add(0x9e37_79b9));
+                self.dice.get().unwrap_or(self.thrown.get())
+            }
+        }
+    };
+}
+
+tables!(V4);
+tables!(V6);

@@ -1,0 +1,88 @@
+//! The maps as the datapath sees them, and ordinary ones for tests.
+
+use core::ops::Deref;
+
+use ferroflow_common::abi::conntrack::{Entry, Tuple};
+use ferroflow_common::abi::endpoint::Endpoint;
+use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
+use ferroflow_common::abi::node::NodeAddress;
+use ferroflow_common::addr::Addr;
+use ferroflow_common::family::Family;
+
+/// A flow's key on the stack. It is bytes and has no alignment of its own; without one the compiler would build it,
+/// and take it apart, byte by byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C, align(8))]
+pub struct Aligned<T>(pub T);
+
+impl<T> Deref for Aligned<T> {
+    type Target = T;
+
+    #[inline(always)]
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+/// The load-balancing tables.
+pub trait Services {
+    fn frontend(&self, key: &FrontendKey) -> Option<Frontend>;
+    /// This node's own address, if it is one.
+    fn node_address(&self, addr: &Addr) -> Option<NodeAddress>;
+    /// Whether a range that the service admits has the client (rule 22).
+    fn allows(&self, client: &ServiceClient) -> bool;
+    fn remembered(&self, key: &AffinityKey) -> Option<Affinity>;
+    fn remember(&self, key: &AffinityKey, choice: &Affinity);
+    /// `None` past the end of the array.
+    fn slot(&self, slot: u32) -> Option<u32>;
+    /// `None` past the end of the array; a row that was never used is all zeros.
+    fn backend(&self, index: u32) -> Option<Backend>;
+}
+
+/// A live entry of the connection table. Two CPUs may write it at once: both write what they saw, each field is one
+/// machine word or byte, and a lost update is made again by the next packet.
+pub trait Tracked {
+    fn load(&self) -> Entry;
+    fn store_state(&self, state: u8, expires: u32);
+}
+
+/// Why the connection table took no entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InsertError {
+    /// The tuple is there already.
+    Exists,
+    /// The kernel's refusal (rule 36).
+    Refused,
+}
+
+/// What an insert does where the tuple is there already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnConflict {
+    Fail,
+    Replace,
+}
+
+/// Everything a packet of one family meets.
+pub trait Tables<F: Family>: Services {
+    type Tracked: Tracked;
+
+    fn tracked(&self, tuple: &Aligned<Tuple<F::Bytes>>) -> Option<Self::Tracked>;
+    /// # Errors
+    /// See [`InsertError`].
+    fn track(
+        &self,
+        tuple: &Aligned<Tuple<F::Bytes>>,
+        entry: &Entry,
+        conflict: OnConflict,
+    ) -> Result<(), InsertError>;
+    fn untrack(&self, tuple: &Aligned<Tuple<F::Bytes>>);
+    fn endpoint(&self, addr: &Addr) -> Option<Endpoint>;
+    /// This node's address that stands in for clients; unspecified where it has none of the family.
+    fn masquerade(&self) -> F::Bytes;
+    /// Seconds of `CLOCK_BOOTTIME`.
+    fn now(&self) -> u32;
+    fn random(&self) -> u32;
+}
+
+#[cfg(not(target_arch = "bpf"))]
+pub mod fake;
