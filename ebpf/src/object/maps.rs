@@ -93,7 +93,9 @@ impl Services for Kernel {
 
     #[inline(always)]
     fn allows(&self, client: &ServiceClient) -> bool {
-        SOURCE_RANGES.get(&Key::new(SourceRangeKey::EVERY_BIT, *client)).is_some()
+        SOURCE_RANGES
+            .get(&Key::new(SourceRangeKey::EVERY_BIT, *client))
+            .is_some_and(|verdict| *verdict == SourceRangeKey::ALLOW)
     }
 
     #[inline(always)]
