@@ -295,10 +295,8 @@ mod tests {
         assert_eq!(touched("here", node(Some("a"), &[])), [Touched::Service(web())]);
         assert_eq!(touched("here", node(Some("a"), &[])), []);
         let guarded = Touched::Service(Name::new("default", "guarded"));
-        assert_eq!(
-            touched("here", node(Some("a"), &[Addr::v4([10, 0, 0, 9])])),
-            std::slice::from_ref(&guarded)
-        );
+        let moved = node(Some("a"), &[Addr::v4([10, 0, 0, 9])]);
+        assert_eq!(touched("here", moved), [guarded.clone(), Touched::Node]);
         assert_eq!(touched("here", None), [guarded, Touched::Service(web()), Touched::Node]);
     }
 
