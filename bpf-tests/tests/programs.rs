@@ -430,9 +430,11 @@ fn every_program_loads_with_every_constant(sandbox: &Sandbox) -> Result<()> {
     Ok(())
 }
 
-const PROGRAMS: [&str; 10] = [
+const PROGRAMS: [&str; 12] = [
     "connect4",
     "connect6",
+    "device_egress",
+    "device_ingress",
     "getpeername4",
     "getpeername6",
     "pod_egress",

@@ -62,3 +62,109 @@ where
     }
     Ok(Fate::Goes(Verdict::Stack))
 }
+
+#[cfg(test)]
+mod tests {
+    use ferroflow_common::abi::lb::{Frontend, FrontendKey, ServiceClient};
+    use ferroflow_common::abi::node::NodeAddress;
+    use ferroflow_common::addr::{Addr, Proto};
+    use ferroflow_common::tcp::Flags;
+
+    use super::*;
+    use crate::frame::{Frame, Names, both_families};
+    use crate::tables::fake::Fake;
+
+    both_families!(
+        rule_26_a_node_port_masquerades_its_clients,
+        rule_26_with_the_policy_local_the_client_is_kept,
+        rule_22_source_ranges_come_first,
+        what_is_for_no_service_is_the_stacks,
+        without_an_address_of_the_family_nobody_is_masqueraded,
+    );
+
+    const SYN: u8 = Flags::SYN;
+    const ACK: u8 = Flags::ACK;
+
+    /// The node's own address, a client and a local and a remote pod; NodePort 30080 with one backend.
+    struct Net {
+        fake: Fake,
+        node: Addr,
+        client: (Addr, u16),
+        backend: (Addr, u16),
+    }
+
+    impl Net {
+        fn new<F: Names>(backend: Addr, flags: u32) -> Self {
+            let mut fake = Fake::default();
+            let node = F::vip(200);
+            let any = if node.is_v4() { FrontendKey::NODE_V4 } else { FrontendKey::NODE_V6 };
+            fake.node.insert(node, NodeAddress { flags: NodeAddress::NODE_PORTS });
+            fake.service(any, 30_080, Proto::TCP, &[(backend, 8080)]).flags = Frontend::NORTH_SOUTH | flags;
+            fake.local(F::pod(1), 11);
+            Self { fake, node, client: (F::vip(99), 4000), backend: (backend, 8080) }
+        }
+
+        fn request(&self, flags: u8) -> Frame {
+            Frame::tcp(self.client, (self.node, 30_080), flags)
+        }
+
+        /// The request as the backend gets it.
+        fn arrives(&self, flags: u8, verdict: Verdict) -> Frame {
+            let (found, bytes) = self.request(flags).arrive(&self.fake).unwrap();
+            let entry = self.fake.entry(self.client, (self.node, 30_080), Proto::TCP).unwrap();
+            let there =
+                self.request(flags).sent_from((entry.src, entry.src_port.host())).sent_to(self.backend);
+            assert_eq!((found, bytes), (verdict, there.build()));
+            there
+        }
+    }
+
+    fn rule_26_a_node_port_masquerades_its_clients<F: Names>() {
+        // A remote backend answers to the node, a local one on its interface.
+        let net = Net::new::<F>(F::pod(2), 0);
+        let there = net.arrives(SYN, Verdict::Forward);
+        assert_eq!(there.src, net.node);
+        assert!((1024..30_000).contains(&there.src_port));
+        let answer = (Verdict::Forward, net.request(SYN).answer(SYN | ACK).build());
+        assert_eq!(there.answer(SYN | ACK).arrive(&net.fake), Ok(answer));
+        assert_eq!(net.arrives(ACK, Verdict::Forward).src_port, there.src_port, "the flow keeps its port");
+        let net = Net::new::<F>(F::pod(1), 0);
+        let there = net.arrives(SYN, Verdict::Pod { ifindex: 11 });
+        let answer = (Verdict::Forward, net.request(SYN).answer(SYN | ACK).build());
+        assert_eq!(
+            there.answer(SYN | ACK).leave(&net.fake),
+            Ok(answer),
+            "past the stack: the source is its own"
+        );
+    }
+
+    fn rule_26_with_the_policy_local_the_client_is_kept<F: Names>() {
+        let net = Net::new::<F>(F::pod(1), Frontend::KEEP_CLIENT);
+        let there = net.arrives(SYN, Verdict::Pod { ifindex: 11 });
+        assert_eq!((there.src, there.src_port), net.client);
+    }
+
+    fn rule_22_source_ranges_come_first<F: Names>() {
+        let mut net = Net::new::<F>(F::pod(1), Frontend::SOURCE_RANGES);
+        assert_eq!(net.request(SYN).arrive(&net.fake), Err(DropReason::SourceRange));
+        net.fake.ranges.push(ServiceClient { service: 1, addr: net.client.0 });
+        net.arrives(SYN, Verdict::Pod { ifindex: 11 });
+    }
+
+    fn what_is_for_no_service_is_the_stacks<F: Names>() {
+        let net = Net::new::<F>(F::pod(1), 0);
+        for to in [(net.node, 22), (F::pod(1), 8080), (F::vip(201), 30_080)] {
+            let frame = Frame::tcp(net.client, to, SYN);
+            assert_eq!(frame.arrive(&net.fake), Ok((Verdict::Stack, frame.build())));
+        }
+    }
+
+    fn without_an_address_of_the_family_nobody_is_masqueraded<F: Names>() {
+        let mut net = Net::new::<F>(F::pod(1), 0);
+        net.fake.service(F::vip(1), 80, Proto::TCP, &[net.backend]);
+        net.fake.node.clear();
+        let frame = Frame::tcp(net.client, (F::vip(1), 80), SYN);
+        assert_eq!(frame.arrive(&net.fake), Err(DropReason::NoMasquerade));
+        assert!(net.fake.tracked().is_empty());
+    }
+}

@@ -6,6 +6,7 @@ use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::tcp::Flags;
 use ferroflow_common::verdict::{DropReason, Verdict};
 
+use crate::device;
 use crate::packet::{Bytes, L3};
 use crate::pod;
 use crate::tables::fake::Fake;
@@ -201,6 +202,16 @@ impl Frame {
     pub fn enter(&self, tables: &Fake) -> Result<(Verdict, Vec<u8>), DropReason> {
         let mut packet = self.packet();
         let verdict = pod::entering(&mut packet, tables);
+        self.outcome(verdict, packet)
+    }
+
+    /// Through [`device::arriving`].
+    ///
+    /// # Errors
+    /// As [`Frame::leave`].
+    pub fn arrive(&self, tables: &Fake) -> Result<(Verdict, Vec<u8>), DropReason> {
+        let mut packet = self.packet();
+        let verdict = device::arriving(&mut packet, tables);
         self.outcome(verdict, packet)
     }
 

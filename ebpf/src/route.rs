@@ -20,8 +20,7 @@ pub fn route<F: Family, T: Tables<F>>(tables: &T, dst: &Addr) -> Verdict {
 /// The same for a packet that was rewritten, which the stack may not accept any more.
 #[inline(always)]
 pub fn rewritten<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite) -> Verdict {
-    match route::<F, T>(tables, to.dst()) {
-        Verdict::Stack if to.flags & Entry::OWN_SOURCE != 0 => Verdict::Forward,
-        verdict => verdict,
-    }
+    let verdict = route::<F, T>(tables, to.dst());
+    let own_source = to.flags & Entry::OWN_SOURCE != 0;
+    if own_source && verdict == Verdict::Stack { Verdict::Forward } else { verdict }
 }
