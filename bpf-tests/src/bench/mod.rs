@@ -35,7 +35,7 @@ use nix::unistd::geteuid;
 use self::{
     arena::{Arena, FAR, Means, NEAR, Rules},
     compare::{Arenas, Effort, Place},
-    figure::{Measured, Report},
+    figure::Report,
     scale::Scale,
 };
 use crate::{
@@ -257,17 +257,18 @@ fn measure_control(
 fn add_changes(report: &mut Report, (what, size): (&str, usize), took: &[Duration]) -> Result<()> {
     let millis: Vec<_> = took.iter().map(|took| took.as_secs_f64() * 1e3).collect();
     for (name, percent) in [("change-p50", 50), ("change-p99", 99)] {
-        let values = stats::percentile(&millis, percent).into_iter().collect();
-        let measured = Measured { unit: "ms", values, baseline: Vec::new(), ratios: Vec::new() };
-        report.add(&format!("{name}/{what}/ferroflow"), size, &measured)?;
+        if let Some(value) = stats::percentile(&millis, percent) {
+            report.add_value(&format!("{name}/{what}/ferroflow"), size, (value, "ms"))?;
+        }
     }
     Ok(())
 }
 
 /// The rate at the largest size against that at the smallest, each as a share of plain routing at its time.
 fn add_flatness(report: &mut Report) -> Result<()> {
-    for means in ["ferroflow", "ferroflow-packets", "nftables", "iptables-late"] {
-        let name = format!("short/same-node/cluster-ip/{means}");
+    let means = ["ferroflow", "ferroflow-packets", "nftables", "iptables-late"];
+    for (what, means) in ["short", "short-p50"].iter().flat_map(|what| means.map(|means| (what, means))) {
+        let name = format!("{what}/same-node/cluster-ip/{means}");
         let of_name =
             || report.figures().iter().filter(|figure| figure.figure == name && figure.ratio.is_some());
         let (Some(first), Some(last)) = (of_name().next(), of_name().next_back()) else { continue };
