@@ -4,7 +4,6 @@ use std::{
     io::{self, Write as _},
     net::SocketAddr,
     process::{Command, Stdio},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -97,20 +96,26 @@ impl Arena {
         (FIRST_PORT..FIRST_PORT + ENDPOINTS).map(|port| (ip, port).into()).collect()
     }
 
-    /// kube-proxy's rules on both nodes, at the same time; returns how long it took.
-    pub(super) fn apply(&self, rules: Rules, scale: &Scale) -> Result<Duration> {
+    /// kube-proxy's rules on the client's node; returns how long it took. The other node needs them where traffic goes
+    /// there.
+    pub(super) fn apply(&self, rules: Rules, scale: &Scale, nodes: Nodes) -> Result<Duration> {
         let text = rules.text(scale);
+        let (first, rest) = self.cluster.nodes().split_first().context("no node")?;
         let start = Instant::now();
-        thread::scope(|scope| {
-            let nodes = self.cluster.nodes().iter();
-            let running: Vec<_> = nodes.map(|node| scope.spawn(|| rules.restore(node, &text))).collect();
-            running.into_iter().try_for_each(|node| match node.join() {
-                Ok(result) => result,
-                Err(_) => bail!("{rules:?}: a thread panicked"),
-            })
-        })?;
-        Ok(start.elapsed())
+        rules.restore(first, &text)?;
+        let took = start.elapsed();
+        if nodes == Nodes::All {
+            rest.iter().try_for_each(|node| rules.restore(node, &text))?;
+        }
+        Ok(took)
     }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Nodes {
+    /// Of the client and the server beside it.
+    First,
+    All,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,7 +128,7 @@ impl Rules {
     fn command(self) -> (&'static str, &'static [&'static str]) {
         match self {
             Self::Nftables => ("nft", &["-f", "-"]),
-            Self::Iptables => ("iptables-restore", &["--noflush", "-w", "5"]),
+            Self::Iptables => ("iptables-restore", &[]),
         }
     }
 
