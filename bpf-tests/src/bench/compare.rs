@@ -197,7 +197,7 @@ impl Runs<'_> {
     fn measured(&self, reading: &Reading) -> Measured {
         let values: Vec<f64> = self.samples.iter().map(reading.of).collect();
         let pairs = || self.plain.iter().map(|pair| pair.each_ref().map(reading.of));
-        let ratios = values.iter().zip(pairs()).flat_map(|(value, pair)| stats::ratios(&[*value], &pair));
+        let ratios = values.iter().zip(pairs()).map(|(value, pair)| stats::ratio(*value, pair));
         let ratios = match reading.better {
             Better::More => ratios.collect(),
             Better::Less => ratios.map(f64::recip).collect(),

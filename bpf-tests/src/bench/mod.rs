@@ -49,6 +49,7 @@ use crate::{
 /// Prints a line of JSON per figure, then a table; draws charts. Numbers never fail it: only what cannot be measured.
 #[derive(Debug, Parser)]
 #[command(name = "bench")]
+#[expect(clippy::struct_excessive_bools, reason = "flags of a command line")]
 struct Cli {
     /// Two minutes: up to 1,000 services, few pairs
     #[arg(long, conflicts_with = "full")]
