@@ -57,6 +57,10 @@ pub struct Agent {
     #[arg(long, env = "FERROFLOW_ATTACH", value_enum, default_value_t = Attach::Auto)]
     pub attach: Attach,
 
+    /// Where `/healthz` and `/livez` are answered
+    #[arg(long, env = "FERROFLOW_HEALTH_PORT", value_name = "PORT", default_value_t = crate::health::server::PROXY_PORT)]
+    pub health_port: u16,
+
     /// The node's addresses that serve NodePorts: `primary` (the Node object's first of each family), `all`, or ranges
     /// separated by commas
     #[arg(long, env = "FERROFLOW_NODE_PORT_ADDRESSES", value_name = "WHICH", default_value = "primary",

@@ -13,6 +13,7 @@ use crate::boottime;
 use crate::config;
 use crate::datapath::{self, Datapath, DatapathError, Interface};
 use crate::gc;
+use crate::health::{self, Health, proxy::Progress};
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
@@ -72,8 +73,9 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let sweeping = tokio::spawn(gc::run(config.bpffs.maps()));
     let attachments =
         Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };
+    let health = Health::start(config.health_port);
     let state = first_words(config);
-    Daemon { datapath, reconciler, attachments, said: None, state, awaited: 2 }
+    Daemon { datapath, reconciler, attachments, health, said: None, state, awaited: 2 }
         .serve(objects, routes)
         .await?;
     watching.abort();
@@ -111,6 +113,7 @@ struct Daemon {
     datapath: Datapath,
     reconciler: Reconciler<KernelMaps>,
     attachments: Attachments,
+    health: Health,
     /// What was last said where `ferroflow status` finds it; nothing yet.
     said: Option<AgentState>,
     state: AgentState,
@@ -160,8 +163,24 @@ impl Daemon {
             if self.awaited == 0 {
                 self.attach();
             }
+            self.answer_checks();
             self.report()?;
         }
+    }
+
+    /// What load balancers are told from now on (rules 40 and 41).
+    fn answer_checks(&mut self) {
+        let world = self.reconciler.world();
+        let stay = world.own_node().map(|node| node.stay).unwrap_or_default();
+        let checks = health::service::checks(world);
+        let progress = if self.is_synced() { Progress::Done } else { Progress::Pending };
+        self.health.set_checks(checks);
+        self.health.set_proxy(progress, stay);
+    }
+
+    /// Everything that was said is in the tables, or was refused (a conflict stays one however often it is looked at).
+    fn is_synced(&self) -> bool {
+        self.awaited == 0 && self.reconciler.stats().pending == 0 && self.attachments.retry.is_none()
     }
 
     fn object(&mut self, event: Event) {
@@ -229,8 +248,7 @@ impl Daemon {
     /// Says how things are, where `ferroflow status` finds it; written only when it changed.
     fn report(&mut self) -> Result<(), MapError> {
         let stats = self.reconciler.stats();
-        let synced =
-            self.awaited == 0 && stats.pending == 0 && stats.failing == 0 && self.attachments.retry.is_none();
+        let synced = self.is_synced();
         self.state.synced = u32::from(synced);
         self.state.writes = stats.writes;
         self.state.retries = stats.failures;

@@ -312,7 +312,8 @@ impl Pod {
         Ok(())
     }
 
-    fn client<T: serde::de::DeserializeOwned + Clone + Send + 'static>(
+    /// A process in the pod; see [`crate::pod`] for its arguments.
+    pub(crate) fn client<T: serde::de::DeserializeOwned + Clone + Send + 'static>(
         &self,
         args: &[String],
     ) -> Result<Client<T>> {

@@ -7,10 +7,12 @@
 //!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
 //!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
+//!  bench (how fast it is, beside kernel routing and kube-proxy's rules)
 //! ```
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod bench;
 pub mod cgroup;
 pub mod checks;
 pub mod cluster;

@@ -37,9 +37,9 @@ impl Built {
         Ok(cargo)
     }
 
-    /// A program of bpf-tests, once it is built.
-    pub(crate) fn program(&self, toolchain: &Toolchain, name: &str) -> Result<PathBuf> {
-        Ok(static_target(toolchain, Profile::Dev)?.join(name))
+    /// A program of bpf-tests, once it is built with the same profile.
+    pub(crate) fn program(&self, name: &str) -> PathBuf {
+        self.binary.with_file_name(name)
     }
 }
 

@@ -2,11 +2,13 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod ci;
 mod compile;
 mod demo;
 mod layers;
 mod paths;
+mod privileged;
 mod setup;
 mod test;
 mod toolchain;
@@ -69,6 +71,14 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Measure beside plain routing and kube-proxy's rules, optimised, in ten minutes or (`--quick`) two; needs root
+    ///
+    /// One line of JSON per figure, a table with the budgets, and charts in target/bench. Numbers never fail it.
+    Bench {
+        /// Passed to the bench: --quick, --full, --sizes, --pairs; `cargo xtask bench -- --help` explains them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Check the architecture: who may import whom, file names, where `unsafe` may stand
     Layers,
     /// Run what CI runs: format, lints, layers, tests, demo
@@ -98,6 +108,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         }
         Verb::Demo { args } => return demo::run(&toolchain, "demo", &args),
         Verb::Verify { args } => return verify::run(&toolchain, &args),
+        Verb::Bench { args } => return bench::run(&toolchain, &args),
         Verb::Test { unit, filter } => {
             let scope = if unit { Scope::Unit } else { Scope::All };
             return Ok(test::run(&toolchain, scope, filter.as_deref()).report());

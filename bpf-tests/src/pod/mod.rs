@@ -5,6 +5,7 @@
 
 mod dns;
 mod http;
+pub mod load;
 mod serve;
 mod stream;
 
@@ -137,6 +138,11 @@ enum Verb {
     },
     /// One long connection that is echoed and compared byte for byte.
     Stream { target: SocketAddr },
+    /// Load for measurements.
+    Load {
+        #[command(subcommand)]
+        load: load::Load,
+    },
     /// Become another program.
     Exec {
         program: PathBuf,
@@ -174,6 +180,9 @@ impl Cli {
             let error = Command::new(&program).args(args).exec();
             return Err(error).with_context(|| format!("execute {}", program.display()));
         }
+        if let Verb::Load { load } = self.verb {
+            return load.run();
+        }
         let closed = input_closed()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async move {
@@ -190,7 +199,7 @@ impl Cli {
                     repeat(&requests, &closed, dns::ask_unconnected).await
                 }
                 Verb::Stream { target } => stream::run(target, &closed).await,
-                Verb::Exec { .. } => Ok(()),
+                Verb::Load { .. } | Verb::Exec { .. } => Ok(()),
             }
         })
     }

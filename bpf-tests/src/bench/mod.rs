@@ -1,0 +1,284 @@
+//! How fast Ferroflow is, beside plain kernel routing and the rules of kube-proxy, in one run on one machine.
+//!
+//! ```text
+//!  scale: N services ──┬─ manifests ──▶ agents ──┐
+//!                      ├─ nftables rules ────────┼─▶ arenas: equal clusters, each under one kind of means
+//!                      └─ iptables rules ────────┘      │
+//!  control: programming, changes, memory of the agent   ├─▶ compare: plain, X, plain, Y, plain, ..
+//!                                                       ▼
+//!                         figure (JSON, table, budgets) ── plot (SVG)
+//! ```
+//! Absolute numbers are of this machine, under its load: only ratios within one run compare. `pod-ip/plain-again` is
+//! plain routing against itself: what it differs from 1 is noise.
+
+mod arena;
+mod compare;
+mod control;
+mod figure;
+mod iptables;
+mod nftables;
+mod plot;
+mod scale;
+mod stats;
+
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::Parser;
+use nix::unistd::geteuid;
+
+use self::{
+    arena::{Arena, FAR, Means, NEAR, Nodes, Rules},
+    compare::{Arenas, Effort, Place},
+    figure::Report,
+    scale::Scale,
+};
+use crate::{
+    agent,
+    pod::{self, load::Kind},
+    sandbox::Sandbox,
+};
+
+/// Measures the datapath and the agent against plain routing and against kube-proxy's rules.
+///
+/// Prints a line of JSON per figure, then a table; draws charts. Numbers never fail it: only what cannot be measured.
+#[derive(Debug, Parser)]
+#[command(name = "bench")]
+#[expect(clippy::struct_excessive_bools, reason = "flags of a command line")]
+struct Cli {
+    /// Two minutes: up to 1,000 services, few pairs
+    #[arg(long, conflicts_with = "full")]
+    quick: bool,
+    /// Up to 30,000 services
+    #[arg(long)]
+    full: bool,
+    /// Sizes of the cluster instead, smallest first, at least 10
+    #[arg(long, value_delimiter = ',', value_name = "SERVICES")]
+    sizes: Vec<usize>,
+    /// Runs of each way, each between two of plain routing
+    #[arg(long)]
+    pairs: Option<usize>,
+    /// Where the charts go
+    #[arg(long, default_value = "target/bench", value_name = "DIR")]
+    charts: PathBuf,
+}
+
+/// What is done at one size.
+struct Plan {
+    sizes: Vec<usize>,
+    pairs: usize,
+    time: Duration,
+    changes: u8,
+}
+
+pub fn main() -> ExitCode {
+    pod::run_if_asked();
+    match run(&Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<ExitCode> {
+    ensure!(geteuid().is_root(), "network namespaces and BPF programs need root");
+    agent::binary()?;
+    let plan = cli.plan();
+    ensure!(plan.sizes.iter().all(|size| *size >= 10), "a cluster of fewer than 10 services is too small");
+    let sandbox = Sandbox::enter()?;
+    sandbox.exit_on_signals()?;
+    let mut report = Report::default();
+    for (number, &size) in plan.sizes.iter().enumerate() {
+        // Not at the largest size: its rules would have to be loaded on a second node as well.
+        let what = if number == 1.min(plan.sizes.len() - 1) { What::Everything } else { What::BySize };
+        measure(&sandbox, &plan, (size, what), &mut report)?;
+    }
+    add_flatness(&mut report)?;
+    plot::write_all(&cli.charts, report.figures())?;
+    println!("\n{}charts: {}", report.table(), cli.charts.display());
+    Ok(if report.failures() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Cli {
+    fn plan(&self) -> Plan {
+        let (sizes, pairs, millis): (&[usize], _, _) = if self.quick {
+            (&[10, 1_000], 3, 200)
+        } else if self.full {
+            (&[10, 1_000, 10_000, 30_000], 7, 400)
+        } else {
+            (&[10, 1_000, 10_000], 7, 400)
+        };
+        Plan {
+            sizes: if self.sizes.is_empty() { sizes.to_vec() } else { self.sizes.clone() },
+            pairs: self.pairs.unwrap_or(pairs).max(1),
+            time: Duration::from_millis(millis),
+            changes: 100,
+        }
+    }
+}
+
+/// What is measured at a size.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    /// What may depend on the size.
+    BySize,
+    /// Also what is the same at every size: connections that are open, and other nodes.
+    Everything,
+}
+
+fn measure(sandbox: &Sandbox, plan: &Plan, (size, what): (usize, What), report: &mut Report) -> Result<()> {
+    let start = Instant::now();
+    let say =
+        |done: &str| eprintln!("bench: {size} services: {done} ({:.0} s)", start.elapsed().as_secs_f64());
+    // Programs, servers and clients share the last CPU; interrupts are mostly on the first.
+    let cpu = thread::available_parallelism()?.get() - 1;
+    let plain = Arena::new(sandbox, cpu).context("make the plain cluster")?;
+    let scale = Scale::new(size, plain.cluster.pod(NEAR).v4, plain.cluster.pod(FAR).v4);
+    let mut arenas = Arenas::default();
+    arenas.ready.insert(Means::Plain, plain);
+    for means in
+        [Means::PlainAgain, Means::Ferroflow, Means::FerroflowPackets, Means::Nftables, Means::Iptables]
+    {
+        match set_up(sandbox, means, &scale, &Setting { cpu, changes: plan.changes, what }, report) {
+            Ok(Ok(arena)) => _ = arenas.ready.insert(means, arena),
+            Ok(Err(missing)) => _ = arenas.missing.insert(means, missing),
+            Err(error) => report.fail(&format!("{means:?}"), size, &error)?,
+        }
+        say(&format!("{means:?} is set up"));
+    }
+    let effort = Effort { pairs: plan.pairs, time: plan.time };
+    compare::compare(&arenas, &scale, (Kind::Short, Place::SameNode), effort, report)?;
+    say("short connections");
+    if what == What::Everything {
+        for (kind, place) in [
+            (Kind::Short, Place::BetweenNodes),
+            (Kind::RoundTrip, Place::SameNode),
+            (Kind::RoundTrip, Place::BetweenNodes),
+            (Kind::Stream, Place::SameNode),
+            (Kind::Stream, Place::BetweenNodes),
+        ] {
+            compare::compare(&arenas, &scale, (kind, place), effort, report)?;
+            say(&format!("{kind:?} {place:?}"));
+        }
+    }
+    Ok(())
+}
+
+struct Setting {
+    cpu: usize,
+    changes: u8,
+    what: What,
+}
+
+/// A cluster under these means; inside, `Err` says what this machine lacks.
+fn set_up(
+    sandbox: &Sandbox,
+    means: Means,
+    scale: &Scale,
+    setting: &Setting,
+    report: &mut Report,
+) -> Result<Result<Arena, String>> {
+    let size = scale.services().len();
+    let rules = match means {
+        Means::Nftables => Some(Rules::Nftables),
+        Means::Iptables => Some(Rules::Iptables),
+        Means::Plain | Means::PlainAgain | Means::Ferroflow | Means::FerroflowPackets => None,
+    };
+    if let Some(Err(missing)) = rules.map(Rules::version) {
+        return Ok(Err(missing));
+    }
+    let mut arena = Arena::new(sandbox, setting.cpu)?;
+    if let Some(rules) = rules {
+        let name = if rules == Rules::Nftables { "nftables" } else { "iptables" };
+        let nodes = if setting.what == What::Everything { Nodes::All } else { Nodes::First };
+        let took = arena.apply(rules, scale, nodes)?.as_secs_f64();
+        report.add_value(&format!("programming/rules/{name}"), size, (took, "s"))?;
+    }
+    match means {
+        Means::Ferroflow => {
+            scale.write(&arena.cluster)?;
+            measure_control(sandbox, &mut arena, (scale, setting.changes), report)?;
+            start_agents(&mut arena, &[])?;
+        }
+        Means::FerroflowPackets => {
+            scale.write(&arena.cluster)?;
+            start_agents(&mut arena, &["--socket-lb", "off"])?;
+        }
+        Means::Plain | Means::PlainAgain | Means::Nftables | Means::Iptables => {}
+    }
+    Ok(Ok(arena))
+}
+
+fn start_agents(arena: &mut Arena, args: &[&str]) -> Result<()> {
+    arena.start_agents(args)?;
+    for (agent, node) in arena.agents.iter().zip(arena.cluster.nodes()) {
+        control::wait_in_sync(agent, &node.bpffs.join("maps"))?;
+    }
+    Ok(())
+}
+
+/// Leaves the agent of the first node running.
+fn measure_control(
+    sandbox: &Sandbox,
+    arena: &mut Arena,
+    (scale, changes): (&Scale, u8),
+    report: &mut Report,
+) -> Result<()> {
+    let size = scale.services().len();
+    let life = control::life(arena, scale, changes)?;
+    report.add_value("programming/cold-start/ferroflow", size, (life.cold_start.as_secs_f64(), "s"))?;
+    if size == 10 {
+        report.add_value("memory/idle/ferroflow", size, (life.memory_in_sync, "MB"))?;
+    }
+    report.add_value("memory/in-sync/ferroflow", size, (life.memory_in_sync, "MB"))?;
+    report.add_value("memory/after-changes/ferroflow", size, (life.memory_after_changes, "MB"))?;
+    add_changes(report, ("file", size), &life.changes)?;
+    let less: Vec<_> = life.changes.iter().map(|took| took.saturating_sub(control::settling())).collect();
+    add_changes(report, ("file-less-settling", size), &less)?;
+
+    match control::stages(sandbox, arena, scale, changes) {
+        Ok(stages) => {
+            report.add_value("programming/reading/ferroflow", size, (stages.reading.as_secs_f64(), "s"))?;
+            report.add_value(
+                "programming/tables/ferroflow",
+                size,
+                (stages.programming.as_secs_f64(), "s"),
+            )?;
+            add_changes(report, ("tables", size), &stages.changes)
+        }
+        Err(error) => report.fail("programming/tables/ferroflow", size, &error),
+    }
+}
+
+fn add_changes(report: &mut Report, (what, size): (&str, usize), took: &[Duration]) -> Result<()> {
+    let millis: Vec<_> = took.iter().map(|took| took.as_secs_f64() * 1e3).collect();
+    for (name, percent) in [("change-p50", 50), ("change-p99", 99)] {
+        if let Some(value) = stats::percentile(&millis, percent) {
+            report.add_value(&format!("{name}/{what}/ferroflow"), size, (value, "ms"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The rate at the largest size against that at the smallest, each as a share of plain routing at its time.
+fn add_flatness(report: &mut Report) -> Result<()> {
+    let means = ["ferroflow", "ferroflow-packets", "nftables", "iptables-late"];
+    for (what, means) in ["short", "short-p50"].iter().flat_map(|what| means.map(|means| (what, means))) {
+        let name = format!("{what}/same-node/cluster-ip/{means}");
+        let of_name =
+            || report.figures().iter().filter(|figure| figure.figure == name && figure.ratio.is_some());
+        let (Some(first), Some(last)) = (of_name().next(), of_name().next_back()) else { continue };
+        let (Some(small), Some(large), services) = (first.ratio, last.ratio, last.services) else { continue };
+        if services > first.services {
+            report.add_ratio(&format!("{name}-flat"), services, large / small)?;
+        }
+    }
+    Ok(())
+}
