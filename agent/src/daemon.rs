@@ -9,7 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, Receiver};
 use tokio::time::sleep_until;
 
-use crate::boottime;
+use crate::clock;
 use crate::config;
 use crate::datapath::{self, Datapath, DatapathError, Interface};
 use crate::gc;
@@ -270,7 +270,7 @@ fn first_words(config: &config::Agent) -> AgentState {
     AgentState {
         pid: std::process::id(),
         synced: 0,
-        started: u64::from(boottime::seconds()),
+        started: u64::from(clock::seconds()),
         writes: 0,
         retries: 0,
         rejected: 0,

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::boottime;
+use crate::clock;
 use crate::maps::MapError;
 use crate::maps::kernel::{KernelMaps, Sweep};
 
@@ -29,7 +29,7 @@ pub async fn run(maps: PathBuf) {
 /// # Errors
 /// The kernel's refusal.
 pub fn sweep(maps: &KernelMaps) -> Result<Sweep, MapError> {
-    let now = boottime::seconds();
+    let now = clock::seconds();
     let v4 = maps.sweep_conntrack::<[u8; 4]>(now)?;
     let v6 = maps.sweep_conntrack::<[u8; 16]>(now)?;
     Ok(Sweep { seen: v4.seen + v6.seen, deleted: v4.deleted + v6.deleted })

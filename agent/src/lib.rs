@@ -18,8 +18,8 @@
 //! | `maps` | `common`, aya in `kernel` only | `model`, `plan` |
 //! | `health` | `model` | `maps`, `reconcile`, aya |
 
-pub mod boottime;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod daemon;
 pub mod datapath;

@@ -9,7 +9,7 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use ferroflow::{
-    boottime,
+    clock,
     config::{Attach, Bpffs, SocketLb},
     datapath::{Datapath, Options},
     maps::{Backends, Endpoints, Frontends, Maps as _, Slots, kernel::KernelMaps},
@@ -208,7 +208,7 @@ impl Programs {
 
     /// The programs' clock.
     pub fn now() -> u32 {
-        boottime::seconds()
+        clock::seconds()
     }
 }
 

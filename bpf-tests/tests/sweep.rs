@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{HashMap, Map, MapData};
 use bpf_tests::{runner, sandbox::Sandbox};
 use ferroflow::{
-    boottime,
+    clock,
     config::{Attach, Bpffs, SocketLb},
     datapath::{Datapath, Options},
     gc,
@@ -32,7 +32,7 @@ fn a_sweep_deletes_what_expired(sandbox: &Sandbox) -> Result<()> {
     let options =
         Options { bpffs: bpffs.clone(), socket_lb: SocketLb::Tcp, attach: Attach::Auto, log_drops: false };
     let _programs = Datapath::load(&fs::read(object)?, options)?;
-    let now = boottime::seconds();
+    let now = clock::seconds();
     let table = Map::LruHashMap(MapData::from_pin(bpffs.maps().join("conntrack_v4"))?);
     let mut table = HashMap::<_, [u8; 16], [u8; 56]>::try_from(table)?;
     for number in 0..FLOWS {

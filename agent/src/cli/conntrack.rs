@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::service::socket;
 use super::table::table;
 use super::{Answer, CliError};
-use crate::boottime;
+use crate::clock;
 use crate::maps::kernel::KernelMaps;
 use crate::maps::{Backends, Maps as _};
 
@@ -30,7 +30,7 @@ struct Row {
 }
 
 pub(super) fn list(maps: &KernelMaps) -> Result<Answer, CliError> {
-    let now = boottime::seconds();
+    let now = clock::seconds();
     let v4 =
         maps.conntrack::<[u8; 4]>()?.into_iter().map(|(tuple, entry)| row::<V4>(maps, &tuple, &entry, now));
     let v6 =

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::table::table;
 use super::{Answer, CliError, open};
-use crate::boottime;
+use crate::clock;
 use crate::config::Query;
 use crate::lock::Lock;
 use crate::maps::kernel::KernelMaps;
@@ -103,7 +103,7 @@ fn agent(maps: &KernelMaps, life: Life) -> Result<Agent, MapError> {
         node: text(&state.node),
         version: text(&state.version),
         pid: state.pid,
-        age: u64::from(boottime::seconds()).saturating_sub(state.started),
+        age: u64::from(clock::seconds()).saturating_sub(state.started),
         writes: state.writes,
         retries: state.retries,
         rejected: state.rejected,

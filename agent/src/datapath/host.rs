@@ -53,6 +53,20 @@ pub(super) fn raise_memlock_limit() {
     }
 }
 
+/// Whether the running kernel is of this version or a later one; no, should it not say.
+pub(super) fn kernel_is_at_least(major: u32, minor: u32) -> bool {
+    let name = nix::sys::utsname::uname();
+    let release = name.as_ref().ok().and_then(|name| name.release().to_str());
+    release.and_then(version).is_some_and(|running| running >= (major, minor))
+}
+
+/// `6.18.44-fc` is 6.18.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let (major, rest) = release.split_once('.')?;
+    let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
 /// Where cgroup2 is mounted: it may be anywhere (`/sys/fs/cgroup`, or a directory below it on a hybrid host).
 ///
 /// # Errors
@@ -91,6 +105,14 @@ mod tests {
     fn cgroup2_is_found_wherever_it_is_mounted() {
         let found: Vec<_> = mount_points(TABLE, "cgroup2").collect();
         assert_eq!(found, [PathBuf::from("/sys/fs/cgroup/unified")]);
+    }
+
+    #[test]
+    fn a_kernel_says_its_version() {
+        assert_eq!(version("5.10.0-33-amd64"), Some((5, 10)));
+        assert_eq!(version("6.18-rc1"), Some((6, 18)));
+        assert_eq!(version("unknown"), None);
+        assert!(kernel_is_at_least(4, 0));
     }
 
     #[test]

@@ -55,9 +55,11 @@ impl Datapath {
         // aya's levels: 0 compiles every log statement out, 4 is `debug`, which dropped packets are logged at.
         let log_level: u8 = if options.log_drops { 4 } else { 0 };
         let socket_udp = u8::from(options.socket_lb == SocketLb::All);
+        let coarse_clock = u8::from(host::kernel_is_at_least(5, 11));
         let mut ebpf = EbpfLoader::new()
             .default_map_pin_directory(options.bpffs.maps())
             .override_global("AYA_LOG_LEVEL", &log_level, true)
+            .override_global("COARSE_CLOCK", &coarse_clock, true)
             .override_global("SOCKET_UDP", &socket_udp, true)
             .load(object)?;
         for (name, program) in ebpf.programs_mut() {

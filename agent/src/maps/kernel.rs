@@ -121,7 +121,7 @@ impl KernelMaps {
     }
 
     /// Deletes the flows of one family that were idle longer than they live, as of `now` (seconds of
-    /// `CLOCK_BOOTTIME`), and counts.
+    /// `CLOCK_MONOTONIC`), and counts.
     ///
     /// A flow that wakes up between the second look and its deletion, a microsecond, is forgotten and opened anew by
     /// its next packet.

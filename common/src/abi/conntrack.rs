@@ -53,7 +53,7 @@ pub struct Entry {
     pub backend: u32,
     /// The backend's generation when the flow chose it.
     pub generation: u32,
-    /// Seconds of `CLOCK_BOOTTIME` after which an idle flow is gone.
+    /// Seconds of `CLOCK_MONOTONIC` after which an idle flow is gone.
     pub expires: u32,
 }
 

@@ -153,7 +153,7 @@ pub struct Affinity {
     pub backend: u32,
     /// The backend's generation at the choice.
     pub generation: u32,
-    /// Seconds of `CLOCK_BOOTTIME` at its last packet.
+    /// Seconds of `CLOCK_MONOTONIC` at its last packet.
     pub last_used: u32,
 }
 

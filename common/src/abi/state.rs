@@ -9,7 +9,7 @@ pub struct AgentState {
     pub pid: u32,
     /// 1 once every source has listed and the tables say what the objects say.
     pub synced: u32,
-    /// Seconds of `CLOCK_BOOTTIME` at the agent's start.
+    /// Seconds of `CLOCK_MONOTONIC` at the agent's start.
     pub started: u64,
     /// Rows written to or deleted from the tables since the start.
     pub writes: u64,

@@ -1,9 +1,10 @@
 //! Every map, and the library's view of them. Sizes here are defaults: the agent sets them when it loads.
 
+use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
-use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_boot_ns};
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
@@ -18,6 +19,11 @@ use ferroflow_common::addr::Addr;
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::{DROP_ROWS, DropReason};
 use ferroflow_ebpf::tables::{Aligned, InsertError, OnConflict, Services, Tables, Tracked};
+
+/// The kernel has a clock that only reads what the last tick wrote (5.11, commit d05512618056): exact enough for
+/// seconds, and a seventh of the cost. Where it has not, the verifier drops the call with this constant.
+#[unsafe(no_mangle)]
+static COARSE_CLOCK: Global<u8> = Global::new(0);
 
 const MMAP: usize = BPF_F_MMAPABLE as usize;
 /// Control-plane tables take memory as they fill.
@@ -226,8 +232,14 @@ impl<F: Flows> Tables<F> for Kernel {
 
     #[inline(always)]
     fn now(&self) -> u32 {
-        // SAFETY: the helper takes nothing and cannot fail.
-        (unsafe { bpf_ktime_get_boot_ns() } / 1_000_000_000) as u32
+        let nanoseconds = if COARSE_CLOCK.load() != 0 {
+            // SAFETY: the helper takes nothing and cannot fail.
+            unsafe { bpf_ktime_get_coarse_ns() }
+        } else {
+            // SAFETY: as above.
+            unsafe { bpf_ktime_get_ns() }
+        };
+        (nanoseconds / 1_000_000_000) as u32
     }
 
     #[inline(always)]
