@@ -86,8 +86,8 @@ enum Verb {
 }
 
 const NO_TOOLCHAIN: &str = "\
-If cargo says that the toolchain is not installed, rustup was told not to install it by itself (RUSTUP_AUTO_INSTALL=0).
-Run `rustup toolchain install` here, once; or start this with a Rust you have, `cargo +stable xtask ..`.";
+xtask itself runs under whatever Rust you have; what it builds is built with the one that xtask/rust-toolchain.toml
+pins, which it installs. For cargo by hand: `cargo +VERSION ..`.";
 
 fn main() -> ExitCode {
     run(Args::parse().verb).unwrap_or_else(|error| {

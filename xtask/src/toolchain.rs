@@ -26,7 +26,7 @@ impl Toolchain {
         let xtask =
             env::var_os("CARGO_MANIFEST_DIR").map_or(env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
         let root = xtask.parent().context("xtask lies in no workspace; run it as `cargo xtask`")?.to_owned();
-        let file = root.join("rust-toolchain.toml");
+        let file = xtask.join("rust-toolchain.toml");
         let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
         let pin = Pin::parse(&text).with_context(|| format!("{} pins no toolchain", file.display()))?;
         let manager = if installed("rustup") { Manager::Rustup } else { Manager::None };
