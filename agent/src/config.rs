@@ -31,6 +31,9 @@ impl Bpffs {
     }
 }
 
+/// Room for a cluster of 10,000 services with 10 endpoints each.
+pub const MAX_ENDPOINTS: u32 = 131_072;
+
 /// The agent's options.
 #[derive(Args, Clone, Debug)]
 pub struct Agent {
@@ -56,6 +59,11 @@ pub struct Agent {
     /// How programs are attached to interfaces
     #[arg(long, env = "FERROFLOW_ATTACH", value_enum, default_value_t = Attach::Auto)]
     pub attach: Attach,
+
+    /// Endpoints of services that the tables have room for, over all services (64 bytes each, all of it resident)
+    #[arg(long, env = "FERROFLOW_MAX_ENDPOINTS", value_name = "N", default_value_t = MAX_ENDPOINTS,
+        value_parser = clap::value_parser!(u32).range(1_024..=4_194_304))]
+    pub max_endpoints: u32,
 
     /// Where `/healthz` and `/livez` are answered
     #[arg(long, env = "FERROFLOW_HEALTH_PORT", value_name = "PORT", default_value_t = crate::health::server::PROXY_PORT)]

@@ -10,7 +10,7 @@ use aya::{
 };
 use ferroflow::{
     clock,
-    config::{Attach, Bpffs, SocketLb},
+    config::{Attach, Bpffs, MAX_ENDPOINTS, SocketLb},
     datapath::{Datapath, Options},
     maps::{Backends, Endpoints, Frontends, Maps as _, Slots, kernel::KernelMaps},
 };
@@ -112,7 +112,13 @@ impl Programs {
     /// and whether drops are logged.
     pub fn load(place: &Place, (socket_lb, log_drops): (SocketLb, bool)) -> Result<Self> {
         let bpffs = Bpffs { dir: place.bpffs.clone() };
-        let options = Options { bpffs: bpffs.clone(), socket_lb, attach: Attach::Auto, log_drops };
+        let options = Options {
+            bpffs: bpffs.clone(),
+            socket_lb,
+            attach: Attach::Auto,
+            max_endpoints: MAX_ENDPOINTS,
+            log_drops,
+        };
         let datapath = Datapath::load(&object()?, options)?;
         let tables = KernelMaps::open(&bpffs.maps())?;
         Ok(Self { datapath, tables, bpffs })

@@ -8,7 +8,7 @@ use aya::maps::{HashMap, Map, MapData};
 use bpf_tests::{runner, sandbox::Sandbox};
 use ferroflow::{
     clock,
-    config::{Attach, Bpffs, SocketLb},
+    config::{Attach, Bpffs, MAX_ENDPOINTS, SocketLb},
     datapath::{Datapath, Options},
     gc,
     maps::kernel::{KernelMaps, Sweep},
@@ -29,8 +29,13 @@ const FLOWS: u32 = 10_001;
 fn a_sweep_deletes_what_expired(sandbox: &Sandbox) -> Result<()> {
     let bpffs = Bpffs { dir: sandbox.place()?.bpffs };
     let object = std::env::var("FERROFLOW_OBJECT").context("run through `cargo xtask test`")?;
-    let options =
-        Options { bpffs: bpffs.clone(), socket_lb: SocketLb::Tcp, attach: Attach::Auto, log_drops: false };
+    let options = Options {
+        bpffs: bpffs.clone(),
+        socket_lb: SocketLb::Tcp,
+        attach: Attach::Auto,
+        max_endpoints: MAX_ENDPOINTS,
+        log_drops: false,
+    };
     let _programs = Datapath::load(&fs::read(object)?, options)?;
     let now = clock::seconds();
     let table = Map::LruHashMap(MapData::from_pin(bpffs.maps().join("conntrack_v4"))?);

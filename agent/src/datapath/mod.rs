@@ -13,6 +13,7 @@ use aya::programs::links::LinkError;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use crate::config::{Attach, Bpffs, SocketLb};
+use crate::maps::{ArrayTable as _, Backends, Slots};
 
 pub use attach::Interface;
 pub use host::{cgroup2_mount, prepare};
@@ -23,9 +24,14 @@ pub struct Options {
     pub bpffs: Bpffs,
     pub socket_lb: SocketLb,
     pub attach: Attach,
+    /// How many rows `backends` has; `slots` has [`SLOTS_PER_ENDPOINT`] times as many.
+    pub max_endpoints: u32,
     /// Compiles the programs' log statements in.
     pub log_drops: bool,
 }
+
+/// A Maglev table has at least a hundred slots for each backend; most services have one slot for each.
+const SLOTS_PER_ENDPOINT: u32 = 4;
 
 /// The loaded object.
 pub struct Datapath {
@@ -56,8 +62,11 @@ impl Datapath {
         let log_level: u8 = if options.log_drops { 4 } else { 0 };
         let socket_udp = u8::from(options.socket_lb == SocketLb::All);
         let coarse_clock = u8::from(host::kernel_is_at_least(5, 11));
+        let slots = options.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
         let mut ebpf = EbpfLoader::new()
             .default_map_pin_directory(options.bpffs.maps())
+            .map_max_entries(Backends::NAME, options.max_endpoints)
+            .map_max_entries(Slots::NAME, slots)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
             .override_global("COARSE_CLOCK", &coarse_clock, true)
             .override_global("SOCKET_UDP", &socket_udp, true)
@@ -89,7 +98,7 @@ pub enum DatapathError {
         "no cgroup2 file system is mounted: mount one (mount -t cgroup2 none DIR) and name it with --cgroup"
     )]
     NoCgroup2,
-    #[error("cannot load the BPF object: {}", Causes(.0))]
+    #[error("cannot load the BPF object: {}{}", Causes(.0), way_out(.0))]
     Load(#[from] EbpfError),
     #[error("program `{name}`: {}", Causes(.source))]
     Program { name: String, source: ProgramError },
@@ -103,6 +112,12 @@ pub enum DatapathError {
     Pin { path: PathBuf, source: PinError },
     #[error(transparent)]
     Map(#[from] MapError),
+}
+
+/// Pinned maps have the size that they were made with.
+fn way_out(error: &EbpfError) -> &'static str {
+    let other_size = matches!(error, EbpfError::MapError(MapError::IncompatiblePinnedMap { .. }));
+    if other_size { "; start the agent with the sizes it had, or on an empty --bpffs" } else { "" }
 }
 
 /// An error with everything that caused it, on one line.

@@ -60,7 +60,8 @@ pub(super) fn life(arena: &mut Arena, scale: &Scale, changes: u8) -> Result<Life
     let node = &arena.cluster.nodes()[0];
     let tables = node.bpffs.join("maps");
     let start = Instant::now();
-    arena.agents.push(Agent::start(node, &[])?);
+    let room = scale.max_endpoints().to_string();
+    arena.agents.push(Agent::start(node, &["--max-endpoints", &room])?);
     let agent = arena.agents.last().context("no agent")?;
     wait_in_sync(agent, &tables)?;
     let cold_start = start.elapsed();
@@ -125,8 +126,13 @@ pub(super) fn stages(sandbox: &Sandbox, arena: &Arena, scale: &Scale, changes: u
     let reading = start.elapsed();
 
     let bpffs = Bpffs { dir: sandbox.place()?.bpffs };
-    let options =
-        Options { bpffs: bpffs.clone(), socket_lb: SocketLb::Tcp, attach: Attach::Auto, log_drops: false };
+    let options = Options {
+        bpffs: bpffs.clone(),
+        socket_lb: SocketLb::Tcp,
+        attach: Attach::Auto,
+        max_endpoints: scale.max_endpoints(),
+        log_drops: false,
+    };
     let _programs = Datapath::load(datapath::embedded_object()?, options)?;
     let mut reconciler = reconciler(&bpffs, &node.name)?;
     let changing = changing(&objects, scale)?;

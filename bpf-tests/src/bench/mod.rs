@@ -201,15 +201,16 @@ fn set_up(
         let took = arena.apply(rules, scale, nodes)?.as_secs_f64();
         report.add_value(&format!("programming/rules/{name}"), size, (took, "s"))?;
     }
+    let room = scale.max_endpoints().to_string();
     match means {
         Means::Ferroflow => {
             scale.write(&arena.cluster)?;
             measure_control(sandbox, &mut arena, (scale, setting.changes), report)?;
-            start_agents(&mut arena, &[])?;
+            start_agents(&mut arena, &["--max-endpoints", &room])?;
         }
         Means::FerroflowPackets => {
             scale.write(&arena.cluster)?;
-            start_agents(&mut arena, &["--socket-lb", "off"])?;
+            start_agents(&mut arena, &["--socket-lb", "off", "--max-endpoints", &room])?;
         }
         Means::Plain | Means::PlainAgain | Means::Nftables | Means::Iptables => {}
     }

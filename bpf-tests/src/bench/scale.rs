@@ -1,5 +1,6 @@
 //! A cluster of a given size: the same services for manifests and for the rules of kube-proxy.
 
+use ferroflow::config::MAX_ENDPOINTS;
 use std::{
     fmt::Write as _,
     net::{Ipv4Addr, SocketAddr, SocketAddrV4},
@@ -46,6 +47,12 @@ impl Scale {
             _ => Service::filler(index),
         });
         Self { services: services.collect() }
+    }
+
+    /// What the agent is told to have room for: the usual, or twice these where they are more.
+    pub(super) fn max_endpoints(&self) -> u32 {
+        let endpoints = self.services.len() as u32 * u32::from(ENDPOINTS);
+        MAX_ENDPOINTS.max((2 * endpoints).next_power_of_two())
     }
 
     pub(super) fn services(&self) -> &[Service] {

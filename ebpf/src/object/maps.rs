@@ -39,10 +39,10 @@ static SOURCE_RANGES: LpmTrie<ServiceClient, SourceRange, 65_536> = LpmTrie::new
 static AFFINITY: LruHashMap<AffinityKey, Affinity, 65_536> = LruHashMap::new();
 
 #[btf_map(name = "slots", pin_by_name)]
-static SLOTS: Array<u32, 1_048_576, MMAP> = Array::new();
+static SLOTS: Array<u32, 524_288, MMAP> = Array::new();
 
 #[btf_map(name = "backends", pin_by_name)]
-static BACKENDS: Array<Backend, 262_144, MMAP> = Array::new();
+static BACKENDS: Array<Backend, 131_072, MMAP> = Array::new();
 
 #[btf_map(name = "services", pin_by_name)]
 static SERVICES: HashMap<u32, ServiceName, 131_072, ON_DEMAND> = HashMap::new();
