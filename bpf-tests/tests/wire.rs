@@ -1,7 +1,12 @@
 //! Requests between pods in network namespaces, through real agents.
 #![forbid(unsafe_code)]
 
-use std::{process::ExitCode, thread, time::Duration};
+use std::{
+    net::UdpSocket,
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
@@ -35,6 +40,7 @@ fn main() -> ExitCode {
         ("the_socket_path_serves_udp", the_socket_path_serves_udp),
         ("clsact_serves", clsact_serves),
         ("pod_addresses_stay_reachable_under_an_agent", pod_addresses_stay_reachable_under_an_agent),
+        ("a_dropped_packet_is_named", a_dropped_packet_is_named),
         ("bad_documents_are_named_and_cost_nothing_else", bad_documents_are_named_and_cost_nothing_else),
     ])
 }
@@ -156,6 +162,34 @@ fn clsact_serves(sandbox: &Sandbox) -> Result<()> {
 
 fn pod_addresses_stay_reachable_under_an_agent(sandbox: &Sandbox) -> Result<()> {
     World::test(sandbox, &[], |world| every_pod_reaches_every_pod(&world.cluster))
+}
+
+/// A datagram that its sender fragments: in `status`, and with `--log-drops` also in the log.
+fn a_dropped_packet_is_named(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &["--log-drops"], |world| {
+        for family in Family::BOTH {
+            let dns = target(&world.web, Protocol::Dns, family);
+            let own = world.cluster.pod("a1").ip(family);
+            let sent =
+                world.cluster.pod("a1").netns.run(move |_| {
+                    UdpSocket::bind((own, 0)).and_then(|socket| socket.send_to(&[0; 4000], dns))
+                })?;
+            ensure!(sent? == 4000, "not sent");
+        }
+        let agent = &world.agents[0];
+        agent.wait_status(SOON, |status| {
+            status["drops"].as_array().is_some_and(|drops| {
+                drops.iter().any(|drop| drop["reason"] == "fragment-of-service" && drop["packets"] == 2)
+            })
+        })?;
+        let logged = || agent.log_tail().matches("dropped: fragment-of-service").count();
+        let deadline = Instant::now() + SOON;
+        while logged() < 2 {
+            ensure!(Instant::now() < deadline, "{} lines in the log", logged());
+            thread::sleep(TICK);
+        }
+        Ok(())
+    })
 }
 
 /// A file with three bad documents and a good one, and a service that works spoilt afterwards.

@@ -58,8 +58,8 @@ impl Datapath {
     pub fn load(object: &[u8], options: Options) -> Result<Self, DatapathError> {
         prepare(&options.bpffs)?;
         host::raise_memlock_limit();
-        // aya's levels: 0 compiles every log statement out, 4 is `debug`, which dropped packets are logged at.
-        let log_level: u8 = if options.log_drops { 4 } else { 0 };
+        // aya's levels: 0 compiles every log statement out, 3 is `info`, which dropped packets are logged at.
+        let log_level: u8 = if options.log_drops { 3 } else { 0 };
         let socket_udp = u8::from(options.socket_lb == SocketLb::All);
         let coarse_clock = u8::from(host::kernel_is_at_least(5, 11));
         let slots = options.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);

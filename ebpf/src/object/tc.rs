@@ -5,7 +5,7 @@ use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use aya_log_ebpf::debug;
+use aya_log_ebpf::info;
 use ferroflow_common::verdict::{DropReason, Verdict};
 use ferroflow_ebpf::{device, pod};
 
@@ -70,6 +70,6 @@ fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
 fn shot(skb: &Skb, reason: DropReason) -> i32 {
     maps::count(reason);
     // Compiled out by the verifier unless the agent raises AYA_LOG_LEVEL when it loads.
-    debug!(&skb.0, "dropped: {}", reason.as_str());
+    info!(&skb.0, "dropped: {}", reason.as_str());
     TC_ACT_SHOT
 }
