@@ -1,7 +1,7 @@
 //! The real programs in this machine's kernel, run on one packet at a time (`BPF_PROG_TEST_RUN`), and the library on
 //! the same packet.
 
-use std::{collections::BTreeMap, env, fs, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, env, fs, path::PathBuf, thread, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
@@ -9,7 +9,6 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use ferroflow::{
-    clock,
     config::{Attach, Bpffs, MAX_ENDPOINTS, SocketLb},
     datapath::{Datapath, Options},
     maps::{Backends, Endpoints, Frontends, Maps as _, Slots, kernel::KernelMaps},
@@ -27,6 +26,7 @@ use ferroflow_ebpf::{
     pod,
     tables::fake::Fake,
 };
+use nix::time::{ClockId, clock_gettime};
 use zerocopy::{FromBytes as _, Immutable, IntoBytes};
 
 use crate::sandbox::Place;
@@ -212,11 +212,22 @@ impl Programs {
         Ok(self.tables.drops()?.into_iter().filter(|(_, count)| *count > 0).collect())
     }
 
-    /// The programs' clock.
-    pub fn now() -> u32 {
-        clock::seconds()
+    /// The second that the programs see, and will see for a while: library and kernel must take a packet in the same
+    /// one. Waits where the second is about to change.
+    pub fn now() -> Result<u32> {
+        loop {
+            // What the programs read, which is a tick behind the finer clock.
+            let now = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)?;
+            if now.tv_nsec() < STEADY {
+                return Ok(u32::try_from(now.tv_sec())?);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 }
+
+/// Until so many nanoseconds of a second it is taken to last: longer than a machine pauses a process by chance.
+const STEADY: i64 = 700_000_000;
 
 /// The object under test.
 pub fn object() -> Result<Vec<u8>> {

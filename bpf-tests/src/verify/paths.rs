@@ -123,7 +123,7 @@ fn tables() -> Result<Fake> {
             tables.local(addr, index);
         }
     }
-    tables.clock.set(Programs::now());
+    tables.clock.set(Programs::now()?);
     // Both services' flows first: a reply entry is of the flow through the other service.
     for (proto, port) in PORTS {
         for ends in [Ends::new::<V4>(port), Ends::new::<V6>(port)] {
