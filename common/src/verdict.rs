@@ -56,7 +56,7 @@ drop_reasons! {
     NoLocalEndpoint = 2, "no-local-endpoint";
     /// A frontend's slots named a backend that is not live; the agent is between two writes or the tables are damaged.
     NoBackend = 3, "no-backend";
-    /// Two flows through different frontends would share one tuple towards the same backend.
+    /// Every source port that a new flow tried is another flow's towards the same backend.
     TupleCollision = 4, "tuple-collision";
     /// The connection table took no entry (rule 36: counted apart from "full").
     ConntrackInsert = 5, "conntrack-insert-failed";

@@ -68,7 +68,8 @@ pub(crate) static SOCKETS: SkStorage<Translation> = SkStorage::new();
 #[btf_map(name = "drops", pin_by_name)]
 static DROPS: PerCpuArray<u64, DROP_ROWS> = PerCpuArray::new();
 
-/// No program reads these two: the object declares them so that they are created, typed and pinned with the others.
+/// No program reads this map, or `services`: the object declares them so that they are created, typed and pinned with
+/// the others.
 #[btf_map(name = "agent", pin_by_name)]
 static AGENT: Array<AgentState, 1> = Array::new();
 
