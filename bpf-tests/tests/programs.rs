@@ -14,7 +14,7 @@ use ferroflow_common::{
     abi::conntrack::Entry,
     addr::Addr,
     family::{V4, V6},
-    tcp::Flags,
+    tcp::{Flags, chunk},
     verdict::DropReason,
 };
 use ferroflow_ebpf::{
@@ -121,6 +121,11 @@ fn cases<F: Names>() -> Vec<Case> {
     cases.extend(served(&udp, &Frame::udp(udp.client, udp.near).payload(b"query")));
     cases.extend(served(&tcp, &Frame::tcp(tcp.client, tcp.near, SYN).extended()));
     cases.extend(served(&udp, &Frame::udp(udp.client, udp.near).extended().payload(&[3; 1200])));
+    let sctp = Ends::new::<F>(38412, 3868);
+    let init = Frame::sctp(sctp.client, sctp.near, chunk::INIT);
+    cases.extend(served(&sctp, &init.clone().payload(b"initial parameters")));
+    cases.extend(served(&sctp, &init.extended().payload(&[9; 1300])));
+    cases.extend(associations(&sctp));
     cases.extend(connections(&tcp));
     cases.extend(looped::<F>(&tcp));
     cases.extend(refused(&tcp, &udp));
@@ -188,6 +193,37 @@ fn connections(ends: &Ends) -> Vec<Case> {
     ]
 }
 
+/// What only SCTP has.
+fn associations(ends: &Ends) -> Vec<Case> {
+    let frame = |kind| Frame::sctp(ends.client, ends.near, kind).payload(b"chunk");
+    let there = |frame: &Frame| to_pod(&frame.clone().sent_to(ends.local));
+    let (init, data, abort) = (frame(chunk::INIT), frame(chunk::DATA), frame(chunk::ABORT));
+    let computed_later = |frame: &Frame| {
+        let mut bytes = frame.build();
+        let check = bytes.len() - frame.payload.len() - 8;
+        bytes[check..check + 4].copy_from_slice(&[0; 4]);
+        bytes
+    };
+    let later = Outcome::Goes(Action::Redirect, computed_later(&init.clone().sent_to(ends.local)));
+    let refused = init.clone().sent_to(ends.refuses);
+    vec![
+        Case::new("data on an association", &data, there(&data)).after(&[&init]),
+        Case::new("abort of an association", &abort, there(&abort)).after(&[&init]),
+        Case::new("INIT after the abort", &init, there(&init)).after(&[&init, &abort]),
+        Case::new("a checksum left to the device", &init, later).bytes(computed_later(&init)),
+        Case::new("no endpoints: INIT", &refused, port_unreachable(&refused, 0)),
+    ]
+}
+
+/// The ICMP error in answer. It quotes the IP header, with `units` of eight bytes of options (IPv4) or 24 of extension
+/// headers (IPv6), and eight bytes behind it.
+fn port_unreachable(frame: &Frame, units: usize) -> Outcome {
+    let v4 = frame.src.ip().is_ipv4();
+    let (length, (kind, code)) = if v4 { (28 + 8 * units, (3, 3)) } else { (48 + 24 * units, (1, 4)) };
+    let quote = frame.build()[14..14 + length].to_vec();
+    to_pod(&Frame::icmp(frame.dst, frame.src, kind, code).payload(&quote).turned())
+}
+
 /// A pod that is its own backend.
 fn looped<F: Names>(ends: &Ends) -> Vec<Case> {
     let there = Frame::tcp((F::pod(2), 4000), ends.near, SYN);
@@ -231,11 +267,7 @@ fn refused(tcp: &Ends, udp: &Ends) -> Vec<Case> {
         ("no endpoints: empty datagram", Frame::udp(udp.client, udp.refuses), 0),
         ("no endpoints: datagram with options", Frame::udp(udp.client, udp.refuses).extended(), 1),
     ] {
-        let v4 = frame.src.ip().is_ipv4();
-        let (length, (kind, code)) = if v4 { (28 + 8 * header, (3, 3)) } else { (48 + 24 * header, (1, 4)) };
-        let quote = frame.build()[14..14 + length].to_vec();
-        let answer = Frame::icmp(frame.dst, frame.src, kind, code).payload(&quote).turned();
-        cases.push(Case::new(name, &frame, to_pod(&answer)));
+        cases.push(Case::new(name, &frame, port_unreachable(&frame, header)));
     }
     cases
 }
@@ -244,8 +276,6 @@ fn refused(tcp: &Ends, udp: &Ends) -> Vec<Case> {
 fn left_alone<F: Names>(tcp: &Ends, udp: &Ends) -> Vec<Case> {
     let port = Frame::tcp(tcp.client, (tcp.near.0, 443), SYN);
     let ping = Frame::icmp(tcp.client.0, tcp.near.0, 8, 0);
-    let sctp = Frame::new(tcp.client, tcp.near, Transport::Other(ferroflow_common::addr::Proto::SCTP));
-    let sctp = sctp.payload(&[0; 40]);
     let arp = [&[0xff; 12][..], &[8, 6], &[0; 28]].concat();
     let vlan = [&[2; 12][..], &[0x81, 0, 0, 1, 8, 0], &[0x45; 40]].concat();
     let plain = |bytes: &[u8]| Outcome::Goes(Action::Next, bytes.to_vec());
@@ -259,7 +289,6 @@ fn left_alone<F: Names>(tcp: &Ends, udp: &Ends) -> Vec<Case> {
     vec![
         Case::new("another port of a service", &port, to_stack(&port)),
         Case::new("ping of a service", &ping, to_stack(&ping)),
-        Case::new("SCTP", &sctp, to_stack(&sctp)),
         Case::new("ARP", &ping, plain(&arp)).bytes(arp.clone()),
         Case::new("ARP", &ping, plain(&arp)).bytes(arp).entering(),
         Case::new("VLAN", &ping, plain(&vlan)).bytes(vlan),

@@ -132,6 +132,12 @@ impl Proto {
     pub const ICMPV6: Self = Self { number: 58 };
     pub const SCTP: Self = Self { number: 132 };
 
+    /// Whether a flow opens and closes: its packets say so.
+    #[inline(always)]
+    pub const fn connects(self) -> bool {
+        self.number == Self::TCP.number || self.number == Self::SCTP.number
+    }
+
     pub const fn name(self) -> Option<&'static str> {
         match self {
             Self::ICMP => Some("ICMP"),

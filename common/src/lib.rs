@@ -25,6 +25,7 @@
 
 pub mod abi;
 pub mod addr;
+pub mod crc32c;
 pub mod csum;
 pub mod family;
 pub mod hash;

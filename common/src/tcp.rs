@@ -2,7 +2,8 @@
 
 use crate::addr::Proto;
 
-/// TCP flags as they stand in byte 13 of the header.
+/// TCP flags as they stand in byte 13 of the header, and what SCTP says by chunks in the same words
+/// ([`Flags::of_chunk`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flags(pub u8);
 
@@ -14,11 +15,35 @@ impl Flags {
     /// What a packet of another protocol has.
     pub const NONE: Self = Self(0);
 
+    /// What a packet's first chunk does to its association (RFC 9260 section 3.2). Those that open and close one are
+    /// alone in their packet, or first in it.
+    #[inline(always)]
+    pub const fn of_chunk(kind: u8) -> Self {
+        Self(match kind {
+            chunk::INIT => Self::SYN,
+            chunk::INIT_ACK => Self::SYN | Self::ACK,
+            chunk::ABORT | chunk::SHUTDOWN_COMPLETE => Self::RST,
+            chunk::SHUTDOWN | chunk::SHUTDOWN_ACK => Self::FIN | Self::ACK,
+            _ => Self::ACK,
+        })
+    }
+
     /// The first packet of a connection: SYN and not ACK.
     #[inline(always)]
     pub const fn opens(self) -> bool {
         self.0 & (Self::SYN | Self::ACK | Self::RST) == Self::SYN
     }
+}
+
+/// Numbers of SCTP's chunks.
+pub mod chunk {
+    pub const DATA: u8 = 0;
+    pub const INIT: u8 = 1;
+    pub const INIT_ACK: u8 = 2;
+    pub const ABORT: u8 = 6;
+    pub const SHUTDOWN: u8 = 7;
+    pub const SHUTDOWN_ACK: u8 = 8;
+    pub const SHUTDOWN_COMPLETE: u8 = 14;
 }
 
 /// Which way a packet goes relative to the one that opened its flow.
@@ -70,25 +95,29 @@ impl State {
     }
 
     pub const fn name(self, proto: Proto) -> &'static str {
-        match (proto, self.0 & Self::REPLIED != 0) {
-            (Proto::TCP, _) if self.closed() => "closed",
-            (Proto::TCP, _) if self.0 & (Self::FIN_FORWARD | Self::FIN_REPLY) != 0 => "closing",
-            (Proto::TCP, true) => "established",
-            (Proto::TCP, false) => "opening",
-            (_, true) => "replied",
-            (_, false) => "unreplied",
+        match (proto.connects(), self.0 & Self::REPLIED != 0) {
+            (true, _) if self.closed() => "closed",
+            (true, _) if self.0 & (Self::FIN_FORWARD | Self::FIN_REPLY) != 0 => "closing",
+            (true, true) => "established",
+            (true, false) => "opening",
+            (false, true) => "replied",
+            (false, false) => "unreplied",
         }
     }
 
     /// How many seconds an idle flow in this state is kept: kube-proxy's defaults where it sets one (24 h
     /// established, 1 h half closed: `conntrack.tcpEstablishedTimeout`, `tcpCloseWaitTimeout`), the kernel's
-    /// `nf_conntrack_*_timeout` elsewhere.
+    /// `nf_conntrack_*_timeout` elsewhere. An SCTP association probes its idle paths every 30 seconds (RFC 9260
+    /// section 16), so it need not be kept for a day.
     #[inline(always)]
     pub const fn lifetime(self, proto: Proto) -> u32 {
         let replied = self.0 & Self::REPLIED != 0;
-        if proto.number == Proto::TCP.number {
+        if proto.connects() {
+            let sctp = proto.number == Proto::SCTP.number;
             if self.closed() {
                 10
+            } else if sctp && replied {
+                210
             } else if self.0 & (Self::FIN_FORWARD | Self::FIN_REPLY) != 0 {
                 3_600
             } else if replied {
@@ -107,6 +136,9 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    extern crate std;
+    use std::vec::Vec;
 
     fn run(packets: &[(u8, Direction)]) -> State {
         packets.iter().fold(State::NEW, |state, &(flags, direction)| state.after(Flags(flags), direction))
@@ -134,6 +166,27 @@ mod tests {
         assert!(!Flags(Flags::SYN | Flags::ACK).opens());
         assert!(!Flags(Flags::SYN | Flags::RST).opens());
         assert!(!Flags(Flags::ACK).opens());
+    }
+
+    #[test]
+    fn an_association_opens_lives_and_closes() {
+        use Direction::{Forward, Reply};
+        let chunks = |chunks: &[(u8, Direction)]| {
+            let flags = chunks.iter().map(|&(kind, direction)| (Flags::of_chunk(kind).0, direction));
+            run(&flags.collect::<Vec<_>>())
+        };
+        let said = |state: State| (state.name(Proto::SCTP), state.lifetime(Proto::SCTP));
+        let opening = [(chunk::INIT, Forward)];
+        assert_eq!(said(chunks(&opening)), ("opening", 60));
+        let established = [(chunk::INIT, Forward), (chunk::INIT_ACK, Reply), (chunk::DATA, Forward)];
+        assert_eq!(said(chunks(&established)), ("established", 210));
+        let closed = [(chunk::INIT_ACK, Reply), (chunk::SHUTDOWN, Reply), (chunk::SHUTDOWN_ACK, Forward)];
+        assert_eq!(said(chunks(&closed[..2])), ("closing", 210));
+        for close in [&closed[..], &[(chunk::ABORT, Reply)], &[(chunk::SHUTDOWN_COMPLETE, Forward)]] {
+            assert_eq!(said(chunks(close)), ("closed", 10));
+        }
+        assert!(Flags::of_chunk(chunk::INIT).opens());
+        assert!(!Flags::of_chunk(chunk::INIT_ACK).opens());
     }
 
     #[test]

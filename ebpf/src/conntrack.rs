@@ -57,11 +57,11 @@ pub fn follow<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Opti
     Some(Rewrite::of(&tracked.load()))
 }
 
-/// Only a SYN moves a TCP flow, and only to where it is not a retransmission to a live backend (rules 30, 35). A UDP
+/// Only a SYN (SCTP: an INIT) moves a connection, and only to where it is not a retransmission to a live backend (rules 30, 35). A UDP
 /// flow moves as soon as its backend stopped serving (rule 31): that is what the generation is for.
 #[inline(always)]
 fn chooses_again<F: Family, T: Services>(tables: &T, headers: &Headers<F>, entry: &Entry) -> bool {
-    if headers.tuple.proto == Proto::TCP {
+    if headers.tuple.proto.connects() {
         headers.flags.opens() && (entry.state != State::NEW.0 || gone(tables, entry))
     } else {
         gone(tables, entry)
@@ -225,7 +225,7 @@ fn replaceable<F: Family, T: Tables<F>>(
     let entry = row.load();
     leads_to::<F>(&entry, &headers.tuple)
         || entry.expires < tables.now()
-        || (headers.tuple.proto == Proto::TCP && State(entry.state).closed())
+        || (headers.tuple.proto.connects() && State(entry.state).closed())
 }
 
 /// Whether the flow's first packet may be answered by a refusal.

@@ -1,9 +1,10 @@
 //! Packets for tests: built from their fields, every checksum computed in full.
 
 use ferroflow_common::addr::{Addr, Port, Proto};
+use ferroflow_common::crc32c;
 use ferroflow_common::csum::{self, Sum};
 use ferroflow_common::family::{Family, V4, V6};
-use ferroflow_common::tcp::Flags;
+use ferroflow_common::tcp::{Flags, chunk};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
 use crate::device;
@@ -41,6 +42,10 @@ pub enum Transport {
     },
     Udp {
         checksum: UdpChecksum,
+    },
+    /// With one chunk, whose header comes before the payload.
+    Sctp {
+        chunk: u8,
     },
     /// ICMP of the packet's family.
     Icmp {
@@ -84,6 +89,10 @@ impl Frame {
 
     pub fn udp(src: Socket, dst: Socket) -> Self {
         Self::new(src, dst, Transport::Udp { checksum: UdpChecksum::Full })
+    }
+
+    pub fn sctp(src: Socket, dst: Socket, chunk: u8) -> Self {
+        Self::new(src, dst, Transport::Sctp { chunk })
     }
 
     pub fn icmp(src: Addr, dst: Addr, kind: u8, code: u8) -> Self {
@@ -136,13 +145,14 @@ impl Frame {
         Self { src, src_port, ..self }
     }
 
-    /// What its receiver would send back with these TCP flags; UDP and others as they are.
+    /// What its receiver would send back with these TCP flags; an INIT is acknowledged, others are as they are.
     #[must_use]
     pub fn answer(&self, flags: u8) -> Self {
         let (src, dst) = ((self.dst, self.dst_port), (self.src, self.src_port));
         match self.transport {
             Transport::Tcp { .. } => Self::tcp(src, dst, flags),
-            Transport::Udp { .. } | Transport::Icmp { .. } | Transport::Other(_) => {
+            Transport::Sctp { chunk: chunk::INIT } => Self::sctp(src, dst, chunk::INIT_ACK),
+            Transport::Udp { .. } | Transport::Sctp { .. } | Transport::Icmp { .. } | Transport::Other(_) => {
                 Self { transport: self.transport.clone(), ..Self::udp(src, dst) }
             }
         }
@@ -174,6 +184,7 @@ impl Frame {
         match self.transport {
             Transport::Tcp { .. } => Proto::TCP,
             Transport::Udp { .. } => Proto::UDP,
+            Transport::Sctp { .. } => Proto::SCTP,
             Transport::Icmp { .. } => {
                 if self.is_v4() {
                     Proto::ICMP
@@ -292,6 +303,14 @@ impl Frame {
                 let [l0, l1] = sixteen(8 + self.payload.len());
                 ([ports.as_slice(), &[l0, l1, 0, 0]].concat(), 6)
             }
+            Transport::Sctp { chunk } => {
+                let [l0, l1] = sixteen(4 + self.payload.len());
+                let tag = [0x0a, 0x0b, 0x0c, 0x0d];
+                let mut packet = [&ports, &tag[..], &[0; 4], &[*chunk, 0, l0, l1], &self.payload].concat();
+                let check = crc32c::checksum(&[&packet]);
+                packet[8..12].copy_from_slice(&check.to_le_bytes());
+                return packet;
+            }
             Transport::Icmp { kind, code } => (vec![*kind, *code, 0, 0, 0, 0, 0, 0], 2),
         };
         header.extend(&self.payload);
@@ -343,6 +362,7 @@ pub fn verify(packet: &[u8]) -> Result<(), String> {
     let proto = Proto { number: proto };
     let sum = match proto {
         _ if !whole => return Ok(()),
+        Proto::SCTP => return crc(body),
         Proto::ICMP => Sum::ZERO,
         Proto::UDP if body.get(6..8) == Some(&[0, 0]) && src.ip().is_ipv4() => return Ok(()),
         Proto::TCP | Proto::UDP | Proto::ICMPV6 => pseudo_header(&src, &dst, proto, body.len()),
@@ -353,6 +373,13 @@ pub fn verify(packet: &[u8]) -> Result<(), String> {
     } else {
         Err(format!("{proto} checksum"))
     }
+}
+
+fn crc(body: &[u8]) -> Result<(), String> {
+    let (before, rest) = body.split_at_checked(8).ok_or("too short")?;
+    let (check, after) = rest.split_first_chunk::<4>().ok_or("too short")?;
+    let right = u32::from_le_bytes(*check) == crc32c::checksum(&[before, &[0; 4], after]);
+    if right { Ok(()) } else { Err("SCTP checksum".into()) }
 }
 
 /// The protocol behind the extension headers, where its header is, and whether the packet is no fragment.
@@ -448,7 +475,8 @@ mod tests {
     fn what_is_built_is_right_and_what_is_changed_is_wrong<F: Names>() {
         let (client, server) = ((F::pod(1), 4000), (F::vip(1), 80));
         let icmp = Frame::icmp(client.0, server.0, 8, 0).payload(b"abc");
-        for frame in [Frame::tcp(client, server, Flags::SYN), Frame::udp(client, server), icmp] {
+        let sctp = Frame::sctp(client, server, chunk::DATA);
+        for frame in [Frame::tcp(client, server, Flags::SYN), Frame::udp(client, server), sctp, icmp] {
             for frame in [frame.clone(), frame.clone().extended(), frame.payload(b"odd")] {
                 let good = frame.build();
                 verify(&good).unwrap();

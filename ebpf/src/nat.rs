@@ -61,9 +61,11 @@ where
     let (src, dst) = (F::bytes(to.src()), F::bytes(to.dst()));
     let addresses = difference::<F>(difference::<F>(Sum::ZERO, &tuple.src, &src), &tuple.dst, &dst);
     let (check, zero_is_none) = checksum(tuple.proto);
-    let l3_unsummed = F::CSUM_OFF.is_none();
-    let change = L4Change::Addresses { addresses, zero_is_none, l3_unsummed };
-    packet.change_l4_checksum(headers.l4 + check, &change)?;
+    if tuple.proto != Proto::SCTP {
+        let l3_unsummed = F::CSUM_OFF.is_none();
+        let change = L4Change::Addresses { addresses, zero_is_none, l3_unsummed };
+        packet.change_l4_checksum(headers.l4 + check, &change)?;
+    }
     if let Some(check) = F::CSUM_OFF {
         packet.change_l3_checksum(L3 + check, addresses)?;
     }
@@ -71,17 +73,32 @@ where
     if (tuple.src_port, tuple.dst_port) == (to.src_port, to.dst_port) {
         return Ok(());
     }
+    let ([s0, s1], [d0, d1]) = (to.src_port.be, to.dst_port.be);
+    if tuple.proto == Proto::SCTP {
+        return sctp_ports(packet, headers.l4, headers.end, [s0, s1, d0, d1]);
+    }
     let ports = Sum::ZERO
         .less_half(u16::from_ne_bytes(tuple.src_port.be))
         .half(u16::from_ne_bytes(to.src_port.be))
         .less_half(u16::from_ne_bytes(tuple.dst_port.be))
         .half(u16::from_ne_bytes(to.dst_port.be));
     packet.change_l4_checksum(headers.l4 + check, &L4Change::Ports { ports, zero_is_none })?;
-    let ([s0, s1], [d0, d1]) = (to.src_port.be, to.dst_port.be);
     packet.write(headers.l4, &[s0, s1, d0, d1])
 }
 
-/// Where the checksum is in the transport header, and whether zero there means none.
+/// Writes the ports of an SCTP packet between `l4` and `end` and mends its CRC32c. A zero is a checksum that the device
+/// is to compute (the kernel's `skb_crc32c_csum_help` wants it so) or none at all (RFC 9653), and stays.
+#[inline(always)]
+fn sctp_ports<P: Packet>(packet: &mut P, l4: u32, end: u32, ports: [u8; 4]) -> Result<(), DropReason> {
+    let [old, tag, check] = packet.words(l4).ok_or(DropReason::Rewrite)?;
+    let difference = u32::from_le(old) ^ u32::from_le_bytes(ports);
+    let new = if check == 0 { 0 } else { u32::from_le(check) ^ packet.crc32c_change(difference, end - l4) };
+    let ([p0, p1, p2, p3], [t0, t1, t2, t3]) = (ports, tag.to_ne_bytes());
+    let [c0, c1, c2, c3] = new.to_le_bytes();
+    packet.write(l4, &[p0, p1, p2, p3, t0, t1, t2, t3, c0, c1, c2, c3])
+}
+
+/// Where the Internet checksum is in the transport header, and whether zero there means none.
 #[inline(always)]
 const fn checksum(proto: Proto) -> (u32, bool) {
     if proto.number == Proto::UDP.number {
@@ -129,7 +146,9 @@ impl Ends for [u8; 16] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frame::{Frame, Names, Transport, UdpChecksum, both_families, verify};
+    use ferroflow_common::tcp::{Flags, chunk};
+
+    use crate::frame::{Frame, Names, Socket, Transport, UdpChecksum, both_families, verify};
     use crate::noise::Noise;
     use crate::packet::Bytes;
     use crate::parse::{Parse, headers};
@@ -140,6 +159,7 @@ mod tests {
         a_datagram_without_checksum_stays_without,
         a_datagram_with_checksum_never_loses_it,
         a_wrong_checksum_stays_wrong,
+        an_association_without_checksum_stays_without,
     );
 
     fn rewritten<F>(frame: &Frame, to: &Rewrite) -> Vec<u8>
@@ -176,6 +196,10 @@ mod tests {
         }
     }
 
+    fn each(src: Socket, dst: Socket) -> [Frame; 3] {
+        [Frame::tcp(src, dst, Flags::SYN), Frame::udp(src, dst), Frame::sctp(src, dst, chunk::DATA)]
+    }
+
     fn either_end_is_rewritten_and_the_checksums_hold<F>()
     where
         F: Names + Parse<Bytes: Ends>,
@@ -186,7 +210,7 @@ mod tests {
             let length = noise.below(64);
             let payload = noise.bytes(length);
             let to_pod = (F::pod(noise.below(256) as u8), noise.number() as u16);
-            for frame in [Frame::tcp(client, vip, 2), Frame::udp(client, vip)] {
+            for frame in each(client, vip) {
                 for frame in [frame.clone().payload(&payload), frame.extended().payload(&payload)] {
                     let forward = rewritten::<F>(&frame, &to(&frame, End::Destination, to_pod));
                     assert_eq!(forward, frame.clone().sent_to(to_pod).build(), "round {round}");
@@ -203,7 +227,7 @@ mod tests {
         F: Names + Parse<Bytes: Ends>,
     {
         let (pod, vip) = (F::pod(1), F::vip(1));
-        for frame in [Frame::tcp((pod, 4000), (vip, 80), 2), Frame::udp((pod, 4000), (vip, 80))] {
+        for frame in each((pod, 4000), (vip, 80)) {
             let (other, backend) = ((F::pod(7), 1024), (F::pod(2), 8080));
             let masqueraded = to(&frame.clone().sent_to(backend), End::Source, other);
             let expected = frame.clone().sent_from(other).sent_to(backend);
@@ -247,11 +271,31 @@ mod tests {
     where
         F: Names + Parse<Bytes: Ends>,
     {
-        let frame = Frame::tcp((F::pod(1), 4000), (F::vip(1), 80), 2).payload(b"abcd");
-        let Bytes(mut bytes) = frame.packet();
-        *bytes.last_mut().unwrap() ^= 0x10;
-        let Bytes(bytes) =
-            rewritten_bytes::<F>(Bytes(bytes), &to(&frame, End::Destination, (F::pod(2), 8080)));
-        assert_eq!(verify(&bytes).unwrap_err(), "TCP checksum");
+        for (frame, what) in each((F::pod(1), 4000), (F::vip(1), 80)).into_iter().zip(["TCP", "UDP", "SCTP"])
+        {
+            let frame = frame.payload(b"abcd");
+            let Bytes(mut bytes) = frame.packet();
+            *bytes.last_mut().unwrap() ^= 0x10;
+            let Bytes(bytes) =
+                rewritten_bytes::<F>(Bytes(bytes), &to(&frame, End::Destination, (F::pod(2), 8080)));
+            assert_eq!(verify(&bytes).unwrap_err(), format!("{what} checksum"));
+        }
+    }
+
+    /// The device computes it over the packet as it is then, and wants zero there.
+    fn an_association_without_checksum_stays_without<F>()
+    where
+        F: Names + Parse<Bytes: Ends>,
+    {
+        let frame = Frame::sctp((F::pod(1), 4000), (F::vip(1), 80), chunk::INIT);
+        let none = |frame: &Frame| {
+            let mut bytes = frame.build();
+            let check = bytes.len() - 8;
+            bytes[check..check + 4].copy_from_slice(&[0; 4]);
+            bytes
+        };
+        let backend = (F::pod(2), 8080);
+        let Bytes(bytes) = rewritten_bytes::<F>(Bytes(none(&frame)), &to(&frame, End::Destination, backend));
+        assert_eq!(bytes, none(&frame.sent_to(backend)));
     }
 }

@@ -60,10 +60,16 @@ impl Noise {
 
     /// A packet of the world with right checksums.
     pub fn frame<F: Names>(&mut self) -> Frame {
-        let proto = self.pick(&[Proto::TCP, Proto::UDP]);
-        let (src, dst) = self.ends::<F>(proto);
-        let mut frame =
-            if proto == Proto::TCP { Frame::tcp(src, dst, self.flags()) } else { Frame::udp(src, dst) };
+        let (proto, service, target) = self.pick(&SERVICES);
+        let (src, dst) = self.ends::<F>(service, target);
+        let mut frame = match proto {
+            Proto::TCP => Frame::tcp(src, dst, self.flags()),
+            Proto::SCTP => {
+                let chunk = self.below(16) as u8;
+                Frame::sctp(src, dst, chunk)
+            }
+            Proto { .. } => Frame::udp(src, dst),
+        };
         if let Transport::Tcp { seq, ack, options, .. } = &mut frame.transport {
             (*seq, *ack) = (self.number() as u32, self.number() as u32);
             *options = vec![1; self.below(4) * 4];
@@ -73,7 +79,7 @@ impl Noise {
         }
         if self.percent(4) {
             frame.transport =
-                Transport::Other(self.pick(&[Proto::SCTP, Proto { number: 59 }, Proto::ICMPV6, Proto::ICMP]));
+                Transport::Other(self.pick(&[Proto { number: 59 }, Proto::ICMPV6, Proto::ICMP]));
         }
         let length = self.below(60);
         frame.payload = self.bytes(length);
@@ -89,8 +95,7 @@ impl Noise {
         frame
     }
 
-    fn ends<F: Names>(&mut self, proto: Proto) -> (Socket, Socket) {
-        let (service, target) = if proto == Proto::TCP { (80, 8080) } else { (53, 5353) };
+    fn ends<F: Names>(&mut self, service: u16, target: u16) -> (Socket, Socket) {
         let client = (F::pod(self.pick(&[1, 2, 4])), self.pick(&[4000, 4001, 4002]));
         let vip = (F::vip(self.pick(&[1, 1, 1, 2, 2, 3, 8, 9])), service);
         let backend = (F::pod(self.pick(&[2, 3])), target);
@@ -152,8 +157,12 @@ pub fn world() -> Fake {
     fake
 }
 
+/// The ports of a service, and where its backends listen.
+const SERVICES: [(Proto, u16, u16); 3] =
+    [(Proto::TCP, 80, 8080), (Proto::UDP, 53, 5353), (Proto::SCTP, 38412, 3868)];
+
 fn services<F: Names>(fake: &mut Fake) {
-    for (proto, port, target) in [(Proto::TCP, 80, 8080), (Proto::UDP, 53, 5353)] {
+    for (proto, port, target) in SERVICES {
         let backends: [(Addr, u16); 2] = [(F::pod(2), target), (F::pod(3), target)];
         fake.service(F::vip(1), port, proto, &backends);
         fake.service(F::vip(2), port, proto, &backends[..1]);

@@ -41,7 +41,7 @@ pub struct Headers<F: Family> {
     pub l4: u32,
     /// Where the datagram ends; what follows is padding.
     pub end: u32,
-    /// [`Flags::NONE`] unless TCP.
+    /// [`Flags::NONE`] unless TCP or SCTP.
     pub flags: Flags,
     pub fragment: Fragment,
 }
@@ -153,6 +153,9 @@ const fn extension(next: u8) -> bool {
         || next == IpProto::Ipv6Opts as u8
 }
 
+/// SCTP's common header and that of the first chunk.
+const SCTP_LEN: usize = 16;
+
 /// The headers of a packet whose flow can be followed; `None` for protocols without ports and for later fragments,
 /// which are the stack's.
 ///
@@ -165,16 +168,25 @@ pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, Dr
         return Ok(None);
     }
     network.l4 = packet.forget(network.l4);
-    let (ports, length, flags) = if network.proto == Proto::TCP {
-        let [ports, _seq, _ack, control, _check] =
+    let (length, flags) = if network.proto == Proto::TCP {
+        let [_ports, _seq, _ack, control, _check] =
             packet.words::<{ TcpHdr::LEN / 4 }>(network.l4).ok_or(DropReason::Truncated)?;
-        (ports, TcpHdr::LEN as u32, Flags(control.to_ne_bytes()[1]))
+        (TcpHdr::LEN as u32, Flags(control.to_ne_bytes()[1]))
     } else if network.proto == Proto::UDP {
-        let [ports, _check] = packet.words::<{ UdpHdr::LEN / 4 }>(network.l4).ok_or(DropReason::Truncated)?;
-        (ports, UdpHdr::LEN as u32, Flags::NONE)
+        (UdpHdr::LEN as u32, Flags::NONE)
+    } else if network.proto == Proto::SCTP {
+        // Every packet has a chunk (RFC 9260 section 3).
+        let [_ports, _tag, _check, chunk] =
+            packet.words::<{ SCTP_LEN / 4 }>(network.l4).ok_or(DropReason::Truncated)?;
+        (SCTP_LEN as u32, Flags::of_chunk(chunk.to_ne_bytes()[0]))
     } else {
         return Ok(None);
     };
+    // From here on the protocols are one to the verifier.
+    let length = packet.forget(length);
+    let flags = Flags(packet.forget(u32::from(flags.0)) as u8);
+    let proto = Proto { number: packet.forget(u32::from(network.proto.number)) as u8 };
+    let [ports] = packet.words(network.l4).ok_or(DropReason::Truncated)?;
     if network.l4 + length > network.end {
         return Err(DropReason::Truncated);
     }
@@ -184,7 +196,7 @@ pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, Dr
         dst: network.dst,
         src_port: Port { be: [ports[0], ports[1]] },
         dst_port: Port { be: [ports[2], ports[3]] },
-        proto: network.proto,
+        proto,
         reserved: [0; 3],
     });
     Ok(Some(Headers { tuple, l4: network.l4, end: network.end, flags, fragment: network.fragment }))
@@ -192,6 +204,8 @@ pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, Dr
 
 #[cfg(test)]
 mod tests {
+    use ferroflow_common::tcp::chunk;
+
     use super::*;
     use crate::frame::{self, AUTHENTICATION, Frame, Names, Part, ROUTING, Transport, both_families};
     use crate::packet::Bytes;
@@ -206,9 +220,9 @@ mod tests {
         another_version_is_told,
     );
 
-    fn plain<F: Names>() -> [Frame; 2] {
+    fn plain<F: Names>() -> [Frame; 3] {
         let (client, vip) = ((F::pod(1), 4000), (F::vip(1), 80));
-        [Frame::tcp(client, vip, Flags::SYN), Frame::udp(client, vip)]
+        [Frame::tcp(client, vip, Flags::SYN), Frame::udp(client, vip), Frame::sctp(client, vip, chunk::INIT)]
     }
 
     fn read<F: Parse>(bytes: &[u8]) -> Result<Option<Headers<F>>, DropReason> {
@@ -223,8 +237,8 @@ mod tests {
                 let tuple = &found.tuple;
                 assert_eq!((F::addr(tuple.src), F::addr(tuple.dst)), (frame.src, frame.dst));
                 assert_eq!((tuple.src_port.host(), tuple.dst_port.host()), (4000, 80));
-                let tcp = matches!(frame.transport, Transport::Tcp { .. });
-                assert_eq!(found.flags, if tcp { Flags(Flags::SYN) } else { Flags::NONE });
+                let udp = matches!(frame.transport, Transport::Udp { .. });
+                assert_eq!(found.flags, if udp { Flags::NONE } else { Flags(Flags::SYN) });
                 assert_eq!(found.end as usize, bytes.len());
                 assert_eq!(bytes[found.l4 as usize..][..4], [0x0f, 0xa0, 0, 80]);
             }
@@ -286,14 +300,14 @@ mod tests {
     }
 
     fn protocols_without_ports_are_the_stacks<F: Names + Parse>() {
-        for proto in [Proto::ICMP, Proto::ICMPV6, Proto::SCTP, Proto { number: 59 }, Proto { number: 255 }] {
+        for proto in [Proto::ICMP, Proto::ICMPV6, Proto { number: 59 }, Proto { number: 255 }] {
             let frame = Frame::new((F::pod(1), 0), (F::vip(1), 0), Transport::Other(proto));
             assert!(read::<F>(&frame.build()).unwrap().is_none(), "{proto}");
         }
     }
 
     fn another_version_is_told<F: Names + Parse>() {
-        let [mut frame, _] = plain::<F>().map(|frame| frame.build());
+        let [mut frame, ..] = plain::<F>().map(|frame| frame.build());
         for version in (0..16).filter(|version| *version != frame[14] >> 4).collect::<Vec<_>>() {
             frame[14] = version << 4 | 5;
             assert!(matches!(read::<F>(&frame), Err(DropReason::Truncated)), "{version}");
@@ -323,7 +337,7 @@ mod tests {
 
     #[test]
     fn rule_39_extension_headers_are_followed_to_a_bound() {
-        let [frame, _] = plain::<V6>();
+        let [frame, ..] = plain::<V6>();
         let kinds = [frame::HOP_BY_HOP, frame::DESTINATION_OPTIONS, ROUTING, AUTHENTICATION];
         for count in 0..12 {
             let extensions = (0..count).map(|index| (kinds[index % 4], 1 + (index % 3) as u8)).collect();

@@ -115,7 +115,7 @@ where
 #[cfg(test)]
 mod tests {
     use ferroflow_common::addr::Addr;
-    use ferroflow_common::tcp::Flags;
+    use ferroflow_common::tcp::{Flags, chunk};
 
     use super::*;
     use crate::frame::{Frame, Names, Part, Socket, Transport, UdpChecksum, both_families, verify};
@@ -138,12 +138,13 @@ mod tests {
     const SYN: u8 = Flags::SYN;
     const ACK: u8 = Flags::ACK;
 
-    /// The first packet of a client in pod 1 to service 1, TCP and UDP, and where the backends listen.
-    fn flows<F: Names>() -> [(Frame, u16); 2] {
+    /// The first packet of a client in pod 1 to service 1, by each protocol, and where the backends listen.
+    fn flows<F: Names>() -> [(Frame, u16); 3] {
         let client = (F::pod(1), 4000);
         [
             (Frame::tcp(client, (F::vip(1), 80), SYN), 8080),
             (Frame::udp(client, (F::vip(1), 53)).payload(b"query"), 5353),
+            (Frame::sctp(client, (F::vip(1), 38412), chunk::INIT).payload(b"parameters"), 3868),
         ]
     }
 

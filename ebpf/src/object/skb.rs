@@ -11,6 +11,7 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_csum_update, bpf_fib_lookup, bpf_skb_load_bytes};
 use aya_ebpf::programs::TcContext;
+use ferroflow_common::crc32c;
 use ferroflow_common::csum::Sum;
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::DropReason;
@@ -104,6 +105,13 @@ unsafe fn load_word(at: u64) -> u32 {
     // SAFETY: the caller's promise; the instruction zero-extends.
     unsafe { asm!("{0} = *(u32 *)({1} + 0)", out(reg) word, in(reg) at, options(pure, readonly, nostack)) };
     word as u32
+}
+
+/// A global function: the verifier follows it by itself, once, for any arguments (kernel commit 51c39bb1d5d1).
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn crc32c_change(difference: u32, length: u32) -> u32 {
+    crc32c::change(difference, length)
 }
 
 impl Packet for Skb {
@@ -201,6 +209,11 @@ impl Packet for Skb {
             unsafe { bpf_csum_update(self.0.as_ptr().cast(), sum as u32) };
         }
         Ok(())
+    }
+
+    #[inline(always)]
+    fn crc32c_change(&self, difference: u32, length: u32) -> u32 {
+        crc32c_change(difference, length)
     }
 
     #[inline(always)]
