@@ -60,6 +60,11 @@ pub struct Agent {
     #[arg(long, env = "FERROFLOW_ATTACH", value_enum, default_value_t = Attach::Auto)]
     pub attach: Attach,
 
+    /// Whether known flows through the node's devices are served in the devices' drivers, before the kernel makes
+    /// socket buffers of their packets
+    #[arg(long, env = "FERROFLOW_XDP", value_enum, default_value_t = Xdp::Off)]
+    pub xdp: Xdp,
+
     /// Endpoints of services that the tables have room for, over all services (64 bytes each, all of it resident)
     #[arg(long, env = "FERROFLOW_MAX_ENDPOINTS", value_name = "N", default_value_t = MAX_ENDPOINTS,
         value_parser = clap::value_parser!(u32).range(1_024..=4_194_304))]
@@ -89,6 +94,17 @@ pub enum SocketLb {
     All,
     /// None
     Off,
+}
+
+/// Where XDP is used. What it does not do, TC does: no service depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Xdp {
+    /// Nowhere
+    Off,
+    /// On every device of the node; one whose driver cannot is an error
+    Native,
+    /// On every device whose driver can
+    BestEffort,
 }
 
 /// The hook for programs on interfaces.

@@ -55,6 +55,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         bpffs: config.bpffs.clone(),
         socket_lb: config.socket_lb,
         attach: config.attach,
+        xdp: config.xdp,
         max_endpoints: config.max_endpoints,
         log_drops: config.log_drops,
     };

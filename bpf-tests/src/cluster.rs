@@ -18,11 +18,18 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
+use ferroflow::{
+    config::Xdp,
+    datapath::{Datapath, Interface},
+};
+use nix::net::if_::if_nametoindex;
+
 use crate::{
     cgroup, ethtool,
     manifests::Directory,
     netns::{End, Inside, Mac, Netns, Prefix, Route},
     pod::{Outcome, Progress, Ready},
+    run,
     sandbox::{Place, Sandbox},
     traffic::{Ask, Client, pod_command},
 };
@@ -33,7 +40,7 @@ pub struct Cluster {
     _processes: cgroup::Tree,
     manifests: Directory,
     nodes: Vec<Node>,
-    _switch: Netns,
+    switch: Netns,
 }
 
 #[derive(Debug)]
@@ -108,7 +115,7 @@ impl Cluster {
                 node.pods.push(pod);
             }
         }
-        let cluster = Self { _processes: processes, manifests, nodes: built, _switch: switch };
+        let cluster = Self { _processes: processes, manifests, nodes: built, switch };
         cluster.serve()?;
         Ok(cluster)
     }
@@ -137,6 +144,22 @@ impl Cluster {
     }
 
     /// What all agents read.
+    /// Makes the wires to the nodes like those of network cards: their packets have complete checksums, and the other
+    /// end takes what XDP sends back, as a veth does only where it has a program too. That is ours without a service,
+    /// and passes everything; it stays for as long as what is returned.
+    pub fn real_wires(&self, place: &Place) -> Result<Datapath> {
+        let ports: Vec<_> = self.nodes.iter().map(|node| node.name.clone()).collect();
+        let options = run::options(&place.bpffs, Xdp::Native);
+        self.switch.run(move |_| {
+            let mut passes = Datapath::load(&run::object()?, options)?;
+            for port in ports {
+                ethtool::turn_off(&port, "tx-checksum-ip-generic")?;
+                passes.attach(Interface::Device, if_nametoindex(port.as_str())?)?;
+            }
+            Ok(passes)
+        })?
+    }
+
     pub fn manifests(&self) -> &Directory {
         &self.manifests
     }

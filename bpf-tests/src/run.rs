@@ -1,7 +1,13 @@
 //! The real programs in this machine's kernel, run on one packet at a time (`BPF_PROG_TEST_RUN`), and the library on
 //! the same packet.
 
-use std::{collections::BTreeMap, env, fs, path::PathBuf, thread, time::Duration};
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
@@ -9,7 +15,7 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use ferroflow::{
-    config::{Attach, Bpffs, MAX_ENDPOINTS, SocketLb},
+    config::{Attach, Bpffs, MAX_ENDPOINTS, SocketLb, Xdp},
     datapath::{Datapath, Options},
     maps::{Backends, Endpoints, Frontends, Maps as _, Slots, kernel::KernelMaps},
 };
@@ -107,18 +113,24 @@ pub fn thrown(packet: &[u8]) -> Option<u32> {
 /// What an agent without options loads.
 pub const DEFAULTS: (SocketLb, bool) = (SocketLb::Tcp, false);
 
+/// What an agent loads by default, on a BPF file system of its own.
+pub fn options(bpffs: &Path, xdp: Xdp) -> Options {
+    Options {
+        bpffs: Bpffs { dir: bpffs.to_owned() },
+        socket_lb: SocketLb::Tcp,
+        attach: Attach::Auto,
+        xdp,
+        max_endpoints: MAX_ENDPOINTS,
+        log_drops: false,
+    }
+}
+
 impl Programs {
     /// Loads the object that `FERROFLOW_OBJECT` names, with these load-time constants: which sockets are translated,
     /// and whether drops are logged.
     pub fn load(place: &Place, (socket_lb, log_drops): (SocketLb, bool)) -> Result<Self> {
         let bpffs = Bpffs { dir: place.bpffs.clone() };
-        let options = Options {
-            bpffs: bpffs.clone(),
-            socket_lb,
-            attach: Attach::Auto,
-            max_endpoints: MAX_ENDPOINTS,
-            log_drops,
-        };
+        let options = Options { socket_lb, log_drops, ..options(&place.bpffs, Xdp::Off) };
         let datapath = Datapath::load(&object()?, options)?;
         let tables = KernelMaps::open(&bpffs.maps())?;
         Ok(Self { datapath, tables, bpffs })

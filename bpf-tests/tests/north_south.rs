@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeSet,
+    fs,
     net::{IpAddr, SocketAddr},
     process::ExitCode,
     time::Duration,
@@ -14,10 +15,10 @@ use bpf_tests::{
     checks,
     cluster::{Cluster, Family},
     manifests::{Endpoint, Service},
-    pod::Outcome,
+    pod::{Outcome, Progress},
     runner,
     sandbox::Sandbox,
-    traffic::{Ask, Protocol},
+    traffic::{Ask, Client, Protocol},
 };
 
 fn main() -> ExitCode {
@@ -27,10 +28,12 @@ fn main() -> ExitCode {
         ("rule_14_a_node_port_without_endpoints_refuses", a_node_port_without_endpoints_refuses),
         ("rule_16_pods_reach_their_nodes_port", pods_reach_their_nodes_port),
         ("rule_29_a_client_keeps_its_backend", a_client_keeps_its_backend),
+        ("xdp_sends_known_flows_on_by_itself", xdp_sends_known_flows_on),
     ])
 }
 
 const NODE_PORTS: [(Protocol, u16); 2] = [(Protocol::Http, 30080), (Protocol::Dns, 30053)];
+const ECHO_NODE_PORT: u16 = 30007;
 const REQUESTS: u32 = 40;
 
 /// Nodes a and b with agents and a pod each; node c has none, so its pod is a client from outside.
@@ -42,7 +45,7 @@ struct Outside {
 
 impl Outside {
     /// `more` are lines of the Service's `spec`.
-    fn new(sandbox: &Sandbox, more: &str, backends: &[&str]) -> Result<Self> {
+    fn new(sandbox: &Sandbox, more: &str, backends: &[&str], options: &[&str]) -> Result<Self> {
         let cluster = Cluster::with_pods(sandbox, &["a", "b", "c"], 1)?;
         let mut web = checks::service("web", 10);
         web.more = more.to_owned();
@@ -52,13 +55,14 @@ impl Outside {
             .yaml()
             .replace("type: ClusterIP", "type: NodePort")
             .replace("    port: 80\n", "    port: 80\n    nodePort: 30080\n")
-            .replace("    port: 53\n", "    port: 53\n    nodePort: 30053\n");
+            .replace("    port: 53\n", "    port: 53\n    nodePort: 30053\n")
+            .replace("    port: 7\n", "    port: 7\n    nodePort: 30007\n");
         ensure!(yaml.contains("30080") && yaml.contains("30053"), "no NodePort in\n{yaml}");
         manifests.write("service-web", &yaml)?;
         manifests.write_endpoints(&web, &Endpoint::ready(backends.iter().map(|name| cluster.pod(name))))?;
         let mut agents = Vec::new();
         for name in ["a", "b"] {
-            let mut agent = Agent::start(cluster.node(name), &[])?;
+            let mut agent = Agent::start(cluster.node(name), options)?;
             agent.wait_synced()?;
             agents.push(agent);
         }
@@ -72,9 +76,12 @@ impl Outside {
         backends: &[&str],
         test: impl FnOnce(&Self) -> Result<()>,
     ) -> Result<()> {
-        let outside = Self::new(sandbox, more, backends)?;
-        let logs = || outside.agents.iter().map(Agent::log_tail).collect::<Vec<_>>().join("\n");
-        test(&outside).map_err(|error| error.context(logs()))
+        Self::new(sandbox, more, backends, &[])?.held_to(test)
+    }
+
+    fn held_to(&self, test: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
+        let logs = || self.agents.iter().map(Agent::log_tail).collect::<Vec<_>>().join("\n");
+        test(self).map_err(|error| error.context(logs()))
     }
 
     fn node(&self, name: &str, family: Family) -> IpAddr {
@@ -185,6 +192,51 @@ fn a_client_keeps_its_backend(sandbox: &Sandbox) -> Result<()> {
                 let by = seen(&outside.ask("a1", protocol, vip)?, vip)?;
                 ensure!(by.len() == 1, "{protocol} {vip}: {by:?}");
             }
+        }
+        Ok(())
+    })
+}
+
+/// With the TC program taken from the device, whatever still arrives has come through the driver.
+fn xdp_sends_known_flows_on(sandbox: &Sandbox) -> Result<()> {
+    let outside = Outside::new(sandbox, "", &["b1"], &["--xdp", "native"])?;
+    let _passes = outside.cluster.real_wires(&sandbox.place()?)?;
+    outside.held_to(|outside| {
+        let goes_on = |stream: &Client<Progress>| -> Result<()> {
+            let verified = |seen: &[Progress]| seen.last().map_or(0, |progress| progress.verified);
+            let before = verified(&stream.seen());
+            stream.wait_until(Duration::from_secs(5), |seen| verified(seen) > before + 10_000)?;
+            Ok(())
+        };
+        for family in Family::BOTH {
+            for (protocol, port) in NODE_PORTS {
+                let target = SocketAddr::new(outside.node("a", family), port);
+                let seen = seen(&outside.ask("c1", protocol, target)?, target)?;
+                let expected = ("b1".to_owned(), outside.node("a", family));
+                ensure!(seen == BTreeSet::from([expected]), "{protocol} {target}: {seen:?}");
+            }
+        }
+        let streams = Family::BOTH
+            .map(|family| SocketAddr::new(outside.node("a", family), ECHO_NODE_PORT))
+            .map(|target| outside.cluster.pod("c1").stream(target));
+        let streams = streams.into_iter().collect::<Result<Vec<_>>>()?;
+        streams.iter().try_for_each(goes_on)?;
+        let links = outside.cluster.node("a").bpffs.join("links");
+        for entry in fs::read_dir(&links)? {
+            let path = entry?.path();
+            if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("device_ingress-")) {
+                fs::remove_file(path)?;
+            }
+        }
+        streams.iter().try_for_each(goes_on)?;
+        // A first packet is the TC program's, which is gone.
+        let target = SocketAddr::new(outside.node("a", Family::V4), NODE_PORTS[1].1);
+        let ask = Ask::new(Protocol::Dns, target).count(2).timeout(Duration::from_millis(300));
+        let outcomes = outside.cluster.pod("c1").ask(&ask)?;
+        ensure!(outcomes.iter().all(|outcome| outcome.answer().is_none()), "still attached: {outcomes:?}");
+        ensure!(outside.cluster.pod("b1").checksum_errors()? == 0, "a wrong checksum arrived");
+        for stream in streams {
+            stream.stop()?;
         }
         Ok(())
     })

@@ -1,15 +1,19 @@
 //! The sweep of idle flows, on a real table.
 #![forbid(unsafe_code)]
 
-use std::{fs, process::ExitCode};
+use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use aya::maps::{HashMap, Map, MapData};
-use bpf_tests::{runner, sandbox::Sandbox};
+use bpf_tests::{
+    run::{object, options},
+    runner,
+    sandbox::Sandbox,
+};
 use ferroflow::{
     clock,
-    config::{Attach, Bpffs, MAX_ENDPOINTS, SocketLb},
-    datapath::{Datapath, Options},
+    config::{Bpffs, Xdp},
+    datapath::Datapath,
     gc,
     maps::kernel::{KernelMaps, Sweep},
 };
@@ -28,15 +32,7 @@ const FLOWS: u32 = 10_001;
 
 fn a_sweep_deletes_what_expired(sandbox: &Sandbox) -> Result<()> {
     let bpffs = Bpffs { dir: sandbox.place()?.bpffs };
-    let object = std::env::var("FERROFLOW_OBJECT").context("run through `cargo xtask test`")?;
-    let options = Options {
-        bpffs: bpffs.clone(),
-        socket_lb: SocketLb::Tcp,
-        attach: Attach::Auto,
-        max_endpoints: MAX_ENDPOINTS,
-        log_drops: false,
-    };
-    let _programs = Datapath::load(&fs::read(object)?, options)?;
+    let _programs = Datapath::load(&object()?, options(&bpffs.dir, Xdp::Off))?;
     let now = clock::seconds();
     let table = Map::LruHashMap(MapData::from_pin(bpffs.maps().join("conntrack_v4"))?);
     let mut table = HashMap::<_, [u8; 16], [u8; 56]>::try_from(table)?;

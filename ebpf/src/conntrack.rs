@@ -22,6 +22,12 @@ type Key<F> = Aligned<Tuple<<F as Family>::Bytes>>;
 /// no flow, or to one whose backend is to be chosen again.
 #[inline(always)]
 pub fn follow<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Option<Rewrite> {
+    followed::<F, T>(tables, headers).map(|row| Rewrite::of(&row.load()))
+}
+
+/// The same as the row that says so.
+#[inline(always)]
+pub fn followed<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Option<T::Tracked> {
     let tracked = tables.tracked(&headers.tuple)?;
     let entry = tracked.load();
     let now = tables.now();
@@ -54,7 +60,7 @@ pub fn follow<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Opti
         }
         tracked.store_state(state.0, expires);
     }
-    Some(Rewrite::of(&tracked.load()))
+    Some(tracked)
 }
 
 /// Only a SYN (SCTP: an INIT) moves a connection, and only to where it is not a retransmission to a live backend (rules 30, 35). A UDP

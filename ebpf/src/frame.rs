@@ -180,7 +180,7 @@ impl Frame {
         self.src.ip().is_ipv4()
     }
 
-    fn proto(&self) -> Proto {
+    pub(crate) fn proto(&self) -> Proto {
         match self.transport {
             Transport::Tcp { .. } => Proto::TCP,
             Transport::Udp { .. } => Proto::UDP,

@@ -13,6 +13,10 @@
 //!                |  (TC egress on the host's end: pod::entering)
 //!   parse -> conntrack -- reply of a service flow -> nat -> pod's eth0
 //!
+//!            a device of the node
+//!                |  (XDP, where it is on: xdp) a known flow that leaves by the same device -> nat -> back out
+//!                |  (TC ingress: device::arriving) all else: conntrack, service, nat, route; TC egress as a pod's
+//!
 //!            connect(2)
 //!                |  (cgroup programs: socket)
 //!                +-- lb: frontend -> slot -> backend -> the socket's destination
@@ -40,3 +44,4 @@ pub mod route;
 pub mod service;
 pub mod socket;
 pub mod tables;
+pub mod xdp;

@@ -9,7 +9,7 @@ use network_types::eth::EthHdr;
 /// Where the IP header starts: every device the programs are attached to is Ethernet.
 pub const L3: u32 = EthHdr::LEN as u32;
 
-/// How many bytes [`Packet::sum`] adds up at the most.
+/// How many bytes [`Reshape::sum`] adds up at the most.
 pub const SUM_MAX: u32 = 128;
 
 /// How a change enters a transport checksum: new words minus old ones.
@@ -47,10 +47,6 @@ pub trait Packet {
     /// one register: `u32::to_ne_bytes` takes it apart where a byte is wanted.
     fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]>;
 
-    /// The checksum's sum over `length` bytes at `offset`; `None` where the packet ends before, or `length` is over
-    /// [`SUM_MAX`] or not a multiple of four.
-    fn sum(&self, offset: u32, length: u32) -> Option<Sum>;
-
     /// # Errors
     /// [`DropReason::Rewrite`] where the packet ends before or cannot be made writable.
     fn write<const N: usize>(&mut self, offset: u32, bytes: &[u8; N]) -> Result<(), DropReason>;
@@ -69,6 +65,13 @@ pub trait Packet {
 
     /// [`ferroflow_common::crc32c::change`]; the kernel has it as a function that is verified once, not at each call.
     fn crc32c_change(&self, difference: u32, length: u32) -> u32;
+}
+
+/// A packet that can be turned into another, longer or shorter one.
+pub trait Reshape: Packet {
+    /// The checksum's sum over `length` bytes at `offset`; `None` where the packet ends before, or `length` is over
+    /// [`SUM_MAX`] or not a multiple of four.
+    fn sum(&self, offset: u32, length: u32) -> Option<Sum>;
 
     /// Cuts or extends the packet at its end.
     ///
@@ -120,11 +123,6 @@ impl Packet for Bytes {
         Some(std::array::from_fn(|index| u32::from_ne_bytes(words[index])))
     }
 
-    fn sum(&self, offset: u32, length: u32) -> Option<Sum> {
-        let bytes = self.0.get(offset as usize..)?.get(..length as usize)?;
-        (length <= SUM_MAX && length.is_multiple_of(4)).then(|| csum::bytes(bytes))
-    }
-
     fn write<const N: usize>(&mut self, offset: u32, bytes: &[u8; N]) -> Result<(), DropReason> {
         let rest = self.0.get_mut(offset as usize..).ok_or(DropReason::Rewrite)?;
         *rest.first_chunk_mut::<N>().ok_or(DropReason::Rewrite)? = *bytes;
@@ -150,6 +148,14 @@ impl Packet for Bytes {
 
     fn crc32c_change(&self, difference: u32, length: u32) -> u32 {
         crc32c::change(difference, length)
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+impl Reshape for Bytes {
+    fn sum(&self, offset: u32, length: u32) -> Option<Sum> {
+        let bytes = self.0.get(offset as usize..)?.get(..length as usize)?;
+        (length <= SUM_MAX && length.is_multiple_of(4)).then(|| csum::bytes(bytes))
     }
 
     fn resize(&mut self, length: u32) -> Result<(), DropReason> {

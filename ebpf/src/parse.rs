@@ -51,6 +51,9 @@ pub trait Parse: Family {
     /// # Errors
     /// [`DropReason::Truncated`] or [`DropReason::ExtensionHeaders`].
     fn network<P: Packet>(packet: &P) -> Result<Network<Self>, DropReason>;
+
+    /// Source and destination; `None` where the packet ends before.
+    fn ends<P: Packet>(packet: &P) -> Option<(Self::Bytes, Self::Bytes)>;
 }
 
 impl Parse for V4 {
@@ -79,6 +82,12 @@ impl Parse for V4 {
             end,
             fragment: fragment(frags & 0x1fff, frags & 0x2000),
         })
+    }
+
+    #[inline(always)]
+    fn ends<P: Packet>(packet: &P) -> Option<(Self::Bytes, Self::Bytes)> {
+        let [src, dst] = packet.words(L3 + Self::SRC_OFF)?;
+        Some((Self::from_words([src, 0, 0, 0]), Self::from_words([dst, 0, 0, 0])))
     }
 }
 
@@ -130,6 +139,12 @@ impl Parse for V6 {
             return Err(DropReason::ExtensionHeaders);
         }
         Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part })
+    }
+
+    #[inline(always)]
+    fn ends<P: Packet>(packet: &P) -> Option<(Self::Bytes, Self::Bytes)> {
+        let [s0, s1, s2, s3, d0, d1, d2, d3] = packet.words(L3 + Self::SRC_OFF)?;
+        Some((Self::from_words([s0, s1, s2, s3]), Self::from_words([d0, d1, d2, d3])))
     }
 }
 
@@ -200,6 +215,23 @@ pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, Dr
         reserved: [0; 3],
     });
     Ok(Some(Headers { tuple, l4: network.l4, end: network.end, flags, fragment: network.fragment }))
+}
+
+/// The headers of a whole packet that [`headers`] found ports in, but for its flags; `None` where it ends before.
+#[inline(always)]
+pub fn again<F: Parse, P: Packet>(packet: &P, proto: Proto, l4: u32, end: u32) -> Option<Headers<F>> {
+    let (src, dst) = F::ends(packet)?;
+    let [ports] = packet.words(l4)?;
+    let ports = ports.to_ne_bytes();
+    let tuple = Aligned(Tuple {
+        src,
+        dst,
+        src_port: Port { be: [ports[0], ports[1]] },
+        dst_port: Port { be: [ports[2], ports[3]] },
+        proto,
+        reserved: [0; 3],
+    });
+    Some(Headers { tuple, l4, end, flags: Flags::NONE, fragment: Fragment::Whole })
 }
 
 #[cfg(test)]

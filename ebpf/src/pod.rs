@@ -6,7 +6,7 @@ use ferroflow_common::verdict::{DropReason, Verdict};
 use crate::conntrack;
 use crate::lb;
 use crate::nat::{self, Ends};
-use crate::packet::Packet;
+use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::route;
 use crate::service::{self, Fate, Origin, Outcome, whole};
@@ -19,7 +19,7 @@ use crate::tables::Tables;
 #[inline(always)]
 pub fn leaving<P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
 where
-    P: Packet,
+    P: Reshape,
     T: Tables<V4> + Tables<V6>,
 {
     match packet.ethertype() {

@@ -13,7 +13,7 @@ use network_types::tcp::TcpHdr;
 use network_types::udp::UdpHdr;
 
 use crate::conntrack;
-use crate::packet::{L3, Packet, SUM_MAX};
+use crate::packet::{L3, Reshape, SUM_MAX};
 use crate::parse::{Headers, Parse};
 
 const TCP_LEN: u32 = TcpHdr::LEN as u32;
@@ -28,7 +28,7 @@ pub trait Answer: Parse {
     ///
     /// # Errors
     /// [`DropReason::Rewrite`].
-    fn write_header<P: Packet>(
+    fn write_header<P: Reshape>(
         packet: &mut P,
         headers: &Headers<Self>,
         proto: Proto,
@@ -42,7 +42,7 @@ impl Answer for V4 {
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
 
     #[inline(always)]
-    fn write_header<P: Packet>(
+    fn write_header<P: Reshape>(
         packet: &mut P,
         headers: &Headers<Self>,
         proto: Proto,
@@ -90,7 +90,7 @@ impl Answer for V6 {
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
 
     #[inline(always)]
-    fn write_header<P: Packet>(
+    fn write_header<P: Reshape>(
         packet: &mut P,
         headers: &Headers<Self>,
         proto: Proto,
@@ -109,7 +109,7 @@ impl Answer for V6 {
 /// [`DropReason::NoEndpoint`] for what must not be answered, [`DropReason::Reject`] where the kernel refuses to
 /// reshape the packet, [`DropReason::Rewrite`].
 #[inline(always)]
-pub fn reject<F: Answer, P: Packet>(packet: &mut P, headers: &Headers<F>) -> Result<Verdict, DropReason> {
+pub fn reject<F: Answer, P: Reshape>(packet: &mut P, headers: &Headers<F>) -> Result<Verdict, DropReason> {
     if headers.tuple.proto == Proto::TCP {
         reset(packet, headers)?;
     } else {
@@ -121,7 +121,7 @@ pub fn reject<F: Answer, P: Packet>(packet: &mut P, headers: &Headers<F>) -> Res
 
 /// RFC 9293 section 3.10.7.1: without ACK the reset acknowledges the segment, with ACK it takes its number from it.
 #[inline(always)]
-fn reset<F: Answer, P: Packet>(packet: &mut P, headers: &Headers<F>) -> Result<(), DropReason> {
+fn reset<F: Answer, P: Reshape>(packet: &mut P, headers: &Headers<F>) -> Result<(), DropReason> {
     if !conntrack::refusable(headers.flags) {
         return Err(DropReason::NoEndpoint);
     }
@@ -159,7 +159,7 @@ fn reset<F: Answer, P: Packet>(packet: &mut P, headers: &Headers<F>) -> Result<(
 /// The refused packet's IP header and the eight bytes behind it (RFC 792 asks for no more, RFC 4443 would like it),
 /// behind a new IP and ICMP header.
 #[inline(always)]
-fn unreachable<F: Answer, P: Packet>(packet: &mut P, headers: &Headers<F>) -> Result<(), DropReason> {
+fn unreachable<F: Answer, P: Reshape>(packet: &mut P, headers: &Headers<F>) -> Result<(), DropReason> {
     let quote = headers.l4 - L3 + UdpHdr::LEN as u32;
     if quote > SUM_MAX {
         return Err(DropReason::ExtensionHeaders);
@@ -197,7 +197,7 @@ fn pseudo_header<F: Family>(headers: &Headers<F>, proto: Proto, length: u32) -> 
 }
 
 #[inline(always)]
-fn turn_around<P: Packet>(packet: &mut P) -> Result<(), DropReason> {
+fn turn_around<P: Reshape>(packet: &mut P) -> Result<(), DropReason> {
     let [first, second, third] =
         packet.words(offset_of!(EthHdr, dst_addr) as u32).ok_or(DropReason::Truncated)?;
     let [a, b, c, d] = first.to_ne_bytes();

@@ -6,7 +6,7 @@ use ferroflow_common::verdict::{DropReason, Verdict};
 
 use crate::conntrack;
 use crate::lb::{self, Choice};
-use crate::packet::Packet;
+use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Fragment, Headers, Parse};
 use crate::reject::{self, Answer};
 use crate::tables::Tables;
@@ -92,7 +92,7 @@ pub fn in_steps<F, P, T>(
 ) -> Result<Verdict, DropReason>
 where
     F: Answer,
-    P: Packet,
+    P: Reshape,
     T: Tables<F>,
 {
     for _ in 0..2 {
@@ -176,7 +176,7 @@ fn masquerade<F: Family, T: Tables<F>>(
 }
 
 #[inline(never)]
-fn refuse<F: Answer, P: Packet>(packet: &mut P) -> Result<Verdict, DropReason> {
+fn refuse<F: Answer, P: Reshape>(packet: &mut P) -> Result<Verdict, DropReason> {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Reject)?;
     reject::reject(packet, &headers)
 }

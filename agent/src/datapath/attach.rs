@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttach, TcError, TcHandle};
+use aya::programs::xdp::XdpLink;
 use aya::programs::{
     CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, ProgramError, SchedClassifier, TcAttachType,
+    XdpMode,
 };
 use aya::sys::{NetlinkError, SyscallError};
 
-use super::{Datapath, DatapathError};
-use crate::config::{Attach, SocketLb};
+use super::{Causes, Datapath, DatapathError};
+use crate::config::{Attach, SocketLb, Xdp};
 
 /// Whose interface it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,6 +38,9 @@ impl Interface {
     }
 }
 
+/// The program in a device's driver.
+const XDP: &str = "device_xdp";
+
 const CONNECT: [&str; 4] = ["connect4", "connect6", "getpeername4", "getpeername6"];
 const DATAGRAM: [&str; 4] = ["sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6"];
 
@@ -44,6 +49,9 @@ const FILTER: NlOptions = NlOptions { priority: 1, handle: TcHandle::new(0, 1), 
 
 pub(super) fn load(program: &mut Program) -> Result<(), ProgramError> {
     if let Program::SchedClassifier(program) = program {
+        return program.load();
+    }
+    if let Program::Xdp(program) = program {
         return program.load();
     }
     <&mut CgroupSockAddr>::try_from(program)?.load()
@@ -100,7 +108,7 @@ impl Datapath {
         keep(link, pin)
     }
 
-    /// Attaches the two programs of its kind to an interface.
+    /// Attaches the programs of its kind to an interface.
     ///
     /// # Errors
     /// What the kernel refuses, with the interface.
@@ -127,7 +135,43 @@ impl Datapath {
             }
             attach_clsact(program, ifindex, hook).map_err(error)?;
         }
-        Ok(())
+        match kind {
+            Interface::Pod => Ok(()),
+            Interface::Device => self.attach_xdp(ifindex),
+        }
+    }
+
+    /// Puts the program into the device's driver where the options ask for it, and takes it out where they do not.
+    fn attach_xdp(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        let pin = self.pin(XDP, ifindex);
+        if self.options.xdp == Xdp::Off {
+            return remove(&pin);
+        }
+        let program = self.ebpf.program_mut(XDP).ok_or(DatapathError::NoProgram { name: XDP })?;
+        let error = |source| DatapathError::Attach { place: format!("{XDP} on interface {ifindex}"), source };
+        let link_error = |source| DatapathError::Link { path: pin.clone(), source };
+        let program = <&mut aya::programs::Xdp>::try_from(program).map_err(error)?;
+        if let Some(link) = pinned(&pin)? {
+            match program.attach_to_link(XdpLink::try_from(link).map_err(link_error)?) {
+                Ok(id) => {
+                    program.take_link(id).map_err(error)?;
+                    return Ok(());
+                }
+                Err(source) if is_gone(&source) => remove(&pin)?,
+                Err(source) => return Err(error(source)),
+            }
+        }
+        match program.attach(ifindex, XdpMode::Driver) {
+            Ok(id) => {
+                let link = program.take_link(id).map_err(error)?;
+                keep(FdLink::try_from(link).map_err(link_error)?, &pin)
+            }
+            Err(source) if self.options.xdp == Xdp::BestEffort => {
+                tracing::info!(ifindex, "no XDP in the driver of this device: {}", Causes(&source));
+                Ok(())
+            }
+            Err(source) => Err(error(source)),
+        }
     }
 
     /// Removes what is pinned for an interface that is no longer of this kind.
@@ -135,7 +179,13 @@ impl Datapath {
     /// # Errors
     /// [`DatapathError::Io`] where the pin cannot be removed.
     pub fn detach(&mut self, kind: Interface, ifindex: u32) -> Result<(), DatapathError> {
-        kind.programs().iter().try_for_each(|(name, _hook)| remove(&self.pin(name, ifindex)))
+        let early: &[&str] = match kind {
+            Interface::Pod => &[],
+            Interface::Device => &[XDP],
+        };
+        let programs = kind.programs();
+        let names = programs.iter().map(|(name, _hook)| name).chain(early);
+        names.into_iter().try_for_each(|name| remove(&self.pin(name, ifindex)))
     }
 
     /// The interfaces that an earlier agent pinned programs for.

@@ -12,7 +12,7 @@ use aya::programs::ProgramError;
 use aya::programs::links::LinkError;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
-use crate::config::{Attach, Bpffs, SocketLb};
+use crate::config::{Attach, Bpffs, SocketLb, Xdp};
 use crate::maps::{ArrayTable as _, Backends, Slots};
 
 pub use attach::Interface;
@@ -24,6 +24,7 @@ pub struct Options {
     pub bpffs: Bpffs,
     pub socket_lb: SocketLb,
     pub attach: Attach,
+    pub xdp: Xdp,
     /// How many rows `backends` has; `slots` has [`SLOTS_PER_ENDPOINT`] times as many.
     pub max_endpoints: u32,
     /// Compiles the programs' log statements in.

@@ -5,10 +5,14 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod crc;
+mod direct;
+mod fib;
 mod maps;
 mod skb;
 mod socket;
 mod tc;
+mod xdp;
 
 /// Helpers such as `bpf_redirect_peer` are for GPL-compatible programs.
 #[unsafe(no_mangle)]

@@ -5,52 +5,36 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
-use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
-    bpf_fib_lookup,
-};
-use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_csum_update, bpf_fib_lookup, bpf_skb_load_bytes};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_csum_update, bpf_skb_load_bytes};
 use aya_ebpf::programs::TcContext;
-use ferroflow_common::crc32c;
 use ferroflow_common::csum::Sum;
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::DropReason;
-use ferroflow_ebpf::packet::{L3, L4Change, Packet, SUM_MAX};
+use ferroflow_ebpf::packet::{L3, L4Change, Packet, Reshape, SUM_MAX};
+
+use crate::fib::Query;
+use crate::{crc, direct};
 
 pub(crate) struct Skb(pub(crate) TcContext);
-
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
-
-/// How far into the packet direct reads go: the verifier wants a bound, and headers end long before.
-const DIRECT: u32 = 0x700;
 
 impl Skb {
     /// The device that the kernel's routes send the packet out of, as it now is.
     #[inline(never)]
     pub(crate) fn output_device(&self) -> Option<u32> {
-        // SAFETY: plain numbers; zero is a valid value of every field.
-        let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
-        if self.ethertype() == V4::ETHERTYPE {
+        // SAFETY: the context is the program's own `__sk_buff`.
+        let ifindex = unsafe { (*self.0.as_ptr().cast::<__sk_buff>()).ingress_ifindex };
+        let mut query = if self.ethertype() == V4::ETHERTYPE {
             let [src, dst] = self.words(L3 + V4::SRC_OFF)?;
-            query.family = AF_INET;
-            query.__bindgen_anon_3.ipv4_src = src;
-            query.__bindgen_anon_4.ipv4_dst = dst;
+            Query::new::<V4>(ifindex, [src, 0, 0, 0], [dst, 0, 0, 0], 0)
         } else {
             let [s0, s1, s2, s3, d0, d1, d2, d3] = self.words(L3 + V6::SRC_OFF)?;
-            query.family = AF_INET6;
-            query.__bindgen_anon_3.ipv6_src = [s0, s1, s2, s3];
-            query.__bindgen_anon_4.ipv6_dst = [d0, d1, d2, d3];
-        }
-        // SAFETY: the context is the program's own `__sk_buff`.
-        query.ifindex = unsafe { (*self.0.as_ptr().cast::<__sk_buff>()).ingress_ifindex };
-        let size = size_of::<bpf_fib_lookup>() as i32;
-        // SAFETY: the helper reads and writes `size` bytes.
-        let answer = unsafe { bpf_fib_lookup(self.0.as_ptr(), &raw mut query, size, 0) };
+            Query::new::<V6>(ifindex, [s0, s1, s2, s3], [d0, d1, d2, d3], 0)
+        };
+        // SAFETY: as above.
+        let found = unsafe { query.ask(self.0.as_ptr()) };
         // A neighbour that is not known is asked for when the packet is sent.
-        let found =
-            answer == i64::from(BPF_FIB_LKUP_RET_SUCCESS) || answer == i64::from(BPF_FIB_LKUP_RET_NO_NEIGH);
-        found.then_some(query.ifindex)
+        found.map(|_known_or_not| query.device())
     }
 
     /// `__sk_buff::data` and `data_end`, loaded by instructions that the compiler cannot split or move apart: the
@@ -72,46 +56,6 @@ impl Skb {
         }
         (data, end)
     }
-
-    /// The words at `offset`, where they are in the linear part.
-    #[inline(always)]
-    fn linear<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
-        if offset > DIRECT {
-            return None;
-        }
-        let (data, end) = self.bounds();
-        let mut start = data;
-        // SAFETY: one addition, hidden from the compiler so that the check and the loads use one register: to the
-        // verifier two sums of a packet pointer and the same number are two pointers.
-        unsafe {
-            asm!("{0} += {1}", inout(reg) start, in(reg) u64::from(offset), options(pure, nomem, nostack));
-        }
-        if start + N as u64 * 4 > end {
-            return None;
-        }
-        // SAFETY: the words are inside the packet, as the comparison has just shown to the verifier too.
-        Some(core::array::from_fn(|index| unsafe { load_word(start + index as u64 * 4) }))
-    }
-}
-
-/// A 32-bit load from any address. Headers are not aligned, and the compiler would take them apart into bytes; every
-/// kernel that JITs BPF on a machine with unaligned loads accepts this one.
-///
-/// # Safety
-/// Four bytes at `at` are inside the packet.
-#[inline(always)]
-unsafe fn load_word(at: u64) -> u32 {
-    let word: u64;
-    // SAFETY: the caller's promise; the instruction zero-extends.
-    unsafe { asm!("{0} = *(u32 *)({1} + 0)", out(reg) word, in(reg) at, options(pure, readonly, nostack)) };
-    word as u32
-}
-
-/// A global function: the verifier follows it by itself, once, for any arguments (kernel commit 51c39bb1d5d1).
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn crc32c_change(difference: u32, length: u32) -> u32 {
-    crc32c::change(difference, length)
 }
 
 impl Packet for Skb {
@@ -144,8 +88,9 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
-        if let Some(words) = self.linear(offset) {
-            return Some(words);
+        if let Some(start) = direct::at(self.bounds(), offset, N as u64 * 4) {
+            // SAFETY: inside the packet, as just shown.
+            return Some(unsafe { direct::load(start) });
         }
         let mut words = MaybeUninit::<[u32; N]>::uninit();
         let length = size_of::<[u32; N]>() as u32;
@@ -153,28 +98,6 @@ impl Packet for Skb {
         let error = unsafe { bpf_skb_load_bytes(self.0.as_ptr(), offset, words.as_mut_ptr().cast(), length) };
         // SAFETY: it has not failed.
         (error == 0).then(|| unsafe { words.assume_init() })
-    }
-
-    #[inline(always)]
-    fn sum(&self, offset: u32, length: u32) -> Option<Sum> {
-        let mut length = u64::from(length);
-        // SAFETY: adds nothing; the compiler no longer knows a bound that it may have seen elsewhere, and so leaves
-        // the check below to the register that the verifier looks at.
-        unsafe { asm!("{0} += 0", inout(reg) length, options(pure, nomem, nostack)) };
-        if length == 0 || length > u64::from(SUM_MAX) || length & 3 != 0 {
-            return None;
-        }
-        let length = length as u32;
-        let mut bytes = [0u32; SUM_MAX as usize / 4];
-        let buffer = bytes.as_mut_ptr();
-        // SAFETY: `length` is at most the size of the buffer.
-        let error = unsafe { bpf_skb_load_bytes(self.0.as_ptr(), offset, buffer.cast(), length) };
-        if error != 0 {
-            return None;
-        }
-        // SAFETY: as above; nothing is taken away (a null buffer of length 0).
-        let sum = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, buffer, length, 0) };
-        (sum >= 0).then(|| Sum::ZERO.word(sum as u32))
     }
 
     #[inline(always)]
@@ -213,7 +136,31 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn crc32c_change(&self, difference: u32, length: u32) -> u32 {
-        crc32c_change(difference, length)
+        crc::crc32c_change(difference, length)
+    }
+}
+
+impl Reshape for Skb {
+    #[inline(always)]
+    fn sum(&self, offset: u32, length: u32) -> Option<Sum> {
+        let mut length = u64::from(length);
+        // SAFETY: adds nothing; the compiler no longer knows a bound that it may have seen elsewhere, and so leaves
+        // the check below to the register that the verifier looks at.
+        unsafe { asm!("{0} += 0", inout(reg) length, options(pure, nomem, nostack)) };
+        if length == 0 || length > u64::from(SUM_MAX) || length & 3 != 0 {
+            return None;
+        }
+        let length = length as u32;
+        let mut bytes = [0u32; SUM_MAX as usize / 4];
+        let buffer = bytes.as_mut_ptr();
+        // SAFETY: `length` is at most the size of the buffer.
+        let error = unsafe { bpf_skb_load_bytes(self.0.as_ptr(), offset, buffer.cast(), length) };
+        if error != 0 {
+            return None;
+        }
+        // SAFETY: as above; nothing is taken away (a null buffer of length 0).
+        let sum = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, buffer, length, 0) };
+        (sum >= 0).then(|| Sum::ZERO.word(sum as u32))
     }
 
     #[inline(always)]

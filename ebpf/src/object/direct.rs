@@ -1,0 +1,73 @@
+//! Direct access to a packet's linear bytes, in instructions that the compiler cannot take apart or move: the verifier
+//! recognises its own checks only in certain shapes.
+
+use core::arch::asm;
+
+/// How far into the packet direct access goes: the verifier wants a bound, and headers end long before.
+const DIRECT: u32 = 0x700;
+
+/// Where `length` bytes at `offset` stand, given where the packet begins and ends; `None` where it ends before.
+#[inline(always)]
+pub(crate) fn at((data, end): (u64, u64), offset: u32, length: u64) -> Option<u64> {
+    if offset > DIRECT {
+        return None;
+    }
+    let mut start = data;
+    // SAFETY: one addition, hidden from the compiler so that the check and the accesses use one register: to the
+    // verifier two sums of a packet pointer and the same number are two pointers.
+    unsafe {
+        asm!("{0} += {1}", inout(reg) start, in(reg) u64::from(offset), options(pure, nomem, nostack));
+    }
+    (start + length <= end).then_some(start)
+}
+
+/// `N` words in memory order. Headers are not aligned, and the compiler would take loads apart into bytes; every kernel
+/// that JITs BPF on a machine with unaligned loads accepts these.
+///
+/// # Safety
+/// The words are inside the packet, as [`at`] has shown to the verifier too.
+#[inline(always)]
+pub(crate) unsafe fn load<const N: usize>(start: u64) -> [u32; N] {
+    core::array::from_fn(|index| {
+        let at = start + index as u64 * 4;
+        let word: u64;
+        // SAFETY: the caller's promise; the instruction zero-extends.
+        unsafe {
+            asm!("{0} = *(u32 *)({1} + 0)", out(reg) word, in(reg) at, options(pure, readonly, nostack))
+        };
+        word as u32
+    })
+}
+
+/// Two bytes in memory order.
+///
+/// # Safety
+/// As for [`load`].
+#[inline(always)]
+pub(crate) unsafe fn load_half(start: u64) -> u16 {
+    let half: u64;
+    // SAFETY: the caller's promise; the instruction zero-extends.
+    unsafe {
+        asm!("{0} = *(u16 *)({1} + 0)", out(reg) half, in(reg) start, options(pure, readonly, nostack))
+    };
+    half as u16
+}
+
+/// Writes the bytes, four at a time as far as they go.
+///
+/// # Safety
+/// As for [`load`], and nothing else refers to the packet's bytes.
+#[inline(always)]
+pub(crate) unsafe fn store<const N: usize>(start: u64, bytes: &[u8; N]) {
+    let (words, rest) = bytes.as_chunks::<4>();
+    for (index, word) in words.iter().enumerate() {
+        let (at, word) = (start + index as u64 * 4, u64::from(u32::from_ne_bytes(*word)));
+        // SAFETY: the caller's promise.
+        unsafe { asm!("*(u32 *)({0} + 0) = {1}", in(reg) at, in(reg) word, options(nostack)) };
+    }
+    for (index, byte) in rest.iter().enumerate() {
+        let (at, byte) = (start + (words.len() * 4 + index) as u64, u64::from(*byte));
+        // SAFETY: the caller's promise.
+        unsafe { asm!("*(u8 *)({0} + 0) = {1}", in(reg) at, in(reg) byte, options(nostack)) };
+    }
+}
