@@ -5,6 +5,7 @@ use core::arch::asm;
 
 /// How far into the packet direct access goes: the verifier wants a bound, and headers end long before.
 const DIRECT: u32 = 0x700;
+const DIRECT_MASK: u32 = 0x7ff;
 
 /// Where `length` bytes at `offset` stand, given where the packet begins and ends; `None` where it ends before.
 #[inline(always)]
@@ -14,9 +15,17 @@ pub(crate) fn at((data, end): (u64, u64), offset: u32, length: u64) -> Option<u6
     }
     let mut start = data;
     // SAFETY: one addition, hidden from the compiler so that the check and the accesses use one register: to the
-    // verifier two sums of a packet pointer and the same number are two pointers.
+    // verifier two sums of a packet pointer and the same number are two pointers. The mask takes nothing away: it is
+    // for kernels before 6.8, where the check above bounds one copy of the offset and none that was on the stack.
     unsafe {
-        asm!("{0} += {1}", inout(reg) start, in(reg) u64::from(offset), options(pure, nomem, nostack));
+        asm!(
+            "{offset} &= {mask}",
+            "{start} += {offset}",
+            start = inout(reg) start,
+            offset = inout(reg) u64::from(offset) => _,
+            mask = const DIRECT_MASK,
+            options(pure, nomem, nostack),
+        );
     }
     (start + length <= end).then_some(start)
 }

@@ -18,6 +18,10 @@ use crate::{crc, direct};
 
 pub(crate) struct Skb(pub(crate) TcContext);
 
+/// The multiples of four that a sum's length less four may be.
+const SUM_MASK: u32 = SUM_MAX - 4;
+const _: () = assert!(SUM_MAX.is_power_of_two());
+
 impl Skb {
     /// The device that the kernel's routes send the packet out of, as it now is.
     #[inline(never)]
@@ -143,12 +147,21 @@ impl Packet for Skb {
 impl Reshape for Skb {
     #[inline(always)]
     fn sum(&self, offset: u32, length: u32) -> Option<Sum> {
-        let mut length = u64::from(length);
-        // SAFETY: adds nothing; the compiler no longer knows a bound that it may have seen elsewhere, and so leaves
-        // the check below to the register that the verifier looks at.
-        unsafe { asm!("{0} += 0", inout(reg) length, options(pure, nomem, nostack)) };
-        if length == 0 || length > u64::from(SUM_MAX) || length & 3 != 0 {
+        if length == 0 || length > SUM_MAX || length & 3 != 0 {
             return None;
+        }
+        let mut length = u64::from(length);
+        // SAFETY: changes nothing, as was just checked; but the verifier may have looked at another copy of the number
+        // (before 6.8 at none that was on the stack), and sees here that this one is from 4 to SUM_MAX.
+        unsafe {
+            asm!(
+                "{length} += -4",
+                "{length} &= {mask}",
+                "{length} += 4",
+                length = inout(reg) length,
+                mask = const SUM_MASK,
+                options(pure, nomem, nostack),
+            );
         }
         let length = length as u32;
         let mut bytes = [0u32; SUM_MAX as usize / 4];
