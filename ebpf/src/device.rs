@@ -50,7 +50,7 @@ where
     P: Packet,
     T: Tables<F>,
 {
-    let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Fate::Goes(Verdict::Stack)) };
+    let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Fate::Rare) };
     if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
         whole(&headers)?;
         nat::rewrite(packet, &headers, &to)?;

@@ -28,6 +28,7 @@ pub mod conntrack;
 pub mod device;
 #[cfg(not(target_arch = "bpf"))]
 pub mod frame;
+pub mod icmp;
 pub mod lb;
 pub mod nat;
 #[cfg(not(target_arch = "bpf"))]

@@ -83,7 +83,7 @@ where
 
 /// Where the checksum is in the transport header, and whether zero there means none.
 #[inline(always)]
-const fn checksum(proto: Proto) -> (u32, bool) {
+pub(crate) const fn checksum(proto: Proto) -> (u32, bool) {
     if proto.number == Proto::UDP.number {
         (offset_of!(UdpHdr, check) as u32, true)
     } else {
@@ -93,7 +93,7 @@ const fn checksum(proto: Proto) -> (u32, bool) {
 
 /// Adds new minus old, over the words that this family has.
 #[inline(always)]
-fn difference<F: Family>(sum: Sum, old: &F::Bytes, new: &F::Bytes) -> Sum {
+pub(crate) fn difference<F: Family>(sum: Sum, old: &F::Bytes, new: &F::Bytes) -> Sum {
     let [o0, o1, o2, o3] = F::words(old);
     let [n0, n1, n2, n3] = F::words(new);
     let sum = sum.less_word(o0).word(n0);

@@ -32,6 +32,9 @@ pub struct Network<F: Family> {
     /// Where the datagram ends; what follows is padding.
     pub end: u32,
     pub fragment: Fragment,
+    /// Where the identification is that the fragments of one datagram share: two bytes in IPv4, four in IPv6, and of no
+    /// meaning in an IPv6 packet that is whole.
+    pub id_at: u32,
 }
 
 /// Headers down to the ports.
@@ -48,15 +51,33 @@ pub struct Headers<F: Family> {
 
 /// Finds the transport header behind this family's network header.
 pub trait Parse: Family {
+    /// The header at `at`. [`Network::end`] may be beyond the packet, as in what an ICMP error quotes.
+    ///
     /// # Errors
     /// [`DropReason::Truncated`] or [`DropReason::ExtensionHeaders`].
-    fn network<P: Packet>(packet: &P) -> Result<Network<Self>, DropReason>;
+    fn header<P: Packet>(packet: &P, at: u32) -> Result<Network<Self>, DropReason>;
+
+    /// Source and destination of the header at `at`, `None` where the packet ends before.
+    fn ends<P: Packet>(packet: &P, at: u32) -> Option<Aligned<[Self::Bytes; 2]>>;
+
+    /// The packet's own header.
+    ///
+    /// # Errors
+    /// [`DropReason::Truncated`] or [`DropReason::ExtensionHeaders`].
+    #[inline(always)]
+    fn network<P: Packet>(packet: &P) -> Result<Network<Self>, DropReason> {
+        let network = Self::header(packet, L3)?;
+        if network.end > packet.length() {
+            return Err(DropReason::Truncated);
+        }
+        Ok(network)
+    }
 }
 
 impl Parse for V4 {
     #[inline(always)]
-    fn network<P: Packet>(packet: &P) -> Result<Network<Self>, DropReason> {
-        let [first, second, third, src, dst] = packet.words(L3).ok_or(DropReason::Truncated)?;
+    fn header<P: Packet>(packet: &P, at: u32) -> Result<Network<Self>, DropReason> {
+        let [first, second, third, src, dst] = packet.words(at).ok_or(DropReason::Truncated)?;
         let [vihl, _tos, len0, len1] = first.to_ne_bytes();
         let [_id0, _id1, frag0, frag1] = second.to_ne_bytes();
         let [_ttl, proto, _check0, _check1] = third.to_ne_bytes();
@@ -66,8 +87,8 @@ impl Parse for V4 {
         }
         // A zero length is a packet over 64 KiB built by the kernel (IPv4 BIG TCP, kernel commit b1a78b9b9886).
         let total = u32::from(u16::from_be_bytes([len0, len1]));
-        let end = if total == 0 { packet.length() } else { L3 + total };
-        if end < L3 + ihl || end > packet.length() {
+        let end = if total == 0 { packet.length() } else { at + total };
+        if end < at + ihl {
             return Err(DropReason::Truncated);
         }
         let frags = u16::from_be_bytes([frag0, frag1]);
@@ -75,10 +96,17 @@ impl Parse for V4 {
             src: Self::from_words([src, 0, 0, 0]),
             dst: Self::from_words([dst, 0, 0, 0]),
             proto: Proto { number: proto },
-            l4: L3 + ihl,
+            l4: at + ihl,
             end,
             fragment: fragment(frags & 0x1fff, frags & 0x2000),
+            id_at: at + 4,
         })
+    }
+
+    #[inline(always)]
+    fn ends<P: Packet>(packet: &P, at: u32) -> Option<Aligned<[Self::Bytes; 2]>> {
+        let [src, dst] = packet.words(at + Self::SRC_OFF)?;
+        Some(Aligned([Self::from_words([src, 0, 0, 0]), Self::from_words([dst, 0, 0, 0])]))
     }
 }
 
@@ -88,31 +116,38 @@ const EXTENSION_HEADERS: usize = 6;
 
 impl Parse for V6 {
     #[inline(always)]
-    fn network<P: Packet>(packet: &P) -> Result<Network<Self>, DropReason> {
+    fn header<P: Packet>(packet: &P, at: u32) -> Result<Network<Self>, DropReason> {
         let [first, second, s0, s1, s2, s3, d0, d1, d2, d3] =
-            packet.words(L3).ok_or(DropReason::Truncated)?;
+            packet.words(at).ok_or(DropReason::Truncated)?;
         if first.to_ne_bytes()[0] >> 4 != 6 {
             return Err(DropReason::Truncated);
         }
         let [len0, len1, mut next, _hop_limit] = second.to_ne_bytes();
         // Zero is a jumbo payload: IPv6 BIG TCP (kernel commit 0fe79f28bfaf).
         let payload = u32::from(u16::from_be_bytes([len0, len1]));
-        let end = if payload == 0 { packet.length() } else { L3 + Self::HDR_LEN + payload };
-        if end > packet.length() {
-            return Err(DropReason::Truncated);
-        }
+        let end = if payload == 0 { packet.length() } else { at + Self::HDR_LEN + payload };
         let src = Self::from_words([s0, s1, s2, s3]);
         let dst = Self::from_words([d0, d1, d2, d3]);
-        let mut l4 = L3 + Self::HDR_LEN;
+        let mut l4 = at + Self::HDR_LEN;
         let mut part = Fragment::Whole;
+        let mut id_at = at;
         for _ in 0..EXTENSION_HEADERS {
             if !extension(next) {
-                return Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part });
+                return Ok(Network {
+                    src,
+                    dst,
+                    proto: Proto { number: next },
+                    l4,
+                    end,
+                    fragment: part,
+                    id_at,
+                });
             }
             let [word] = packet.words(l4).ok_or(DropReason::Truncated)?;
             let extension = word.to_ne_bytes();
             if next == IpProto::Ipv6Frag as u8 {
                 let frags = u16::from_be_bytes([extension[2], extension[3]]);
+                id_at = packet.forget(l4 + 4);
                 part = fragment(frags & 0xfff8, frags & 1);
                 l4 += 8;
             } else if next == IpProto::Ah as u8 {
@@ -123,13 +158,27 @@ impl Parse for V6 {
             next = extension[0];
             l4 = packet.forget(l4);
             if part == Fragment::Later {
-                return Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part });
+                return Ok(Network {
+                    src,
+                    dst,
+                    proto: Proto { number: next },
+                    l4,
+                    end,
+                    fragment: part,
+                    id_at,
+                });
             }
         }
         if extension(next) {
             return Err(DropReason::ExtensionHeaders);
         }
-        Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part })
+        Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part, id_at })
+    }
+
+    #[inline(always)]
+    fn ends<P: Packet>(packet: &P, at: u32) -> Option<Aligned<[Self::Bytes; 2]>> {
+        let [s0, s1, s2, s3, d0, d1, d2, d3] = packet.words(at + Self::SRC_OFF)?;
+        Some(Aligned([Self::from_words([s0, s1, s2, s3]), Self::from_words([d0, d1, d2, d3])]))
     }
 }
 
@@ -160,7 +209,18 @@ const fn extension(next: u8) -> bool {
 /// [`DropReason::Truncated`] where a header does not fit, [`DropReason::ExtensionHeaders`].
 #[inline(always)]
 pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, DropReason> {
-    let mut network = F::network(packet)?;
+    transport(packet, F::network(packet)?)
+}
+
+/// The same for a packet whose network header is read.
+///
+/// # Errors
+/// [`DropReason::Truncated`].
+#[inline(always)]
+pub fn transport<F: Parse, P: Packet>(
+    packet: &P,
+    mut network: Network<F>,
+) -> Result<Option<Headers<F>>, DropReason> {
     if network.fragment == Fragment::Later {
         return Ok(None);
     }

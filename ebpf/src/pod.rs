@@ -41,8 +41,8 @@ where
     T: Tables<V4> + Tables<V6>,
 {
     match packet.ethertype() {
-        V4::ETHERTYPE => service::final_verdict(enter::<V4, P, T>(packet, tables)),
-        V6::ETHERTYPE => service::final_verdict(enter::<V6, P, T>(packet, tables)),
+        V4::ETHERTYPE => service::routed::<V4, P, T>(packet, tables, enter::<V4, P, T>),
+        V6::ETHERTYPE => service::routed::<V6, P, T>(packet, tables, enter::<V6, P, T>),
         _ => Ok(Verdict::Stack),
     }
 }
@@ -67,7 +67,7 @@ where
     P: Packet,
     T: Tables<F>,
 {
-    let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Fate::Goes(Verdict::Stack)) };
+    let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Fate::Rare) };
     if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
         whole(&headers)?;
         nat::rewrite(packet, &headers, &to)?;
@@ -93,23 +93,23 @@ where
     P: Packet,
     T: Tables<F>,
 {
-    Outcome::of(try_enter(packet, tables).map(Fate::Goes))
+    Outcome::of(try_enter(packet, tables))
 }
 
 #[inline(always)]
-fn try_enter<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
+fn try_enter<F, P, T>(packet: &mut P, tables: &T) -> Result<Fate, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Verdict::Stack) };
+    let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Fate::Rare) };
     if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
         whole(&headers)?;
         nat::rewrite(packet, &headers, &to)?;
     }
-    Ok(Verdict::Stack)
+    Ok(Fate::Goes(Verdict::Stack))
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use ferroflow_common::family::Family;
 use ferroflow_common::verdict::{DropReason, Verdict};
 
 use crate::conntrack;
+use crate::icmp::{self, Errors, Quote};
 use crate::lb::{self, Choice};
 use crate::packet::Packet;
 use crate::parse::{self, Fragment, Headers, Parse};
@@ -17,6 +18,8 @@ pub enum Origin {
     /// A pod of this node.
     Pod,
     Outside,
+    /// The node's own stack, which has routed it: it opens no flow, and goes on where it goes.
+    Node,
 }
 
 /// What becomes of a packet.
@@ -24,6 +27,8 @@ pub enum Fate {
     Goes(Verdict),
     /// The first packet of a flow to a service.
     Opens,
+    /// No whole TCP or UDP packet: an ICMP error or a fragment may still belong to a flow.
+    Rare,
 }
 
 /// A step's outcome in one register, every bit of it said. Left to itself the compiler packs an enum into a register
@@ -39,8 +44,12 @@ const REPLY: u32 = 2;
 const POD: u32 = 3;
 const OPENS: u32 = 4;
 const DROPPED: u32 = 5;
+const RARE: u32 = 6;
 
 impl Outcome {
+    const STACK: Self = Self((STACK as u64) << 32);
+    const RARE: Self = Self((RARE as u64) << 32);
+
     #[inline(always)]
     pub fn of(result: Result<Fate, DropReason>) -> Self {
         let (kind, number) = match result {
@@ -49,6 +58,7 @@ impl Outcome {
             Ok(Fate::Goes(Verdict::Reply)) => (REPLY, 0),
             Ok(Fate::Goes(Verdict::Pod { ifindex })) => (POD, ifindex),
             Ok(Fate::Opens) => (OPENS, 0),
+            Ok(Fate::Rare) => (RARE, 0),
             Err(reason) => (DROPPED, reason as u32),
         };
         Self(u64::from(kind) << 32 | u64::from(number))
@@ -65,6 +75,7 @@ impl Outcome {
             REPLY => Ok(Fate::Goes(Verdict::Reply)),
             POD => Ok(Fate::Goes(Verdict::Pod { ifindex: number })),
             OPENS => Ok(Fate::Opens),
+            RARE => Ok(Fate::Rare),
             _ => Err(DropReason::from_number(number)),
         }
     }
@@ -91,31 +102,75 @@ pub fn in_steps<F, P, T>(
     known: impl Fn(&mut P, &T) -> Outcome,
 ) -> Result<Verdict, DropReason>
 where
-    F: Answer,
+    F: Answer + Errors,
     P: Packet,
     T: Tables<F>,
 {
-    for _ in 0..2 {
-        if let Fate::Goes(verdict) = known(packet, tables).fate()? {
-            return Ok(verdict);
-        }
-        if matches!(open::<F, P, T>(packet, tables, origin)?, Opened::Refused) {
-            return refuse::<F, P>(packet);
-        }
+    let mut outcome = known(packet, tables);
+    if outcome == Outcome::RARE {
+        outcome = rare::<F, P, T>(packet, tables, origin);
     }
-    // Another flow took the place of the one that was tracked a moment ago.
-    Err(DropReason::ConntrackInsert)
+    if let Fate::Goes(verdict) = outcome.fate()? {
+        return Ok(verdict);
+    }
+    if matches!(open::<F, P, T>(packet, tables, origin)?, Opened::Refused) {
+        return refuse::<F, P>(packet);
+    }
+    match known(packet, tables).fate()? {
+        Fate::Goes(verdict) => Ok(verdict),
+        // Another flow took the place of the one that was tracked a moment ago.
+        Fate::Opens | Fate::Rare => Err(DropReason::ConntrackInsert),
+    }
 }
 
-/// The verdict of a step that opens nothing.
+/// The same for a packet that opens nothing, because the node's stack has routed it.
 ///
 /// # Errors
 /// Why the packet is dropped.
 #[inline(always)]
-pub fn final_verdict(outcome: Outcome) -> Result<Verdict, DropReason> {
+pub fn routed<F, P, T>(
+    packet: &mut P,
+    tables: &T,
+    known: impl Fn(&mut P, &T) -> Outcome,
+) -> Result<Verdict, DropReason>
+where
+    F: Errors,
+    P: Packet,
+    T: Tables<F>,
+{
+    let mut outcome = known(packet, tables);
+    if outcome == Outcome::RARE {
+        outcome = rare::<F, P, T>(packet, tables, Origin::Node);
+    }
     match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
-        Fate::Opens => Ok(Verdict::Stack),
+        Fate::Opens | Fate::Rare => Ok(Verdict::Stack),
+    }
+}
+
+/// What few packets need.
+#[inline(always)]
+fn rare<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Outcome
+where
+    F: Errors,
+    P: Packet,
+    T: Tables<F>,
+{
+    let quote = icmp::find::<F, P>(packet);
+    if quote == Quote::NONE {
+        return Outcome::STACK;
+    }
+    let outcome = icmp::deliver::<F, P, T>(packet, tables, quote, origin);
+    match outcome.fate() {
+        Ok(Fate::Goes(_)) => {
+            let changes = icmp::requote::<F, P, T>(packet, tables, quote);
+            match icmp::mend::<F, P>(packet, quote, changes) {
+                Ok(()) => outcome,
+                Err(reason) => Outcome::of(Err(reason)),
+            }
+        }
+        Ok(Fate::Opens | Fate::Rare) => Outcome::STACK,
+        Err(_) => outcome,
     }
 }
 
@@ -135,7 +190,7 @@ where
         Some(frontend) => frontend,
         None => lb::node_port(tables, &mut key).ok_or(DropReason::NoBackend)?,
     };
-    if origin == Origin::Pod {
+    if origin != Origin::Outside {
         frontend = lb::internal(tables, frontend, &mut key);
     }
     let (client, now) = (F::addr(tuple.src), tables.now());
@@ -165,7 +220,7 @@ fn masquerade<F: Family, T: Tables<F>>(
     frontend: &Frontend,
     origin: Origin,
 ) -> Result<Option<F::Bytes>, DropReason> {
-    if origin == Origin::Pod || frontend.flags & Frontend::KEEP_CLIENT != 0 {
+    if origin != Origin::Outside || frontend.flags & Frontend::KEEP_CLIENT != 0 {
         return Ok(None);
     }
     let own = tables.masquerade();
