@@ -18,7 +18,7 @@ use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::addr::{Port, Proto};
 use ferroflow_common::csum::Sum;
 use ferroflow_common::family::{V4, V6};
-use ferroflow_common::verdict::{DropReason, Verdict};
+use ferroflow_common::verdict::DropReason;
 use network_types::icmp::Icmpv4Hdr;
 
 use crate::nat::{self, Ends, Rewrite};
@@ -188,11 +188,7 @@ where
         None => change_checksum(packet, quote.icmp, ends)?,
     }
     F::Bytes::store(packet, L3 + F::SRC_OFF, &to)?;
-    let verdict = match origin {
-        Origin::Pod | Origin::Outside => route::rewritten::<F, T>(tables, &to),
-        Origin::Node => Verdict::Stack,
-    };
-    Ok(Fate::Goes(verdict))
+    Ok(Fate::Goes(route::onwards::<F, T>(tables, &to, origin)))
 }
 
 /// How the quoted ends have changed, in one register: the sum of the addresses, and of addresses and ports.
@@ -335,6 +331,7 @@ mod tests {
     use ferroflow_common::abi::node::NodeAddress;
     use ferroflow_common::addr::Addr;
     use ferroflow_common::tcp::Flags;
+    use ferroflow_common::verdict::Verdict;
 
     use super::*;
     use crate::frame::{Frame, Names, Part, Socket, Transport, UdpChecksum, both_families};

@@ -26,6 +26,7 @@
 
 pub mod conntrack;
 pub mod device;
+pub mod fragment;
 #[cfg(not(target_arch = "bpf"))]
 pub mod frame;
 pub mod icmp;

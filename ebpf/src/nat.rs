@@ -81,6 +81,27 @@ where
     packet.write(headers.l4, &[s0, s1, d0, d1])
 }
 
+/// Gives a fragment that is not the first its new addresses. The transport checksum is in the first one, and covers all.
+///
+/// # Errors
+/// [`DropReason::Rewrite`].
+#[inline(always)]
+pub fn readdress<F: Family, P: Packet>(
+    packet: &mut P,
+    [src, dst]: &[F::Bytes; 2],
+    to: &Rewrite,
+) -> Result<(), DropReason>
+where
+    F::Bytes: Ends,
+{
+    if let Some(check) = F::CSUM_OFF {
+        let change = difference::<F>(Sum::ZERO, src, &F::bytes(to.src()));
+        let change = difference::<F>(change, dst, &F::bytes(to.dst()));
+        packet.change_l3_checksum(L3 + check, change)?;
+    }
+    F::Bytes::store(packet, L3 + F::SRC_OFF, to)
+}
+
 /// Where the checksum is in the transport header, and whether zero there means none.
 #[inline(always)]
 pub(crate) const fn checksum(proto: Proto) -> (u32, bool) {

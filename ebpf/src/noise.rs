@@ -117,7 +117,9 @@ impl Noise {
             frame.extensions = (0..count).map(|_| (self.pick(&kinds), 1 + self.below(3) as u8)).collect();
         }
         if self.percent(8) {
-            frame.fragment = Some(self.pick(&[Part::First, Part::Later(8), Part::Later(1480)]));
+            frame.fragment =
+                Some(self.pick(&[Part::First, Part::Middle(8), Part::Later(64), Part::Later(1480)]));
+            frame.id = self.below(4) as u16;
         }
         frame
     }

@@ -10,6 +10,7 @@ use network_types::tcp::TcpHdr;
 use network_types::udp::UdpHdr;
 
 use crate::packet::{L3, Packet};
+use crate::service::Fragments;
 use crate::tables::Aligned;
 
 /// Where a packet stands in its datagram.
@@ -46,7 +47,6 @@ pub struct Headers<F: Family> {
     pub end: u32,
     /// [`Flags::NONE`] unless TCP.
     pub flags: Flags,
-    pub fragment: Fragment,
 }
 
 /// Finds the transport header behind this family's network header.
@@ -202,6 +202,14 @@ const fn extension(next: u8) -> bool {
         || next == IpProto::Ipv6Opts as u8
 }
 
+/// Whether a later fragment with this protocol may be of a datagram with ports. Behind IPv6's fragment header may be
+/// more extension headers, of which only the first fragment has the end.
+#[inline(always)]
+pub fn may_have_ports<F: Family>(proto: Proto) -> bool {
+    matches!(proto, Proto::TCP | Proto::UDP | Proto::SCTP)
+        || (F::CSUM_OFF.is_none() && extension(proto.number))
+}
+
 /// The headers of a packet whose flow can be followed; `None` for protocols without ports and for later fragments,
 /// which are the stack's.
 ///
@@ -210,6 +218,22 @@ const fn extension(next: u8) -> bool {
 #[inline(always)]
 pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, DropReason> {
     transport(packet, F::network(packet)?)
+}
+
+/// The same where a first fragment may be left aside, as `None`.
+///
+/// # Errors
+/// As [`headers`].
+#[inline(always)]
+pub fn headers_of<F: Parse, P: Packet>(
+    packet: &P,
+    fragments: Fragments,
+) -> Result<Option<Headers<F>>, DropReason> {
+    let network = F::network(packet)?;
+    if network.fragment == Fragment::First && fragments == Fragments::ASIDE {
+        return Ok(None);
+    }
+    transport(packet, network)
 }
 
 /// The same for a packet whose network header is read.
@@ -247,7 +271,7 @@ pub fn transport<F: Parse, P: Packet>(
         proto: network.proto,
         reserved: [0; 3],
     });
-    Ok(Some(Headers { tuple, l4: network.l4, end: network.end, flags, fragment: network.fragment }))
+    Ok(Some(Headers { tuple, l4: network.l4, end: network.end, flags }))
 }
 
 #[cfg(test)]
@@ -339,7 +363,9 @@ mod tests {
     fn fragments_are_told_apart<F: Names + Parse>() {
         for frame in plain::<F>() {
             let first = frame.clone().payload(&[7; 16]).part(Part::First).build();
-            assert_eq!(read::<F>(&first).unwrap().unwrap().fragment, Fragment::First);
+            assert_eq!(F::network(&Bytes(first.clone())).unwrap().fragment, Fragment::First);
+            assert!(read::<F>(&first).unwrap().is_some());
+            assert!(headers_of::<F, Bytes>(&Bytes(first), Fragments::ASIDE).unwrap().is_none());
             let later = frame.payload(b"later").part(Part::Later(64)).build();
             assert!(read::<F>(&later).unwrap().is_none());
         }

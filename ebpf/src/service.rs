@@ -5,12 +5,13 @@ use ferroflow_common::family::Family;
 use ferroflow_common::verdict::{DropReason, Verdict};
 
 use crate::conntrack;
+use crate::fragment::{self, Part};
 use crate::icmp::{self, Errors, Quote};
 use crate::lb::{self, Choice};
 use crate::packet::Packet;
-use crate::parse::{self, Fragment, Headers, Parse};
+use crate::parse::{self, Parse};
 use crate::reject::{self, Answer};
-use crate::tables::Tables;
+use crate::tables::{Datagrams, Tables};
 
 /// Where a packet comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +21,17 @@ pub enum Origin {
     Outside,
     /// The node's own stack, which has routed it: it opens no flow, and goes on where it goes.
     Node,
+}
+
+/// Whether a step takes a first fragment as a whole packet, or leaves it as [`Fate::Rare`]. A number, so that the verifier
+/// can forget it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Fragments(u32);
+
+impl Fragments {
+    pub const ASIDE: Self = Self(0);
+    pub const FIRST: Self = Self(1);
 }
 
 /// What becomes of a packet.
@@ -45,9 +57,12 @@ const POD: u32 = 3;
 const OPENS: u32 = 4;
 const DROPPED: u32 = 5;
 const RARE: u32 = 6;
+const TAKEN: u32 = 7;
 
 impl Outcome {
     const STACK: Self = Self((STACK as u64) << 32);
+    pub(crate) const FORWARD: Self = Self((FORWARD as u64) << 32);
+    const OPENS: Self = Self((OPENS as u64) << 32);
     const RARE: Self = Self((RARE as u64) << 32);
 
     #[inline(always)]
@@ -57,11 +72,23 @@ impl Outcome {
             Ok(Fate::Goes(Verdict::Forward)) => (FORWARD, 0),
             Ok(Fate::Goes(Verdict::Reply)) => (REPLY, 0),
             Ok(Fate::Goes(Verdict::Pod { ifindex })) => (POD, ifindex),
+            Ok(Fate::Goes(Verdict::Taken)) => (TAKEN, 0),
             Ok(Fate::Opens) => (OPENS, 0),
             Ok(Fate::Rare) => (RARE, 0),
             Err(reason) => (DROPPED, reason as u32),
         };
         Self(u64::from(kind) << 32 | u64::from(number))
+    }
+
+    /// A first fragment without ports is nothing of ours.
+    #[inline(always)]
+    fn or_stack(self) -> Self {
+        if self == Self::RARE { Self::STACK } else { self }
+    }
+
+    #[inline(always)]
+    const fn is_dropped(self) -> bool {
+        (self.0 >> 32) as u32 == DROPPED
     }
 
     /// # Errors
@@ -76,6 +103,7 @@ impl Outcome {
             POD => Ok(Fate::Goes(Verdict::Pod { ifindex: number })),
             OPENS => Ok(Fate::Opens),
             RARE => Ok(Fate::Rare),
+            TAKEN => Ok(Fate::Goes(Verdict::Taken)),
             _ => Err(DropReason::from_number(number)),
         }
     }
@@ -99,24 +127,33 @@ pub fn in_steps<F, P, T>(
     packet: &mut P,
     tables: &T,
     origin: Origin,
-    known: impl Fn(&mut P, &T) -> Outcome,
+    known: impl Fn(&mut P, &T, Fragments) -> Outcome,
 ) -> Result<Verdict, DropReason>
 where
     F: Answer + Errors,
     P: Packet,
-    T: Tables<F>,
+    T: Tables<F> + Datagrams<P>,
 {
-    let mut outcome = known(packet, tables);
+    let mut outcome = known(packet, tables, Fragments::ASIDE);
+    let mut fragments = Fragments::ASIDE;
     if outcome == Outcome::RARE {
         outcome = rare::<F, P, T>(packet, tables, origin);
+        if outcome == Outcome::RARE {
+            fragments = Fragments::FIRST;
+            outcome = known(packet, tables, fragments).or_stack();
+        }
     }
-    if let Fate::Goes(verdict) = outcome.fate()? {
-        return Ok(verdict);
+    let fragments = Fragments(packet.forget(fragments.0));
+    if outcome == Outcome::OPENS {
+        if matches!(open::<F, P, T>(packet, tables, origin)?, Opened::Refused) {
+            return refuse::<F, P>(packet);
+        }
+        outcome = known(packet, tables, fragments);
     }
-    if matches!(open::<F, P, T>(packet, tables, origin)?, Opened::Refused) {
-        return refuse::<F, P>(packet);
+    if fragments != Fragments::ASIDE && !outcome.is_dropped() {
+        fragment::remember::<F, P, T>(packet, tables, outcome, origin);
     }
-    match known(packet, tables).fate()? {
+    match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
         // Another flow took the place of the one that was tracked a moment ago.
         Fate::Opens | Fate::Rare => Err(DropReason::ConntrackInsert),
@@ -131,16 +168,22 @@ where
 pub fn routed<F, P, T>(
     packet: &mut P,
     tables: &T,
-    known: impl Fn(&mut P, &T) -> Outcome,
+    known: impl Fn(&mut P, &T, Fragments) -> Outcome,
 ) -> Result<Verdict, DropReason>
 where
     F: Errors,
     P: Packet,
-    T: Tables<F>,
+    T: Tables<F> + Datagrams<P>,
 {
-    let mut outcome = known(packet, tables);
+    let mut outcome = known(packet, tables, Fragments::ASIDE);
     if outcome == Outcome::RARE {
         outcome = rare::<F, P, T>(packet, tables, Origin::Node);
+        if outcome == Outcome::RARE {
+            outcome = known(packet, tables, Fragments::FIRST).or_stack();
+            if !outcome.is_dropped() {
+                fragment::remember::<F, P, T>(packet, tables, outcome, Origin::Node);
+            }
+        }
     }
     match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
@@ -148,18 +191,51 @@ where
     }
 }
 
-/// What few packets need.
+/// What few packets need. [`Fate::Rare`] where that is to go the way of a whole packet now, as the first fragment that it
+/// is.
 #[inline(always)]
 fn rare<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Outcome
 where
     F: Errors,
     P: Packet,
-    T: Tables<F>,
+    T: Tables<F> + Datagrams<P>,
 {
     let quote = icmp::find::<F, P>(packet);
-    if quote == Quote::NONE {
+    if quote != Quote::NONE {
+        return error::<F, P, T>(packet, tables, quote, origin);
+    }
+    fragments::<F, P, T>(packet, tables, origin)
+}
+
+/// A fragment, or nothing of ours.
+#[inline(always)]
+fn fragments<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Outcome
+where
+    F: Errors,
+    P: Packet,
+    T: Tables<F> + Datagrams<P>,
+{
+    let part = fragment::find::<F, P>(packet);
+    if part == Part::NONE {
         return Outcome::STACK;
     }
+    if part.is_first() {
+        let outcome = fragment::first::<F, P, T>(packet, tables, part, origin);
+        // It has become one that waited for it.
+        if outcome != Outcome::STACK {
+            return outcome;
+        }
+    }
+    fragment::later::<F, P, T>(packet, tables, part, origin)
+}
+
+#[inline(always)]
+fn error<F, P, T>(packet: &mut P, tables: &T, quote: Quote, origin: Origin) -> Outcome
+where
+    F: Errors,
+    P: Packet,
+    T: Tables<F>,
+{
     let outcome = icmp::deliver::<F, P, T>(packet, tables, quote, origin);
     match outcome.fate() {
         Ok(Fate::Goes(_)) => {
@@ -183,7 +259,6 @@ where
     T: Tables<F>,
 {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
-    whole(&headers)?;
     let tuple = &headers.tuple;
     let mut key = lb::key::<F>(tuple);
     let mut frontend = match tables.frontend(&key) {
@@ -234,14 +309,4 @@ fn masquerade<F: Family, T: Tables<F>>(
 fn refuse<F: Answer, P: Packet>(packet: &mut P) -> Result<Verdict, DropReason> {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Reject)?;
     reject::reject(packet, &headers)
-}
-
-/// A first fragment that is to be rewritten: nothing would rewrite the later ones, which have no ports, so the datagram
-/// could never be put together again.
-///
-/// # Errors
-/// [`DropReason::Fragment`].
-#[inline(always)]
-pub fn whole<F: Family>(headers: &Headers<F>) -> Result<(), DropReason> {
-    if headers.fragment == Fragment::First { Err(DropReason::Fragment) } else { Ok(()) }
 }
