@@ -10,7 +10,7 @@ use network_types::tcp::TcpHdr;
 use network_types::udp::UdpHdr;
 
 use crate::packet::{L3, Packet};
-use crate::service::Fragments;
+use crate::service::Way;
 use crate::tables::Aligned;
 
 /// Where a packet stands in its datagram.
@@ -225,12 +225,9 @@ pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, Dr
 /// # Errors
 /// As [`headers`].
 #[inline(always)]
-pub fn headers_of<F: Parse, P: Packet>(
-    packet: &P,
-    fragments: Fragments,
-) -> Result<Option<Headers<F>>, DropReason> {
+pub fn headers_of<F: Parse, P: Packet>(packet: &P, way: Way) -> Result<Option<Headers<F>>, DropReason> {
     let network = F::network(packet)?;
-    if network.fragment == Fragment::First && fragments == Fragments::ASIDE {
+    if network.fragment == Fragment::First && way != Way::FIRST_FRAGMENT {
         return Ok(None);
     }
     transport(packet, network)
@@ -365,7 +362,7 @@ mod tests {
             let first = frame.clone().payload(&[7; 16]).part(Part::First).build();
             assert_eq!(F::network(&Bytes(first.clone())).unwrap().fragment, Fragment::First);
             assert!(read::<F>(&first).unwrap().is_some());
-            assert!(headers_of::<F, Bytes>(&Bytes(first), Fragments::ASIDE).unwrap().is_none());
+            assert!(headers_of::<F, Bytes>(&Bytes(first), Way::USUAL).unwrap().is_none());
             let later = frame.payload(b"later").part(Part::Later(64)).build();
             assert!(read::<F>(&later).unwrap().is_none());
         }

@@ -3,13 +3,13 @@
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack;
+use crate::conntrack::{self, Flow};
 use crate::lb;
 use crate::nat::{self, Ends};
 use crate::packet::Packet;
 use crate::parse::{self, Parse};
 use crate::route;
-use crate::service::{self, Fate, Fragments, Origin, Outcome};
+use crate::service::{self, Fate, Origin, Outcome, Way};
 use crate::tables::{Datagrams, Tables};
 
 /// A packet that a pod sends, at the host's end of its interface.
@@ -49,28 +49,32 @@ where
 
 /// A packet of a flow that is known, or of no service.
 #[inline(never)]
-fn leave<F, P, T>(packet: &mut P, tables: &T, fragments: Fragments) -> Outcome
+fn leave<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Outcome
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    Outcome::of(try_leave(packet, tables, fragments))
+    Outcome::of(try_leave(packet, tables, way))
 }
 
 #[inline(always)]
-fn try_leave<F, P, T>(packet: &mut P, tables: &T, fragments: Fragments) -> Result<Fate, DropReason>
+fn try_leave<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Fate, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let Some(headers) = parse::headers_of::<F, P>(packet, fragments)? else { return Ok(Fate::Rare) };
-    if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
-        nat::rewrite(packet, &headers, &to)?;
-        return Ok(Fate::Goes(route::rewritten::<F, T>(tables, &to)));
+    let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Fate::Rare) };
+    match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
+        Flow::Known(to) => {
+            nat::rewrite(packet, &headers, &to)?;
+            return Ok(Fate::Goes(route::rewritten::<F, T>(tables, &to)));
+        }
+        Flow::Halved => return Ok(Fate::Halved),
+        Flow::Unknown => {}
     }
     let mut key = lb::key::<F>(&headers.tuple);
     if lb::is_service(tables.frontend(&key)) {
@@ -85,27 +89,29 @@ where
 }
 
 #[inline(never)]
-fn enter<F, P, T>(packet: &mut P, tables: &T, fragments: Fragments) -> Outcome
+fn enter<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Outcome
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    Outcome::of(try_enter(packet, tables, fragments))
+    Outcome::of(try_enter(packet, tables, way))
 }
 
 #[inline(always)]
-fn try_enter<F, P, T>(packet: &mut P, tables: &T, fragments: Fragments) -> Result<Fate, DropReason>
+fn try_enter<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Fate, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let Some(headers) = parse::headers_of::<F, P>(packet, fragments)? else { return Ok(Fate::Rare) };
-    if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
-        nat::rewrite(packet, &headers, &to)?;
+    let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Fate::Rare) };
+    match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
+        Flow::Known(to) => nat::rewrite(packet, &headers, &to)?,
+        Flow::Halved => return Ok(Fate::Halved),
+        Flow::Unknown => {}
     }
     Ok(Fate::Goes(Verdict::Stack))
 }

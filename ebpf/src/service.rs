@@ -4,7 +4,7 @@ use ferroflow_common::abi::lb::{Frontend, ServiceClient};
 use ferroflow_common::family::Family;
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack;
+use crate::conntrack::{self, Halves};
 use crate::fragment::{self, Part};
 use crate::icmp::{self, Errors, Quote};
 use crate::lb::{self, Choice};
@@ -23,15 +23,23 @@ pub enum Origin {
     Node,
 }
 
-/// Whether a step takes a first fragment as a whole packet, or leaves it as [`Fate::Rare`]. A number, so that the verifier
-/// can forget it.
+/// How a step takes a packet. A number, so that the verifier can forget it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
-pub struct Fragments(u32);
+pub struct Way(u32);
 
-impl Fragments {
-    pub const ASIDE: Self = Self(0);
-    pub const FIRST: Self = Self(1);
+impl Way {
+    /// As it comes.
+    pub const USUAL: Self = Self(0);
+    /// After [`conntrack::mend`].
+    pub const MENDED: Self = Self(1);
+    /// A first fragment, as if it were whole.
+    pub const FIRST_FRAGMENT: Self = Self(2);
+
+    #[inline(always)]
+    pub fn halves(self) -> Halves {
+        if self == Self::USUAL { Halves::Wanted } else { Halves::Mended }
+    }
 }
 
 /// What becomes of a packet.
@@ -41,6 +49,8 @@ pub enum Fate {
     Opens,
     /// No whole TCP or UDP packet: an ICMP error or a fragment may still belong to a flow.
     Rare,
+    /// One direction of its flow is to be entered again.
+    Halved,
 }
 
 /// A step's outcome in one register, every bit of it said. Left to itself the compiler packs an enum into a register
@@ -58,12 +68,14 @@ const OPENS: u32 = 4;
 const DROPPED: u32 = 5;
 const RARE: u32 = 6;
 const TAKEN: u32 = 7;
+const HALVED: u32 = 8;
 
 impl Outcome {
     const STACK: Self = Self((STACK as u64) << 32);
     pub(crate) const FORWARD: Self = Self((FORWARD as u64) << 32);
     const OPENS: Self = Self((OPENS as u64) << 32);
     const RARE: Self = Self((RARE as u64) << 32);
+    const HALVED: Self = Self((HALVED as u64) << 32);
 
     #[inline(always)]
     pub fn of(result: Result<Fate, DropReason>) -> Self {
@@ -75,6 +87,7 @@ impl Outcome {
             Ok(Fate::Goes(Verdict::Taken)) => (TAKEN, 0),
             Ok(Fate::Opens) => (OPENS, 0),
             Ok(Fate::Rare) => (RARE, 0),
+            Ok(Fate::Halved) => (HALVED, 0),
             Err(reason) => (DROPPED, reason as u32),
         };
         Self(u64::from(kind) << 32 | u64::from(number))
@@ -103,6 +116,7 @@ impl Outcome {
             POD => Ok(Fate::Goes(Verdict::Pod { ifindex: number })),
             OPENS => Ok(Fate::Opens),
             RARE => Ok(Fate::Rare),
+            HALVED => Ok(Fate::Halved),
             TAKEN => Ok(Fate::Goes(Verdict::Taken)),
             _ => Err(DropReason::from_number(number)),
         }
@@ -127,36 +141,39 @@ pub fn in_steps<F, P, T>(
     packet: &mut P,
     tables: &T,
     origin: Origin,
-    known: impl Fn(&mut P, &T, Fragments) -> Outcome,
+    known: impl Fn(&mut P, &T, Way) -> Outcome,
 ) -> Result<Verdict, DropReason>
 where
     F: Answer + Errors,
     P: Packet,
     T: Tables<F> + Datagrams<P>,
 {
-    let mut outcome = known(packet, tables, Fragments::ASIDE);
-    let mut fragments = Fragments::ASIDE;
-    if outcome == Outcome::RARE {
+    let mut way = Way::USUAL;
+    let mut outcome = known(packet, tables, way);
+    if outcome == Outcome::HALVED {
+        conntrack::mend::<F, P, T>(packet, tables);
+        outcome = known(packet, tables, Way::MENDED);
+    } else if outcome == Outcome::RARE {
         outcome = rare::<F, P, T>(packet, tables, origin);
         if outcome == Outcome::RARE {
-            fragments = Fragments::FIRST;
-            outcome = known(packet, tables, fragments).or_stack();
+            way = Way::FIRST_FRAGMENT;
+            outcome = known(packet, tables, way).or_stack();
         }
     }
-    let fragments = Fragments(packet.forget(fragments.0));
+    let way = Way(packet.forget(way.0));
     if outcome == Outcome::OPENS {
         if matches!(open::<F, P, T>(packet, tables, origin)?, Opened::Refused) {
             return refuse::<F, P>(packet);
         }
-        outcome = known(packet, tables, fragments);
+        outcome = known(packet, tables, way);
     }
-    if fragments != Fragments::ASIDE && !outcome.is_dropped() {
+    if way == Way::FIRST_FRAGMENT && !outcome.is_dropped() {
         fragment::remember::<F, P, T>(packet, tables, outcome, origin);
     }
     match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
         // Another flow took the place of the one that was tracked a moment ago.
-        Fate::Opens | Fate::Rare => Err(DropReason::ConntrackInsert),
+        Fate::Opens | Fate::Rare | Fate::Halved => Err(DropReason::ConntrackInsert),
     }
 }
 
@@ -168,18 +185,21 @@ where
 pub fn routed<F, P, T>(
     packet: &mut P,
     tables: &T,
-    known: impl Fn(&mut P, &T, Fragments) -> Outcome,
+    known: impl Fn(&mut P, &T, Way) -> Outcome,
 ) -> Result<Verdict, DropReason>
 where
     F: Errors,
     P: Packet,
     T: Tables<F> + Datagrams<P>,
 {
-    let mut outcome = known(packet, tables, Fragments::ASIDE);
-    if outcome == Outcome::RARE {
+    let mut outcome = known(packet, tables, Way::USUAL);
+    if outcome == Outcome::HALVED {
+        conntrack::mend::<F, P, T>(packet, tables);
+        outcome = known(packet, tables, Way::MENDED);
+    } else if outcome == Outcome::RARE {
         outcome = rare::<F, P, T>(packet, tables, Origin::Node);
         if outcome == Outcome::RARE {
-            outcome = known(packet, tables, Fragments::FIRST).or_stack();
+            outcome = known(packet, tables, Way::FIRST_FRAGMENT).or_stack();
             if !outcome.is_dropped() {
                 fragment::remember::<F, P, T>(packet, tables, outcome, Origin::Node);
             }
@@ -187,7 +207,7 @@ where
     }
     match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
-        Fate::Opens | Fate::Rare => Ok(Verdict::Stack),
+        Fate::Opens | Fate::Rare | Fate::Halved => Ok(Verdict::Stack),
     }
 }
 
@@ -245,7 +265,7 @@ where
                 Err(reason) => Outcome::of(Err(reason)),
             }
         }
-        Ok(Fate::Opens | Fate::Rare) => Outcome::STACK,
+        Ok(Fate::Opens | Fate::Rare | Fate::Halved) => Outcome::STACK,
         Err(_) => outcome,
     }
 }
