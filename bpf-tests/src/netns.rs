@@ -15,6 +15,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
+use futures_util::TryStreamExt as _;
 use nix::{
     net::if_::if_nametoindex,
     sched::{CloneFlags, unshare},
@@ -23,7 +24,7 @@ use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
         link::{InfoData, InfoVeth},
-        route::RouteScope,
+        route::{RouteAttribute, RouteMessage, RouteMetric, RouteScope},
     },
 };
 use tokio::runtime::Runtime;
@@ -64,6 +65,31 @@ pub struct Route<'a> {
     pub to: Prefix,
     pub via: Option<IpAddr>,
     pub dev: &'a str,
+}
+
+impl Route<'_> {
+    fn message(&self) -> Result<RouteMessage> {
+        let (len, out) = (self.to.len, index(self.dev)?);
+        let message = match (self.to.addr, self.via) {
+            (IpAddr::V4(to), via) => {
+                let to =
+                    RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to, len).output_interface(out);
+                match via {
+                    Some(IpAddr::V4(via)) => to.gateway(via).onlink().build(),
+                    _ => to.scope(RouteScope::Link).build(),
+                }
+            }
+            (IpAddr::V6(to), via) => {
+                let to =
+                    RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(to, len).output_interface(out);
+                match via {
+                    Some(IpAddr::V6(via)) => to.gateway(via).build(),
+                    _ => to.build(),
+                }
+            }
+        };
+        Ok(message)
+    }
 }
 
 type Job = Box<dyn FnOnce(&Inside) + Send>;
@@ -163,26 +189,35 @@ impl Inside {
     }
 
     pub fn route(&self, route: Route<'_>) -> Result<()> {
-        let (len, out) = (route.to.len, index(route.dev)?);
-        let message = match (route.to.addr, route.via) {
-            (IpAddr::V4(to), via) => {
-                let to =
-                    RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to, len).output_interface(out);
-                match via {
-                    Some(IpAddr::V4(via)) => to.gateway(via).onlink().build(),
-                    _ => to.scope(RouteScope::Link).build(),
-                }
-            }
-            (IpAddr::V6(to), via) => {
-                let to =
-                    RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(to, len).output_interface(out);
-                match via {
-                    Some(IpAddr::V6(via)) => to.gateway(via).build(),
-                    _ => to.build(),
-                }
-            }
-        };
+        let message = route.message()?;
         self.request(self.netlink.route().add(message).execute()).with_context(|| format!("add {route:?}"))
+    }
+
+    /// In place of the one that is there, for packets of no more than `mtu` bytes where that is said.
+    pub fn replace_route(&self, route: Route<'_>, mtu: Option<u32>) -> Result<()> {
+        let mut message = route.message()?;
+        // Locked, or a router would not hold what it forwards to it.
+        let metrics = mtu.map(|mtu| vec![RouteMetric::Lock(1 << RTAX_MTU), RouteMetric::Mtu(mtu)]);
+        message.attributes.extend(metrics.map(RouteAttribute::Metrics));
+        self.request(self.netlink.route().add(message).replace().execute())
+            .with_context(|| format!("replace {route:?}"))
+    }
+
+    /// The longest packet for this destination as far as is known; `None` where that is the device's alone.
+    pub fn path_mtu(&self, to: IpAddr) -> Result<Option<u32>> {
+        let query = match to {
+            IpAddr::V4(to) => RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to, 32).build(),
+            IpAddr::V6(to) => RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(to, 128).build(),
+        };
+        let mut answers = Box::pin(self.netlink.route().get(query).execute());
+        let found = self.request(answers.try_next()).with_context(|| format!("find the route to {to}"))?;
+        let metrics = found.into_iter().flat_map(|route| route.attributes).filter_map(|attribute| {
+            if let RouteAttribute::Metrics(metrics) = attribute { Some(metrics) } else { None }
+        });
+        let mtu = metrics
+            .flatten()
+            .find_map(|metric| if let RouteMetric::Mtu(mtu) = metric { Some(mtu) } else { None });
+        Ok(mtu)
     }
 
     /// A permanent entry.
@@ -210,6 +245,9 @@ impl Inside {
         Ok(self.runtime.block_on(bounded).context("no answer from netlink")??)
     }
 }
+
+/// The number of the metric, by which it is locked (`linux/rtnetlink.h`).
+const RTAX_MTU: u32 = 2;
 
 fn enter_new() -> Result<(File, Inside)> {
     unshare(CloneFlags::CLONE_NEWNET).context("unshare the network namespace")?;

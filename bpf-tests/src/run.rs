@@ -58,7 +58,7 @@ pub enum Action {
     Next,
     /// To another interface, or back: `TC_ACT_REDIRECT`.
     Redirect,
-    /// Dropped and counted: `TC_ACT_SHOT`.
+    /// Kept, or dropped and counted: `TC_ACT_SHOT`.
     Drop,
 }
 
@@ -93,7 +93,7 @@ impl From<Result<Verdict, DropReason>> for Action {
         match verdict {
             Ok(Verdict::Stack) => Self::Next,
             Ok(Verdict::Pod { .. } | Verdict::Forward | Verdict::Reply) => Self::Redirect,
-            Err(_) => Self::Drop,
+            Ok(Verdict::Taken) | Err(_) => Self::Drop,
         }
     }
 }

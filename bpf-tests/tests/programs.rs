@@ -18,7 +18,7 @@ use ferroflow_common::{
     verdict::DropReason,
 };
 use ferroflow_ebpf::{
-    frame::{Frame, Names, Part, Socket, Transport, UdpChecksum},
+    frame::{Frame, Names, Socket, Transport, UdpChecksum},
     noise::{Noise, world},
     tables::fake::Fake,
 };
@@ -130,6 +130,9 @@ fn cases<F: Names>() -> Vec<Case> {
     cases.extend(looped::<F>(&tcp));
     cases.extend(refused(&tcp, &udp));
     cases.extend(left_alone::<F>(&tcp, &udp));
+    cases.extend(fragments::<F>(&udp));
+    cases.extend(errors::<F>(&tcp, &Frame::tcp(tcp.client, tcp.far, SYN).payload(b"data")));
+    cases.extend(errors::<F>(&udp, &Frame::udp(udp.client, udp.far).extended().payload(b"query")));
     cases.extend(malformed(&tcp));
     cases
 }
@@ -281,11 +284,7 @@ fn left_alone<F: Names>(tcp: &Ends, udp: &Ends) -> Vec<Case> {
     let plain = |bytes: &[u8]| Outcome::Goes(Action::Next, bytes.to_vec());
     let none = Transport::Udp { checksum: UdpChecksum::None };
     let query = Frame::new(udp.client, udp.near, none).payload(b"query");
-    let first = query.clone().payload(&[1; 64]).part(Part::First);
-    let later = query.clone().payload(&[1; 64]).part(Part::Later(64));
     let far = query.clone().sent_to(udp.far);
-    let far_first = far.answer(0).sent_from(udp.remote).payload(&[1; 64]).part(Part::First);
-    let to_other = first.clone().sent_to((F::pod(3), 9));
     vec![
         Case::new("another port of a service", &port, to_stack(&port)),
         Case::new("ping of a service", &ping, to_stack(&ping)),
@@ -293,14 +292,84 @@ fn left_alone<F: Names>(tcp: &Ends, udp: &Ends) -> Vec<Case> {
         Case::new("ARP", &ping, plain(&arp)).bytes(arp).entering(),
         Case::new("VLAN", &ping, plain(&vlan)).bytes(vlan),
         Case::new("datagram without checksum", &query, to_pod(&query.clone().sent_to(udp.local))),
-        Case::new("first fragment", &first, dropped(DropReason::Fragment)),
-        Case::new("first fragment of a known flow", &first, dropped(DropReason::Fragment)).after(&[&query]),
-        Case::new("first fragment of a reply", &far_first, dropped(DropReason::Fragment))
-            .after(&[&far])
-            .entering(),
-        Case::new("later fragment", &later, to_stack(&later)),
-        Case::new("fragment for a pod", &to_other, to_stack(&to_other)),
+        Case::new("known flow without checksum", &far, to_stack(&far.clone().sent_to(udp.remote)))
+            .after(&[&far]),
     ]
+}
+
+/// Rule 38. The programs know of datagrams from case to case, so each has an identification of its own.
+fn fragments<F: Names>(udp: &Ends) -> Vec<Case> {
+    let mut id = 0;
+    let mut cases = Vec::new();
+    let mut add = |name, frame: &Frame, order: &[usize], becomes: &dyn Fn(&[Frame]) -> Outcome| {
+        id += 1;
+        let parts = Frame { id, ..frame.clone() }.fragments(40);
+        let (last, before) = order.split_last().expect("a case has a packet");
+        let before: Vec<_> = before.iter().map(|index| &parts[*index]).collect();
+        cases.push(Case::new(name, &parts[*last], becomes(&parts)).after(&before));
+    };
+    let far = Frame::udp(udp.client, udp.far).payload(&[6; 140]);
+    let there = |parts: &[Frame], index: usize| parts[index].clone().sent_to(udp.remote);
+    let taken = |parts: &[Frame], index: usize| Outcome::Goes(Action::Drop, parts[index].build());
+    // What the first one becomes has the checksum of all.
+    let whole = |id| Frame { id, ..far.clone().sent_to(udp.remote) }.fragments(40);
+    add("first fragment", &far, &[0], &|_| to_stack(&whole(1)[0]));
+    add("second fragment", &far, &[0, 1], &|parts| to_stack(&there(parts, 1)));
+    add("last fragment", &far, &[0, 3], &|parts| to_stack(&there(parts, 3)));
+    add("early fragment", &far, &[3], &|parts| taken(parts, 3));
+    add("another early fragment", &far, &[3, 2], &|parts| taken(parts, 2));
+    add("first fragment after others", &far, &[3, 2, 0], &|_| to_stack(&whole(6)[0]));
+    add("its copy is the one that came last", &far, &[3, 2, 0, 0], &|parts| to_stack(&there(parts, 2)));
+    add("and then the one before", &far, &[3, 2, 0, 0, 0], &|parts| to_stack(&there(parts, 3)));
+    let direct = far.clone().sent_to((F::pod(3), 9));
+    add("first fragment for a pod", &direct, &[0], &|parts| to_stack(&parts[0]));
+    add("later fragment for a pod", &direct, &[0, 1], &|parts| to_stack(&parts[1]));
+    add("early fragment for a pod", &direct, &[1], &|parts| taken(parts, 1));
+    add("which goes on with a copy of the first", &direct, &[1, 0, 0], &|parts| to_stack(&parts[1]));
+    let drops = far.clone().sent_to(udp.drops);
+    add("first fragment, endpoints elsewhere", &drops, &[0], &|_| dropped(DropReason::NoLocalEndpoint));
+    let ping = Frame::icmp(udp.client.0, udp.far.0, 8, 0).payload(&[0; 140]);
+    add("later fragment of a ping", &ping, &[2], &|parts| to_stack(&parts[2]));
+    let reply = far.answer(0).payload(&[4; 140]);
+    let sent = reply.clone().sent_from(udp.remote);
+    let parts = |frame: &Frame| Frame { id: 100, ..frame.clone() }.fragments(40);
+    let entering = Case::new("first fragment of a reply", &parts(&sent)[0], to_stack(&parts(&reply)[0]));
+    cases.push(entering.after(&[&far]).entering());
+    cases
+}
+
+/// Rule 37: from the backend itself, from a router, about the reply, and about nothing that is known.
+fn errors<F: Names>(ends: &Ends, first: &Frame) -> Vec<Case> {
+    let v4 = first.src.ip().is_ipv4();
+    let kinds: &[(u8, u8)] = if v4 { &[(3, 4), (11, 0), (12, 0)] } else { &[(1, 4), (2, 0), (3, 0), (4, 0)] };
+    let more: usize = first.extensions.iter().map(|(_, units)| usize::from(*units) * 8).sum();
+    let least = if v4 { 28 + first.options.len() } else { 48 + more };
+    let far = first.clone().sent_to(ends.far);
+    let there = far.clone().sent_to(ends.remote);
+    let answer = far.answer(SYN | ACK);
+    let answered = answer.clone().sent_from(ends.remote);
+    let router = F::vip(200);
+    let mut cases = Vec::new();
+    for &kind in kinds {
+        for quoted in [1_500, least] {
+            let error = |from, about: &Frame| {
+                let bytes = about.build();
+                let quoted = quoted.min(bytes.len() - 14);
+                Frame::icmp(from, about.src, kind.0, kind.1).payload(&bytes[14..14 + quoted])
+            };
+            let mut add = |name, came: Frame, becomes: Frame| {
+                let entering = Case::new(name, &came, to_stack(&becomes)).after(&[&far]).entering();
+                cases.push(entering);
+            };
+            add("error of a router", error(router, &there), error(router, &far));
+            add("error of the backend", error(ends.remote.0, &there), error(ends.far.0, &far));
+            add("error about what was not sent on", error(router, &far), error(router, &far));
+            let (came, becomes) = (error(ends.client.0, &answer), error(ends.client.0, &answered));
+            cases.push(Case::new("error of the client", &came, to_stack(&becomes)).after(&[&far]));
+            cases.push(Case::new("error about nothing known", &came, to_stack(&came)));
+        }
+    }
+    cases
 }
 
 fn malformed(ends: &Ends) -> Vec<Case> {

@@ -17,6 +17,10 @@
 //! | `node_addresses` | hash | [`addr::Addr`] -> [`abi::node::NodeAddress`] | agent | programs |
 //! | `masquerade` | array, mmap | 0 -> [`abi::node::Masquerade`] | agent | programs |
 //! | `conntrack_v4`, `conntrack_v6` | LRU hash | [`abi::conntrack::Tuple`] -> [`abi::conntrack::Entry`] | programs | programs, CLI; the agent deletes what expired |
+//! | `datagrams` | LRU hash | [`abi::fragment::DatagramKey`] -> [`abi::fragment::Datagram`] | programs | programs |
+//! | `held_fragments` | LRU hash | [`abi::fragment::DatagramKey`] -> [`abi::fragment::HeldFragment`] | programs | programs |
+//! | `noted_datagram` | per-CPU array | 0 -> [`abi::fragment::DatagramKey`] of the packet under way | programs | programs |
+//! | `held_buffer` | per-CPU array | 0 -> [`abi::fragment::HeldFragment`] on its way into `held_fragments` | programs | programs |
 //! | `sockets` | socket storage | socket -> [`abi::socket::Translation`] | programs | programs |
 //! | `drops` | per-CPU array | [`verdict::DropReason`] -> packets | programs | CLI |
 //! | `agent` | array | 0 -> [`abi::state::AgentState`] | agent | CLI |

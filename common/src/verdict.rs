@@ -13,6 +13,8 @@ pub enum Verdict {
     Forward,
     /// Back out of the interface it came from: the packet was turned into its own answer (RST, ICMP error).
     Reply,
+    /// Nowhere: it waits for another packet, or a copy of it has been sent round again.
+    Taken,
 }
 
 macro_rules! drop_reasons {
@@ -50,7 +52,8 @@ macro_rules! drop_reasons {
 drop_reasons! {
     /// A header runs past the end of the packet, or a length contradicts another.
     Truncated = 0, "truncated";
-    /// A later fragment for a service: its ports are in the first one.
+    /// A later fragment of a datagram to a service whose first fragment was dropped or refused; or an SCTP fragment that
+    /// would get other ports.
     Fragment = 1, "fragment-of-service";
     /// The service has endpoints, but none that this traffic may use (rule 15: dropped, never rejected).
     NoLocalEndpoint = 2, "no-local-endpoint";
@@ -74,6 +77,8 @@ drop_reasons! {
     NoMasquerade = 11, "no-masquerade-address";
     /// The kernel's routes lead nowhere from here.
     NoRoute = 12, "no-route";
+    /// A fragment came before the first one of its datagram, and could not be kept until that comes (rule 38).
+    EarlyFragment = 13, "fragment-before-first";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

@@ -13,26 +13,56 @@ use ferroflow_common::tcp::{Direction, Flags, State};
 use ferroflow_common::verdict::DropReason;
 
 use crate::nat::Rewrite;
-use crate::parse::Headers;
+use crate::packet::Packet;
+use crate::parse::{self, Headers, Parse};
 use crate::tables::{Aligned, InsertError, OnConflict, Services, Tables, Tracked};
 
 type Key<F> = Aligned<Tuple<<F as Family>::Bytes>>;
 
-/// Looks the packet's flow up, brings its state up to date and says what the packet becomes; `None` where it belongs to
-/// no flow, or to one whose backend is to be chosen again.
-#[inline(always)]
-pub fn follow<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Option<Rewrite> {
-    followed::<F, T>(tables, headers).map(|row| Rewrite::of(&row.load()))
+/// What a packet's tuple leads to.
+pub enum Flow<R = Rewrite> {
+    /// What the packet becomes.
+    Known(R),
+    /// None, or one whose backend is to be chosen again.
+    Unknown,
+    /// The other direction's entry is gone: [`mend`] is to go before.
+    Halved,
 }
 
-/// The same as the row that says so.
+/// Whether the other direction of a flow is looked for. A number, so that it may be handed on with others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Halves {
+    Wanted,
+    /// It has been; where it could not be entered, the flow goes on without.
+    Mended,
+}
+
+/// How long a busy flow's other direction is not looked for, in seconds. The table evicts what was idle, so what has been
+/// so for longer is looked at in both.
+const UNSEEN: u32 = 60;
+
+/// Looks the packet's flow up, brings its state up to date and says what the packet becomes.
 #[inline(always)]
-pub fn followed<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Option<T::Tracked> {
-    let tracked = tables.tracked(&headers.tuple)?;
+pub fn follow<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>, halves: Halves) -> Flow {
+    match followed::<F, T>(tables, headers, halves) {
+        Flow::Known(row) => Flow::Known(Rewrite::of(&row.load())),
+        Flow::Unknown => Flow::Unknown,
+        Flow::Halved => Flow::Halved,
+    }
+}
+
+/// The same, with the row that says so.
+#[inline(always)]
+pub fn followed<F: Family, T: Tables<F>>(
+    tables: &T,
+    headers: &Headers<F>,
+    halves: Halves,
+) -> Flow<T::Tracked> {
+    let Some(tracked) = tables.tracked(&headers.tuple) else { return Flow::Unknown };
     let entry = tracked.load();
     let now = tables.now();
     if entry.expires < now {
-        return None;
+        return Flow::Unknown;
     }
     let (direction, over) = if entry.kind == Entry::FORWARD {
         (Direction::Forward, chooses_again(tables, headers, &entry))
@@ -44,23 +74,49 @@ pub fn followed<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Op
     let state = State(entry.state).after(headers.flags, direction);
     let lifetime = state.lifetime(headers.tuple.proto);
     let expires = now.wrapping_add(lifetime);
-    // A busy flow is written every eighth of its lifetime, not at every packet; but then in both directions.
-    let due = state.0 != entry.state || expires > entry.expires.saturating_add(lifetime / 8);
+    let unseen = if lifetime / 8 < UNSEEN { lifetime / 8 } else { UNSEEN };
+    // An opening packet that comes again may do so for want of the answer (rule 34).
+    let unseen = if headers.flags.opens() { 0 } else { unseen };
+    // A busy flow is written seldom, not at every packet; but then in both directions.
+    let due = state.0 != entry.state || expires > entry.expires.saturating_add(unseen);
     if over || due {
-        if let Some((tuple, row)) = other(tables, headers, &tracked.load()) {
-            if over {
-                tables.untrack(&tuple);
-            } else {
-                row.store_state(state.0, expires);
+        match other(tables, headers, &tracked.load()) {
+            Other::Found(tuple, row) => {
+                if over {
+                    tables.untrack(&tuple);
+                } else {
+                    row.store_state(state.0, expires);
+                }
             }
+            Other::Gone if !over && halves == Halves::Wanted => return Flow::Halved,
+            Other::Gone | Other::AnotherFlows => {}
         }
         if over {
             tables.untrack(&headers.tuple);
-            return None;
+            return Flow::Unknown;
         }
         tracked.store_state(state.0, expires);
     }
-    Some(tracked)
+    Flow::Known(tracked)
+}
+
+/// Enters the other direction of the packet's flow again, as this one has it (rule 34): a reply without an entry would
+/// reach the client as from a stranger, and be reset.
+#[inline(never)]
+pub fn mend<F: Parse, P: Packet, T: Tables<F>>(packet: &P, tables: &T) {
+    let Ok(Some(headers)) = parse::headers::<F, P>(packet) else { return };
+    let tuple = &headers.tuple;
+    let Some(row) = tables.tracked(tuple) else { return };
+    let mut entry = row.load();
+    let other = partner::<F>(&entry, tuple.proto);
+    entry.src = F::addr(tuple.dst);
+    entry.dst = F::addr(tuple.src);
+    entry.src_port = tuple.dst_port;
+    entry.dst_port = tuple.src_port;
+    entry.kind = if entry.kind == Entry::FORWARD { Entry::REPLY } else { Entry::FORWARD };
+    entry.flags = if own(tables, &entry.src) { Entry::OWN_SOURCE } else { 0 };
+    // Where the table has no room, or another flow has taken the tuple over, this direction goes on alone.
+    let _alone = tables.track(&other, &entry, OnConflict::Fail);
 }
 
 /// Only a SYN (SCTP: an INIT) moves a connection, and only to where it is not a retransmission to a live backend (rules 30, 35). A UDP
@@ -79,16 +135,19 @@ fn gone<T: Services>(tables: &T, entry: &Entry) -> bool {
     tables.backend(entry.backend).is_none_or(|backend: Backend| backend.generation != entry.generation)
 }
 
-/// The other direction's entry with its tuple, unless a flow of another frontend has taken that tuple over since.
+/// The other direction of a flow.
+enum Other<F: Family, R> {
+    Found(Key<F>, R),
+    Gone,
+    /// A flow of another frontend has taken its tuple over since.
+    AnotherFlows,
+}
+
 #[inline(always)]
-fn other<F: Family, T: Tables<F>>(
-    tables: &T,
-    headers: &Headers<F>,
-    entry: &Entry,
-) -> Option<(Key<F>, T::Tracked)> {
+fn other<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>, entry: &Entry) -> Other<F, T::Tracked> {
     let tuple = partner::<F>(entry, headers.tuple.proto);
-    let row = tables.tracked(&tuple)?;
-    leads_to::<F>(&row.load(), &headers.tuple).then_some((tuple, row))
+    let Some(row) = tables.tracked(&tuple) else { return Other::Gone };
+    if leads_to::<F>(&row.load(), &headers.tuple) { Other::Found(tuple, row) } else { Other::AnotherFlows }
 }
 
 /// The tuple of the same flow's other direction: what this direction's becomes, turned around.
@@ -263,6 +322,10 @@ mod tests {
         rule_36_a_full_table_is_told_and_leaves_nothing,
         rule_35_a_server_may_open_to_a_former_client,
         a_looped_flow_is_followed_both_ways,
+        rule_34_a_request_mends_its_missing_reply_direction,
+        rule_34_a_reply_mends_its_missing_request_direction,
+        rule_34_what_cannot_be_mended_goes_on_alone,
+        rule_34_a_backend_contacted_by_its_own_address_is_left_alone,
     );
 
     const SYN: u8 = Flags::SYN;
@@ -449,7 +512,7 @@ mod tests {
             let net = Net::new::<F>(proto);
             let backend = net.establish();
             net.fake.refreshed.set(0);
-            let step = (lifetime / 240).max(1);
+            let step = (lifetime / 240).clamp(1, 5);
             let mut sent = 0;
             for turn in 0..240u32 {
                 net.wait(step);
@@ -465,7 +528,7 @@ mod tests {
                 assert!((lifetime * 7 / 8..=lifetime).contains(&left), "{left} s left of {lifetime}");
             }
             let writes = net.fake.refreshed.get();
-            assert!((2..=2 * 18).contains(&writes), "{writes} writes for {sent} packets");
+            assert!((2..=2 * 22).contains(&writes), "{writes} writes for {sent} packets");
         }
     }
 
@@ -624,5 +687,67 @@ mod tests {
             assert_eq!(random_port(throw_for(port).unwrap()), port);
         }
         assert_eq!([0, LAST_PORT + 1, u16::MAX].map(|port| throw_for(Port::new(port))), [None; 3]);
+    }
+
+    /// Takes one direction away, as the table does under pressure.
+    fn evict(net: &Net, src: Socket, dst: Socket) -> Entry {
+        let entry = net.fake.entry(src, dst, net.proto).unwrap();
+        net.fake.conntrack.borrow_mut().retain(|_, row| row.entry.get() != entry);
+        assert!(net.fake.entry(src, dst, net.proto).is_none());
+        entry
+    }
+
+    fn rule_34_a_request_mends_its_missing_reply_direction<F: Names>() {
+        for proto in [Proto::TCP, Proto::UDP] {
+            let net = Net::new::<F>(proto);
+            let backend = net.establish();
+            net.wait(UNSEEN + 1);
+            let gone = evict(&net, backend, net.client);
+            assert_eq!(net.send(ACK), backend);
+            let mended = net.reply(backend).unwrap();
+            assert_eq!(Entry { expires: 0, ..mended }, Entry { expires: 0, ..gone });
+            net.answer(backend, ACK);
+        }
+        // A client that had no answer sends its first packet again, at once.
+        let net = Net::new::<F>(Proto::TCP);
+        let backend = net.send(SYN);
+        evict(&net, backend, net.client);
+        net.wait(1);
+        assert_eq!(net.send(SYN), backend);
+        net.answer(backend, SYN | ACK);
+    }
+
+    fn rule_34_a_reply_mends_its_missing_request_direction<F: Names>() {
+        for proto in [Proto::TCP, Proto::UDP] {
+            let mut net = Net::new::<F>(proto);
+            let backend = net.establish();
+            net.wait(UNSEEN + 1);
+            let gone = evict(&net, net.client, net.vip);
+            net.answer(backend, ACK);
+            assert_eq!(Entry { expires: 0, ..net.forward().unwrap() }, Entry { expires: 0, ..gone });
+            // So the connection stays where it is, whatever the slots say now.
+            net.other_than(backend);
+            assert_eq!(net.send(ACK), backend);
+        }
+    }
+
+    fn rule_34_what_cannot_be_mended_goes_on_alone<F: Names>() {
+        let net = Net::new::<F>(Proto::TCP);
+        let backend = net.establish();
+        net.wait(UNSEEN + 1);
+        evict(&net, backend, net.client);
+        net.fake.room.set(Some(1));
+        assert_eq!(net.send(ACK), backend);
+        assert!(net.reply(backend).is_none());
+    }
+
+    /// Nothing tells such a packet from one whose flow was forgotten: it is not dropped.
+    fn rule_34_a_backend_contacted_by_its_own_address_is_left_alone<F: Names>() {
+        let net = Net::new::<F>(Proto::TCP);
+        let backend = net.establish();
+        let direct = Frame::tcp((net.client.0, 4001), backend, SYN);
+        for frame in [direct.clone(), direct.answer(SYN | ACK), direct.answer(ACK), direct.answer(FIN)] {
+            assert_eq!(frame.leave(&net.fake).unwrap().1, frame.build());
+        }
     }
 }

@@ -4,14 +4,14 @@
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack;
+use crate::conntrack::{self, Flow};
 use crate::lb;
 use crate::nat::{self, Ends};
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::route;
-use crate::service::{self, Fate, Origin, Outcome, whole};
-use crate::tables::Tables;
+use crate::service::{self, Fate, Origin, Outcome, Way};
+use crate::tables::{Datagrams, Tables};
 
 /// A packet from outside the node.
 ///
@@ -21,7 +21,7 @@ use crate::tables::Tables;
 pub fn arriving<P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
 where
     P: Reshape,
-    T: Tables<V4> + Tables<V6>,
+    T: Tables<V4> + Tables<V6> + Datagrams<P>,
 {
     match packet.ethertype() {
         V4::ETHERTYPE => service::in_steps::<V4, P, T>(packet, tables, Origin::Outside, arrive::<V4, P, T>),
@@ -32,29 +32,32 @@ where
 
 /// A packet of a flow that is known, or of no service: the stack's, which knows where the node's pods are.
 #[inline(never)]
-fn arrive<F, P, T>(packet: &mut P, tables: &T) -> Outcome
+fn arrive<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Outcome
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    Outcome::of(try_arrive(packet, tables))
+    Outcome::of(try_arrive(packet, tables, way))
 }
 
 #[inline(always)]
-fn try_arrive<F, P, T>(packet: &mut P, tables: &T) -> Result<Fate, DropReason>
+fn try_arrive<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Fate, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Fate::Goes(Verdict::Stack)) };
-    if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
-        whole(&headers)?;
-        nat::rewrite(packet, &headers, &to)?;
-        return Ok(Fate::Goes(route::rewritten::<F, T>(tables, &to)));
+    let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Fate::Rare) };
+    match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
+        Flow::Known(to) => {
+            nat::rewrite(packet, &headers, &to)?;
+            return Ok(Fate::Goes(route::rewritten::<F, T>(tables, &to)));
+        }
+        Flow::Halved => return Ok(Fate::Halved),
+        Flow::Unknown => {}
     }
     let mut key = lb::key::<F>(&headers.tuple);
     if lb::is_service(tables.frontend(&key)) || lb::is_service(lb::node_port(tables, &mut key)) {

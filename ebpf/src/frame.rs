@@ -27,6 +27,8 @@ pub struct Frame {
     /// IPv6 extension headers, by protocol number and units of eight bytes.
     pub extensions: Vec<(u8, u8)>,
     pub fragment: Option<Part>,
+    /// The datagram's identification; a whole IPv6 packet has none.
+    pub id: u16,
     pub hop_limit: u8,
     pub macs: Macs,
 }
@@ -67,7 +69,9 @@ pub enum UdpChecksum {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     First,
-    /// So many bytes, a multiple of eight, come before.
+    /// So many bytes, a multiple of eight, come before, and more come after.
+    Middle(u16),
+    /// The last one.
     Later(u16),
 }
 
@@ -110,6 +114,7 @@ impl Frame {
             options: Vec::new(),
             extensions: Vec::new(),
             fragment: None,
+            id: 0,
             hop_limit: 64,
             macs: Macs { dst: [2, 0, 0, 0, 0, 1], src: [2, 0, 0, 0, 0, 2] },
         }
@@ -133,6 +138,25 @@ impl Frame {
     #[must_use]
     pub fn part(self, part: Part) -> Self {
         Self { fragment: Some(part), ..self }
+    }
+
+    /// The same datagram in fragments of so many bytes, a multiple of eight. Unlike [`Frame::part`], what they carry is
+    /// this frame's, and the checksum covers all of it.
+    pub fn fragments(&self, size: u16) -> Vec<Self> {
+        let body = self.transport_bytes();
+        let parts = body.chunks(size.into()).zip((0..).step_by(size.into()));
+        parts
+            .map(|(chunk, at)| {
+                let more = usize::from(at) + chunk.len() < body.len();
+                let part = match (at, more) {
+                    (0, _) => Part::First,
+                    (_, true) => Part::Middle(at),
+                    (_, false) => Part::Later(at),
+                };
+                let transport = Transport::Other(self.proto());
+                Self { transport, payload: chunk.to_vec(), fragment: Some(part), ..self.clone() }
+            })
+            .collect()
     }
 
     #[must_use]
@@ -231,7 +255,7 @@ impl Frame {
         verdict: Result<Verdict, DropReason>,
         Bytes(bytes): Bytes,
     ) -> Result<(Verdict, Vec<u8>), DropReason> {
-        assert!(verdict.is_ok() || bytes == self.build(), "dropped and changed: {self:?}");
+        assert!(verdict.is_ok() || bytes == self.build(), "dropped ({verdict:?}) and changed: {self:?}");
         Ok((verdict?, bytes))
     }
 
@@ -242,10 +266,12 @@ impl Frame {
         let [f0, f1] = match self.fragment {
             None => [0x40, 0],
             Some(Part::First) => [0x20, 0],
+            Some(Part::Middle(at)) => (0x2000 | at / 8).to_be_bytes(),
             Some(Part::Later(at)) => (at / 8).to_be_bytes(),
         };
+        let [i0, i1] = self.id.to_be_bytes();
         let vihl = 0x40 | u8::try_from(length / 4).unwrap_or(15);
-        let mut header = vec![vihl, 0, l0, l1, 0, 0, f0, f1, self.hop_limit, self.proto().number, 0, 0];
+        let mut header = vec![vihl, 0, l0, l1, i0, i1, f0, f1, self.hop_limit, self.proto().number, 0, 0];
         header.extend(self.src.v4_bytes());
         header.extend(self.dst.v4_bytes());
         header.extend(&self.options);
@@ -269,9 +295,11 @@ impl Frame {
         if let Some(part) = self.fragment {
             let [f0, f1] = match part {
                 Part::First => [0, 1],
+                Part::Middle(at) => (at | 1).to_be_bytes(),
                 Part::Later(at) => (at & !7).to_be_bytes(),
             };
-            chain.push((FRAGMENT, vec![0, 0, f0, f1, 0, 0, 0, 7]));
+            let [i0, i1] = self.id.to_be_bytes();
+            chain.push((FRAGMENT, vec![0, 0, f0, f1, 0, 0, i0, i1]));
         }
         let mut next = self.proto().number;
         for (kind, body) in chain.iter_mut().rev() {
@@ -289,7 +317,9 @@ impl Frame {
     fn transport_bytes(&self) -> Vec<u8> {
         let ports = [Port::new(self.src_port).be, Port::new(self.dst_port).be].concat();
         let (mut header, check) = match &self.transport {
-            _ if matches!(self.fragment, Some(Part::Later(_))) => return self.payload.clone(),
+            _ if matches!(self.fragment, Some(Part::Middle(_) | Part::Later(_))) => {
+                return self.payload.clone();
+            }
             Transport::Other(_) => return self.payload.clone(),
             Transport::Tcp { seq, ack, flags, options } => {
                 let offset = u8::try_from(20 + options.len()).unwrap_or(60) << 2;

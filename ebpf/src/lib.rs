@@ -30,8 +30,10 @@
 
 pub mod conntrack;
 pub mod device;
+pub mod fragment;
 #[cfg(not(target_arch = "bpf"))]
 pub mod frame;
+pub mod icmp;
 pub mod lb;
 pub mod nat;
 #[cfg(not(target_arch = "bpf"))]

@@ -12,7 +12,7 @@ use network_types::udp::UdpHdr;
 use zerocopy::transmute_ref;
 
 use crate::packet::{L3, L4Change, Packet};
-use crate::parse::Headers;
+use crate::parse::{Headers, UNKNOWN};
 
 /// What a packet's ends become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +47,7 @@ impl Rewrite {
 /// that costs what one of them would.
 ///
 /// # Errors
-/// [`DropReason::Rewrite`].
+/// [`DropReason::Rewrite`], [`DropReason::Fragment`].
 #[inline(always)]
 pub fn rewrite<F: Family, P: Packet>(
     packet: &mut P,
@@ -58,9 +58,23 @@ where
     F::Bytes: Ends,
 {
     let tuple = &headers.tuple;
+    let (check, zero_is_none) = checksum(tuple.proto);
+    if (tuple.src_port, tuple.dst_port) != (to.src_port, to.dst_port) {
+        let ([s0, s1], [d0, d1]) = (to.src_port.be, to.dst_port.be);
+        if tuple.proto == Proto::SCTP {
+            sctp_ports(packet, headers.l4, headers.end, [s0, s1, d0, d1])?;
+        } else {
+            let ports = Sum::ZERO
+                .less_half(u16::from_ne_bytes(tuple.src_port.be))
+                .half(u16::from_ne_bytes(to.src_port.be))
+                .less_half(u16::from_ne_bytes(tuple.dst_port.be))
+                .half(u16::from_ne_bytes(to.dst_port.be));
+            packet.change_l4_checksum(headers.l4 + check, &L4Change::Ports { ports, zero_is_none })?;
+            packet.write(headers.l4, &[s0, s1, d0, d1])?;
+        }
+    }
     let (src, dst) = (F::bytes(to.src()), F::bytes(to.dst()));
     let addresses = difference::<F>(difference::<F>(Sum::ZERO, &tuple.src, &src), &tuple.dst, &dst);
-    let (check, zero_is_none) = checksum(tuple.proto);
     if tuple.proto != Proto::SCTP {
         let l3_unsummed = F::CSUM_OFF.is_none();
         let change = L4Change::Addresses { addresses, zero_is_none, l3_unsummed };
@@ -69,27 +83,16 @@ where
     if let Some(check) = F::CSUM_OFF {
         packet.change_l3_checksum(L3 + check, addresses)?;
     }
-    F::Bytes::store(packet, L3 + F::SRC_OFF, to)?;
-    if (tuple.src_port, tuple.dst_port) == (to.src_port, to.dst_port) {
-        return Ok(());
-    }
-    let ([s0, s1], [d0, d1]) = (to.src_port.be, to.dst_port.be);
-    if tuple.proto == Proto::SCTP {
-        return sctp_ports(packet, headers.l4, headers.end, [s0, s1, d0, d1]);
-    }
-    let ports = Sum::ZERO
-        .less_half(u16::from_ne_bytes(tuple.src_port.be))
-        .half(u16::from_ne_bytes(to.src_port.be))
-        .less_half(u16::from_ne_bytes(tuple.dst_port.be))
-        .half(u16::from_ne_bytes(to.dst_port.be));
-    packet.change_l4_checksum(headers.l4 + check, &L4Change::Ports { ports, zero_is_none })?;
-    packet.write(headers.l4, &[s0, s1, d0, d1])
+    F::Bytes::store(packet, L3 + F::SRC_OFF, to)
 }
 
 /// Writes the ports of an SCTP packet between `l4` and `end` and mends its CRC32c. A zero is a checksum that the device
 /// is to compute (the kernel's `skb_crc32c_csum_help` wants it so) or none at all (RFC 9653), and stays.
 #[inline(always)]
 fn sctp_ports<P: Packet>(packet: &mut P, l4: u32, end: u32, ports: [u8; 4]) -> Result<(), DropReason> {
+    if end == UNKNOWN {
+        return Err(DropReason::Fragment);
+    }
     let [old, tag, check] = packet.words(l4).ok_or(DropReason::Rewrite)?;
     let difference = u32::from_le(old) ^ u32::from_le_bytes(ports);
     let new = if check == 0 { 0 } else { u32::from_le(check) ^ packet.crc32c_change(difference, end - l4) };
@@ -98,9 +101,30 @@ fn sctp_ports<P: Packet>(packet: &mut P, l4: u32, end: u32, ports: [u8; 4]) -> R
     packet.write(l4, &[p0, p1, p2, p3, t0, t1, t2, t3, c0, c1, c2, c3])
 }
 
+/// Gives a fragment that is not the first its new addresses. The transport checksum is in the first one, and covers all.
+///
+/// # Errors
+/// [`DropReason::Rewrite`].
+#[inline(always)]
+pub fn readdress<F: Family, P: Packet>(
+    packet: &mut P,
+    [src, dst]: &[F::Bytes; 2],
+    to: &Rewrite,
+) -> Result<(), DropReason>
+where
+    F::Bytes: Ends,
+{
+    if let Some(check) = F::CSUM_OFF {
+        let change = difference::<F>(Sum::ZERO, src, &F::bytes(to.src()));
+        let change = difference::<F>(change, dst, &F::bytes(to.dst()));
+        packet.change_l3_checksum(L3 + check, change)?;
+    }
+    F::Bytes::store(packet, L3 + F::SRC_OFF, to)
+}
+
 /// Where the Internet checksum is in the transport header, and whether zero there means none.
 #[inline(always)]
-const fn checksum(proto: Proto) -> (u32, bool) {
+pub(crate) const fn checksum(proto: Proto) -> (u32, bool) {
     if proto.number == Proto::UDP.number {
         (offset_of!(UdpHdr, check) as u32, true)
     } else {
@@ -110,7 +134,7 @@ const fn checksum(proto: Proto) -> (u32, bool) {
 
 /// Adds new minus old, over the words that this family has.
 #[inline(always)]
-fn difference<F: Family>(sum: Sum, old: &F::Bytes, new: &F::Bytes) -> Sum {
+pub(crate) fn difference<F: Family>(sum: Sum, old: &F::Bytes, new: &F::Bytes) -> Sum {
     let [o0, o1, o2, o3] = F::words(old);
     let [n0, n1, n2, n3] = F::words(new);
     let sum = sum.less_word(o0).word(n0);

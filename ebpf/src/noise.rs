@@ -8,6 +8,7 @@ use crate::frame::{
     AUTHENTICATION, DESTINATION_OPTIONS, Frame, HOP_BY_HOP, Names, Part, ROUTING, Socket, Transport,
     UdpChecksum,
 };
+use crate::packet::L3;
 use crate::tables::fake::Fake;
 
 /// A small generator (splitmix64), so that a failure repeats.
@@ -58,8 +59,40 @@ impl Noise {
         bytes
     }
 
-    /// A packet of the world with right checksums.
+    /// A packet of the world with right checksums; seldom an ICMP error about one.
     pub fn frame<F: Names>(&mut self) -> Frame {
+        if self.percent(6) { self.error::<F>() } else { self.segment::<F>() }
+    }
+
+    /// An error about what answers a packet of the world, as most of those are about that were rewritten.
+    fn error<F: Names>(&mut self) -> Frame {
+        let answered = self.segment::<F>();
+        let about = answered
+            .clone()
+            .sent_from((answered.dst, answered.dst_port))
+            .sent_to((answered.src, answered.src_port));
+        let from = if self.percent(50) { about.dst } else { F::vip(200) };
+        let (kind, code) = if self.percent(90) {
+            let v4 = F::CSUM_OFF.is_some();
+            if v4 {
+                self.pick(&[(3, 3), (3, 4), (11, 0), (12, 0)])
+            } else {
+                self.pick(&[(1, 4), (2, 0), (3, 0), (4, 0)])
+            }
+        } else {
+            (self.number() as u8, 0)
+        };
+        let bytes = about.build();
+        let quoted =
+            if self.percent(50) { bytes.len() } else { ETHERNET + self.below(bytes.len() - ETHERNET) };
+        let mut error = Frame::icmp(from, about.src, kind, code).payload(&bytes[ETHERNET..quoted]);
+        if self.percent(10) {
+            error = error.extended();
+        }
+        error
+    }
+
+    fn segment<F: Names>(&mut self) -> Frame {
         let (proto, service, target) = self.pick(&SERVICES);
         let (src, dst) = self.ends::<F>(service, target);
         let mut frame = match proto {
@@ -90,7 +123,9 @@ impl Noise {
             frame.extensions = (0..count).map(|_| (self.pick(&kinds), 1 + self.below(3) as u8)).collect();
         }
         if self.percent(8) {
-            frame.fragment = Some(self.pick(&[Part::First, Part::Later(8), Part::Later(1480)]));
+            frame.fragment =
+                Some(self.pick(&[Part::First, Part::Middle(8), Part::Later(64), Part::Later(1480)]));
+            frame.id = self.below(4) as u16;
         }
         frame
     }
@@ -144,6 +179,8 @@ impl Noise {
         }
     }
 }
+
+const ETHERNET: usize = L3 as usize;
 
 /// The kernel runs programs on no shorter IPv6 packet, and every packet here has this length.
 const SHORTEST: usize = 54;

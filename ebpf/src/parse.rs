@@ -10,6 +10,7 @@ use network_types::tcp::TcpHdr;
 use network_types::udp::UdpHdr;
 
 use crate::packet::{L3, Packet};
+use crate::service::Way;
 use crate::tables::Aligned;
 
 /// Where a packet stands in its datagram.
@@ -32,6 +33,9 @@ pub struct Network<F: Family> {
     /// Where the datagram ends; what follows is padding.
     pub end: u32,
     pub fragment: Fragment,
+    /// Where the identification is that the fragments of one datagram share: two bytes in IPv4, four in IPv6, and of no
+    /// meaning in an IPv6 packet that is whole.
+    pub id_at: u32,
 }
 
 /// Headers down to the ports.
@@ -39,27 +43,41 @@ pub struct Network<F: Family> {
 pub struct Headers<F: Family> {
     pub tuple: Aligned<Tuple<F::Bytes>>,
     pub l4: u32,
-    /// Where the datagram ends; what follows is padding.
+    /// Where the datagram ends; what follows is padding. [`UNKNOWN`] where SCTP's checksum covers more than this fragment.
     pub end: u32,
     /// [`Flags::NONE`] unless TCP or SCTP.
     pub flags: Flags,
-    pub fragment: Fragment,
 }
 
 /// Finds the transport header behind this family's network header.
 pub trait Parse: Family {
+    /// The header at `at`. [`Network::end`] may be beyond the packet, as in what an ICMP error quotes.
+    ///
     /// # Errors
     /// [`DropReason::Truncated`] or [`DropReason::ExtensionHeaders`].
-    fn network<P: Packet>(packet: &P) -> Result<Network<Self>, DropReason>;
+    fn header<P: Packet>(packet: &P, at: u32) -> Result<Network<Self>, DropReason>;
 
-    /// Source and destination; `None` where the packet ends before.
-    fn ends<P: Packet>(packet: &P) -> Option<(Self::Bytes, Self::Bytes)>;
+    /// Source and destination of the header at `at`, `None` where the packet ends before.
+    fn ends<P: Packet>(packet: &P, at: u32) -> Option<Aligned<[Self::Bytes; 2]>>;
+
+    /// The packet's own header.
+    ///
+    /// # Errors
+    /// [`DropReason::Truncated`] or [`DropReason::ExtensionHeaders`].
+    #[inline(always)]
+    fn network<P: Packet>(packet: &P) -> Result<Network<Self>, DropReason> {
+        let network = Self::header(packet, L3)?;
+        if network.end > packet.length() {
+            return Err(DropReason::Truncated);
+        }
+        Ok(network)
+    }
 }
 
 impl Parse for V4 {
     #[inline(always)]
-    fn network<P: Packet>(packet: &P) -> Result<Network<Self>, DropReason> {
-        let [first, second, third, src, dst] = packet.words(L3).ok_or(DropReason::Truncated)?;
+    fn header<P: Packet>(packet: &P, at: u32) -> Result<Network<Self>, DropReason> {
+        let [first, second, third, src, dst] = packet.words(at).ok_or(DropReason::Truncated)?;
         let [vihl, _tos, len0, len1] = first.to_ne_bytes();
         let [_id0, _id1, frag0, frag1] = second.to_ne_bytes();
         let [_ttl, proto, _check0, _check1] = third.to_ne_bytes();
@@ -69,8 +87,8 @@ impl Parse for V4 {
         }
         // A zero length is a packet over 64 KiB built by the kernel (IPv4 BIG TCP, kernel commit b1a78b9b9886).
         let total = u32::from(u16::from_be_bytes([len0, len1]));
-        let end = if total == 0 { packet.length() } else { L3 + total };
-        if end < L3 + ihl || end > packet.length() {
+        let end = if total == 0 { packet.length() } else { at + total };
+        if end < at + ihl {
             return Err(DropReason::Truncated);
         }
         let frags = u16::from_be_bytes([frag0, frag1]);
@@ -78,16 +96,17 @@ impl Parse for V4 {
             src: Self::from_words([src, 0, 0, 0]),
             dst: Self::from_words([dst, 0, 0, 0]),
             proto: Proto { number: proto },
-            l4: L3 + ihl,
+            l4: at + ihl,
             end,
             fragment: fragment(frags & 0x1fff, frags & 0x2000),
+            id_at: at + 4,
         })
     }
 
     #[inline(always)]
-    fn ends<P: Packet>(packet: &P) -> Option<(Self::Bytes, Self::Bytes)> {
-        let [src, dst] = packet.words(L3 + Self::SRC_OFF)?;
-        Some((Self::from_words([src, 0, 0, 0]), Self::from_words([dst, 0, 0, 0])))
+    fn ends<P: Packet>(packet: &P, at: u32) -> Option<Aligned<[Self::Bytes; 2]>> {
+        let [src, dst] = packet.words(at + Self::SRC_OFF)?;
+        Some(Aligned([Self::from_words([src, 0, 0, 0]), Self::from_words([dst, 0, 0, 0])]))
     }
 }
 
@@ -97,31 +116,38 @@ const EXTENSION_HEADERS: usize = 6;
 
 impl Parse for V6 {
     #[inline(always)]
-    fn network<P: Packet>(packet: &P) -> Result<Network<Self>, DropReason> {
+    fn header<P: Packet>(packet: &P, at: u32) -> Result<Network<Self>, DropReason> {
         let [first, second, s0, s1, s2, s3, d0, d1, d2, d3] =
-            packet.words(L3).ok_or(DropReason::Truncated)?;
+            packet.words(at).ok_or(DropReason::Truncated)?;
         if first.to_ne_bytes()[0] >> 4 != 6 {
             return Err(DropReason::Truncated);
         }
         let [len0, len1, mut next, _hop_limit] = second.to_ne_bytes();
         // Zero is a jumbo payload: IPv6 BIG TCP (kernel commit 0fe79f28bfaf).
         let payload = u32::from(u16::from_be_bytes([len0, len1]));
-        let end = if payload == 0 { packet.length() } else { L3 + Self::HDR_LEN + payload };
-        if end > packet.length() {
-            return Err(DropReason::Truncated);
-        }
+        let end = if payload == 0 { packet.length() } else { at + Self::HDR_LEN + payload };
         let src = Self::from_words([s0, s1, s2, s3]);
         let dst = Self::from_words([d0, d1, d2, d3]);
-        let mut l4 = L3 + Self::HDR_LEN;
+        let mut l4 = at + Self::HDR_LEN;
         let mut part = Fragment::Whole;
+        let mut id_at = at;
         for _ in 0..EXTENSION_HEADERS {
             if !extension(next) {
-                return Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part });
+                return Ok(Network {
+                    src,
+                    dst,
+                    proto: Proto { number: next },
+                    l4,
+                    end,
+                    fragment: part,
+                    id_at,
+                });
             }
             let [word] = packet.words(l4).ok_or(DropReason::Truncated)?;
             let extension = word.to_ne_bytes();
             if next == IpProto::Ipv6Frag as u8 {
                 let frags = u16::from_be_bytes([extension[2], extension[3]]);
+                id_at = packet.forget(l4 + 4);
                 part = fragment(frags & 0xfff8, frags & 1);
                 l4 += 8;
             } else if next == IpProto::Ah as u8 {
@@ -132,19 +158,27 @@ impl Parse for V6 {
             next = extension[0];
             l4 = packet.forget(l4);
             if part == Fragment::Later {
-                return Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part });
+                return Ok(Network {
+                    src,
+                    dst,
+                    proto: Proto { number: next },
+                    l4,
+                    end,
+                    fragment: part,
+                    id_at,
+                });
             }
         }
         if extension(next) {
             return Err(DropReason::ExtensionHeaders);
         }
-        Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part })
+        Ok(Network { src, dst, proto: Proto { number: next }, l4, end, fragment: part, id_at })
     }
 
     #[inline(always)]
-    fn ends<P: Packet>(packet: &P) -> Option<(Self::Bytes, Self::Bytes)> {
-        let [s0, s1, s2, s3, d0, d1, d2, d3] = packet.words(L3 + Self::SRC_OFF)?;
-        Some((Self::from_words([s0, s1, s2, s3]), Self::from_words([d0, d1, d2, d3])))
+    fn ends<P: Packet>(packet: &P, at: u32) -> Option<Aligned<[Self::Bytes; 2]>> {
+        let [s0, s1, s2, s3, d0, d1, d2, d3] = packet.words(at + Self::SRC_OFF)?;
+        Some(Aligned([Self::from_words([s0, s1, s2, s3]), Self::from_words([d0, d1, d2, d3])]))
     }
 }
 
@@ -168,6 +202,17 @@ const fn extension(next: u8) -> bool {
         || next == IpProto::Ipv6Opts as u8
 }
 
+/// Whether a later fragment with this protocol may be of a datagram with ports. Behind IPv6's fragment header may be
+/// more extension headers, of which only the first fragment has the end.
+#[inline(always)]
+pub fn may_have_ports<F: Family>(proto: Proto) -> bool {
+    matches!(proto, Proto::TCP | Proto::UDP | Proto::SCTP)
+        || (F::CSUM_OFF.is_none() && extension(proto.number))
+}
+
+/// An end beyond that of any packet.
+pub const UNKNOWN: u32 = u32::MAX;
+
 /// SCTP's common header and that of the first chunk.
 const SCTP_LEN: usize = 16;
 
@@ -178,7 +223,31 @@ const SCTP_LEN: usize = 16;
 /// [`DropReason::Truncated`] where a header does not fit, [`DropReason::ExtensionHeaders`].
 #[inline(always)]
 pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, DropReason> {
-    let mut network = F::network(packet)?;
+    transport(packet, F::network(packet)?)
+}
+
+/// The same where a first fragment may be left aside, as `None`.
+///
+/// # Errors
+/// As [`headers`].
+#[inline(always)]
+pub fn headers_of<F: Parse, P: Packet>(packet: &P, way: Way) -> Result<Option<Headers<F>>, DropReason> {
+    let network = F::network(packet)?;
+    if network.fragment == Fragment::First && way != Way::FIRST_FRAGMENT {
+        return Ok(None);
+    }
+    transport(packet, network)
+}
+
+/// The same for a packet whose network header is read.
+///
+/// # Errors
+/// [`DropReason::Truncated`].
+#[inline(always)]
+pub fn transport<F: Parse, P: Packet>(
+    packet: &P,
+    mut network: Network<F>,
+) -> Result<Option<Headers<F>>, DropReason> {
     if network.fragment == Fragment::Later {
         return Ok(None);
     }
@@ -193,6 +262,9 @@ pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, Dr
         // Every packet has a chunk (RFC 9260 section 3).
         let [_ports, _tag, _check, chunk] =
             packet.words::<{ SCTP_LEN / 4 }>(network.l4).ok_or(DropReason::Truncated)?;
+        if network.fragment == Fragment::First {
+            network.end = UNKNOWN;
+        }
         (SCTP_LEN as u32, Flags::of_chunk(chunk.to_ne_bytes()[0]))
     } else {
         return Ok(None);
@@ -214,13 +286,13 @@ pub fn headers<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, Dr
         proto,
         reserved: [0; 3],
     });
-    Ok(Some(Headers { tuple, l4: network.l4, end: network.end, flags, fragment: network.fragment }))
+    Ok(Some(Headers { tuple, l4: network.l4, end: network.end, flags }))
 }
 
 /// The headers of a whole packet that [`headers`] found ports in, but for its flags; `None` where it ends before.
 #[inline(always)]
 pub fn again<F: Parse, P: Packet>(packet: &P, proto: Proto, l4: u32, end: u32) -> Option<Headers<F>> {
-    let (src, dst) = F::ends(packet)?;
+    let [src, dst] = F::ends(packet, L3)?.0;
     let [ports] = packet.words(l4)?;
     let ports = ports.to_ne_bytes();
     let tuple = Aligned(Tuple {
@@ -231,7 +303,7 @@ pub fn again<F: Parse, P: Packet>(packet: &P, proto: Proto, l4: u32, end: u32) -
         proto,
         reserved: [0; 3],
     });
-    Some(Headers { tuple, l4, end, flags: Flags::NONE, fragment: Fragment::Whole })
+    Some(Headers { tuple, l4, end, flags: Flags::NONE })
 }
 
 #[cfg(test)]
@@ -325,7 +397,9 @@ mod tests {
     fn fragments_are_told_apart<F: Names + Parse>() {
         for frame in plain::<F>() {
             let first = frame.clone().payload(&[7; 16]).part(Part::First).build();
-            assert_eq!(read::<F>(&first).unwrap().unwrap().fragment, Fragment::First);
+            assert_eq!(F::network(&Bytes(first.clone())).unwrap().fragment, Fragment::First);
+            assert!(read::<F>(&first).unwrap().is_some());
+            assert!(headers_of::<F, Bytes>(&Bytes(first), Way::USUAL).unwrap().is_none());
             let later = frame.payload(b"later").part(Part::Later(64)).build();
             assert!(read::<F>(&later).unwrap().is_none());
         }

@@ -3,14 +3,14 @@
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack;
+use crate::conntrack::{self, Flow};
 use crate::lb;
 use crate::nat::{self, Ends};
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::route;
-use crate::service::{self, Fate, Origin, Outcome, whole};
-use crate::tables::Tables;
+use crate::service::{self, Fate, Origin, Outcome, Way};
+use crate::tables::{Datagrams, Tables};
 
 /// A packet that a pod sends, at the host's end of its interface.
 ///
@@ -20,7 +20,7 @@ use crate::tables::Tables;
 pub fn leaving<P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
 where
     P: Reshape,
-    T: Tables<V4> + Tables<V6>,
+    T: Tables<V4> + Tables<V6> + Datagrams<P>,
 {
     match packet.ethertype() {
         V4::ETHERTYPE => service::in_steps::<V4, P, T>(packet, tables, Origin::Pod, leave::<V4, P, T>),
@@ -38,40 +38,43 @@ where
 pub fn entering<P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
 where
     P: Packet,
-    T: Tables<V4> + Tables<V6>,
+    T: Tables<V4> + Tables<V6> + Datagrams<P>,
 {
     match packet.ethertype() {
-        V4::ETHERTYPE => service::final_verdict(enter::<V4, P, T>(packet, tables)),
-        V6::ETHERTYPE => service::final_verdict(enter::<V6, P, T>(packet, tables)),
+        V4::ETHERTYPE => service::routed::<V4, P, T>(packet, tables, enter::<V4, P, T>),
+        V6::ETHERTYPE => service::routed::<V6, P, T>(packet, tables, enter::<V6, P, T>),
         _ => Ok(Verdict::Stack),
     }
 }
 
 /// A packet of a flow that is known, or of no service.
 #[inline(never)]
-fn leave<F, P, T>(packet: &mut P, tables: &T) -> Outcome
+fn leave<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Outcome
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    Outcome::of(try_leave(packet, tables))
+    Outcome::of(try_leave(packet, tables, way))
 }
 
 #[inline(always)]
-fn try_leave<F, P, T>(packet: &mut P, tables: &T) -> Result<Fate, DropReason>
+fn try_leave<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Fate, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Fate::Goes(Verdict::Stack)) };
-    if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
-        whole(&headers)?;
-        nat::rewrite(packet, &headers, &to)?;
-        return Ok(Fate::Goes(route::rewritten::<F, T>(tables, &to)));
+    let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Fate::Rare) };
+    match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
+        Flow::Known(to) => {
+            nat::rewrite(packet, &headers, &to)?;
+            return Ok(Fate::Goes(route::rewritten::<F, T>(tables, &to)));
+        }
+        Flow::Halved => return Ok(Fate::Halved),
+        Flow::Unknown => {}
     }
     let mut key = lb::key::<F>(&headers.tuple);
     if lb::is_service(tables.frontend(&key)) {
@@ -86,30 +89,31 @@ where
 }
 
 #[inline(never)]
-fn enter<F, P, T>(packet: &mut P, tables: &T) -> Outcome
+fn enter<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Outcome
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    Outcome::of(try_enter(packet, tables).map(Fate::Goes))
+    Outcome::of(try_enter(packet, tables, way))
 }
 
 #[inline(always)]
-fn try_enter<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
+fn try_enter<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Fate, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Verdict::Stack) };
-    if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
-        whole(&headers)?;
-        nat::rewrite(packet, &headers, &to)?;
+    let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Fate::Rare) };
+    match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
+        Flow::Known(to) => nat::rewrite(packet, &headers, &to)?,
+        Flow::Halved => return Ok(Fate::Halved),
+        Flow::Unknown => {}
     }
-    Ok(Verdict::Stack)
+    Ok(Fate::Goes(Verdict::Stack))
 }
 
 #[cfg(test)]
@@ -118,7 +122,7 @@ mod tests {
     use ferroflow_common::tcp::{Flags, chunk};
 
     use super::*;
-    use crate::frame::{Frame, Names, Part, Socket, Transport, UdpChecksum, both_families, verify};
+    use crate::frame::{Frame, Names, Socket, Transport, UdpChecksum, both_families, verify};
     use crate::noise::{Noise, world};
     use crate::packet::Bytes;
     use crate::tables::fake::Fake;
@@ -128,7 +132,6 @@ mod tests {
         a_remote_backend_is_the_stacks_and_its_answer_enters,
         a_pod_address_is_no_service,
         rule_14_and_15_without_endpoints,
-        fragments_of_a_service_are_told_and_others_pass,
         truncated_at_every_length,
         a_datagram_without_checksum_is_served,
         a_slot_without_backend_is_told,
@@ -211,28 +214,6 @@ mod tests {
             assert_eq!(dropped.leave(&fake), Err(DropReason::NoLocalEndpoint));
         }
         assert!(fake.tracked().is_empty(), "a refusal tracks nothing");
-    }
-
-    fn fragments_of_a_service_are_told_and_others_pass<F: Names>() {
-        let fake = only(F::pod(3));
-        for (frame, port) in flows::<F>() {
-            let frame = frame.payload(&[5; 64]);
-            let first = frame.clone().part(Part::First);
-            let later = frame.clone().part(Part::Later(1480));
-            // Before its flow is known, and after: the rest of the datagram is not rewritten either way.
-            for _ in 0..2 {
-                assert_eq!(first.leave(&fake), Err(DropReason::Fragment));
-                assert_eq!(later.leave(&fake), Ok((Verdict::Stack, later.build())));
-                assert!(frame.leave(&fake).is_ok());
-            }
-            let answer = frame.answer(ACK).sent_from((F::pod(3), port)).payload(&[5; 64]).part(Part::First);
-            assert_eq!(answer.enter(&fake), Err(DropReason::Fragment));
-            for part in [Part::First, Part::Later(1480)] {
-                let other = frame.clone().sent_to((F::pod(3), 9)).part(part);
-                assert_eq!(other.leave(&fake), Ok((Verdict::Stack, other.build())));
-                assert_eq!(other.enter(&fake), Ok((Verdict::Stack, other.build())));
-            }
-        }
     }
 
     fn truncated_at_every_length<F: Names>() {

@@ -209,7 +209,7 @@ fn turn_around<P: Reshape>(packet: &mut P) -> Result<(), DropReason> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frame::{Frame, Macs, Names, Part, Transport, both_families, verify};
+    use crate::frame::{Frame, Macs, Names, Transport, both_families, verify};
     use crate::noise::world;
     use crate::tables::fake::Fake;
 
@@ -220,7 +220,7 @@ mod tests {
         a_reset_is_never_answered,
         rule_14_a_datagram_is_answered_by_port_unreachable,
         a_refusal_behind_options_or_extension_headers,
-        a_fragment_is_not_refused,
+        rule_38_a_first_fragment_is_refused_and_the_rest_dropped,
         every_refusal_verifies,
     );
 
@@ -326,9 +326,13 @@ mod tests {
         assert_eq!(refused(&frame, &world()), Ok(quote(&frame, 120).build()));
     }
 
-    fn a_fragment_is_not_refused<F: Names>() {
-        let first = query::<F>().payload(&[1; 64]).part(Part::First);
-        assert_eq!(refused(&first, &world()), Err(DropReason::Fragment));
+    fn rule_38_a_first_fragment_is_refused_and_the_rest_dropped<F: Names>() {
+        let fake = world();
+        let [first, later] = &query::<F>().payload(&[1; 64]).fragments(40)[..] else { panic!("two") };
+        let (verdict, bytes) = first.leave(&fake).unwrap();
+        assert_eq!(verdict, Verdict::Reply);
+        verify(&bytes).unwrap();
+        assert_eq!(later.leave(&fake), Err(DropReason::Fragment));
     }
 
     /// Every sum that a payload word can lead to.

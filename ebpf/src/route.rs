@@ -6,6 +6,7 @@ use ferroflow_common::family::Family;
 use ferroflow_common::verdict::Verdict;
 
 use crate::nat::Rewrite;
+use crate::service::Origin;
 use crate::tables::Tables;
 
 /// A local pod directly, everything else by the kernel's routes.
@@ -23,4 +24,13 @@ pub fn rewritten<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite) -> Verdict {
     let verdict = route::<F, T>(tables, to.dst());
     let own_source = to.flags & Entry::OWN_SOURCE != 0;
     if own_source && verdict == Verdict::Stack { Verdict::Forward } else { verdict }
+}
+
+/// The same for a packet from anywhere: what the node's stack has routed goes on there.
+#[inline(always)]
+pub fn onwards<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite, origin: Origin) -> Verdict {
+    match origin {
+        Origin::Pod | Origin::Outside => rewritten::<F, T>(tables, to),
+        Origin::Node => Verdict::Stack,
+    }
 }

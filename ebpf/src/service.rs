@@ -4,12 +4,15 @@ use ferroflow_common::abi::lb::{Frontend, ServiceClient};
 use ferroflow_common::family::Family;
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack;
+use crate::conntrack::{self, Halves};
+use crate::fragment::{self, Part};
+use crate::icmp::{self, Errors, Quote};
 use crate::lb::{self, Choice};
+use crate::nat::Rewrite;
 use crate::packet::{Packet, Reshape};
-use crate::parse::{self, Fragment, Headers, Parse};
+use crate::parse::{self, Headers, Parse};
 use crate::reject::{self, Answer};
-use crate::tables::Tables;
+use crate::tables::{Datagrams, Tables};
 
 /// Where a packet comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +20,27 @@ pub enum Origin {
     /// A pod of this node.
     Pod,
     Outside,
+    /// The node's own stack, which has routed it: it opens no flow, and goes on where it goes.
+    Node,
+}
+
+/// How a step takes a packet. A number, so that the verifier can forget it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Way(u32);
+
+impl Way {
+    /// As it comes.
+    pub const USUAL: Self = Self(0);
+    /// After [`conntrack::mend`].
+    pub const MENDED: Self = Self(1);
+    /// A first fragment, as if it were whole.
+    pub const FIRST_FRAGMENT: Self = Self(2);
+
+    #[inline(always)]
+    pub fn halves(self) -> Halves {
+        if self == Self::USUAL { Halves::Wanted } else { Halves::Mended }
+    }
 }
 
 /// What becomes of a packet.
@@ -24,6 +48,10 @@ pub enum Fate {
     Goes(Verdict),
     /// The first packet of a flow to a service.
     Opens,
+    /// No whole TCP or UDP packet: an ICMP error or a fragment may still belong to a flow.
+    Rare,
+    /// One direction of its flow is to be entered again.
+    Halved,
 }
 
 /// A step's outcome in one register, every bit of it said. Left to itself the compiler packs an enum into a register
@@ -39,8 +67,17 @@ const REPLY: u32 = 2;
 const POD: u32 = 3;
 const OPENS: u32 = 4;
 const DROPPED: u32 = 5;
+const RARE: u32 = 6;
+const TAKEN: u32 = 7;
+const HALVED: u32 = 8;
 
 impl Outcome {
+    const STACK: Self = Self((STACK as u64) << 32);
+    pub(crate) const FORWARD: Self = Self((FORWARD as u64) << 32);
+    const OPENS: Self = Self((OPENS as u64) << 32);
+    const RARE: Self = Self((RARE as u64) << 32);
+    const HALVED: Self = Self((HALVED as u64) << 32);
+
     #[inline(always)]
     pub fn of(result: Result<Fate, DropReason>) -> Self {
         let (kind, number) = match result {
@@ -48,10 +85,24 @@ impl Outcome {
             Ok(Fate::Goes(Verdict::Forward)) => (FORWARD, 0),
             Ok(Fate::Goes(Verdict::Reply)) => (REPLY, 0),
             Ok(Fate::Goes(Verdict::Pod { ifindex })) => (POD, ifindex),
+            Ok(Fate::Goes(Verdict::Taken)) => (TAKEN, 0),
             Ok(Fate::Opens) => (OPENS, 0),
+            Ok(Fate::Rare) => (RARE, 0),
+            Ok(Fate::Halved) => (HALVED, 0),
             Err(reason) => (DROPPED, reason as u32),
         };
         Self(u64::from(kind) << 32 | u64::from(number))
+    }
+
+    /// A first fragment without ports is nothing of ours.
+    #[inline(always)]
+    fn or_stack(self) -> Self {
+        if self == Self::RARE { Self::STACK } else { self }
+    }
+
+    #[inline(always)]
+    const fn is_dropped(self) -> bool {
+        (self.0 >> 32) as u32 == DROPPED
     }
 
     /// # Errors
@@ -65,6 +116,9 @@ impl Outcome {
             REPLY => Ok(Fate::Goes(Verdict::Reply)),
             POD => Ok(Fate::Goes(Verdict::Pod { ifindex: number })),
             OPENS => Ok(Fate::Opens),
+            RARE => Ok(Fate::Rare),
+            HALVED => Ok(Fate::Halved),
+            TAKEN => Ok(Fate::Goes(Verdict::Taken)),
             _ => Err(DropReason::from_number(number)),
         }
     }
@@ -88,34 +142,132 @@ pub fn in_steps<F, P, T>(
     packet: &mut P,
     tables: &T,
     origin: Origin,
-    known: impl Fn(&mut P, &T) -> Outcome,
+    known: impl Fn(&mut P, &T, Way) -> Outcome,
 ) -> Result<Verdict, DropReason>
 where
-    F: Answer,
+    F: Answer + Errors,
     P: Reshape,
-    T: Tables<F>,
+    T: Tables<F> + Datagrams<P>,
 {
-    for _ in 0..2 {
-        if let Fate::Goes(verdict) = known(packet, tables).fate()? {
-            return Ok(verdict);
+    let mut way = Way::USUAL;
+    let mut outcome = known(packet, tables, way);
+    if outcome == Outcome::HALVED {
+        conntrack::mend::<F, P, T>(packet, tables);
+        outcome = known(packet, tables, Way::MENDED);
+    } else if outcome == Outcome::RARE {
+        outcome = rare::<F, P, T>(packet, tables, origin);
+        if outcome == Outcome::RARE {
+            way = Way::FIRST_FRAGMENT;
+            outcome = known(packet, tables, way).or_stack();
         }
+    }
+    let way = Way(packet.forget(way.0));
+    if outcome == Outcome::OPENS {
         if matches!(open::<F, P, T>(packet, tables, origin)?, Opened::Refused) {
             return refuse::<F, P>(packet);
         }
+        outcome = known(packet, tables, way);
     }
-    // Another flow took the place of the one that was tracked a moment ago.
-    Err(DropReason::ConntrackInsert)
+    if way == Way::FIRST_FRAGMENT && !outcome.is_dropped() {
+        fragment::remember::<F, P, T>(packet, tables, outcome, origin);
+    }
+    match outcome.fate()? {
+        Fate::Goes(verdict) => Ok(verdict),
+        // Another flow took the place of the one that was tracked a moment ago.
+        Fate::Opens | Fate::Rare | Fate::Halved => Err(DropReason::ConntrackInsert),
+    }
 }
 
-/// The verdict of a step that opens nothing.
+/// The same for a packet that opens nothing, because the node's stack has routed it.
 ///
 /// # Errors
 /// Why the packet is dropped.
 #[inline(always)]
-pub fn final_verdict(outcome: Outcome) -> Result<Verdict, DropReason> {
+pub fn routed<F, P, T>(
+    packet: &mut P,
+    tables: &T,
+    known: impl Fn(&mut P, &T, Way) -> Outcome,
+) -> Result<Verdict, DropReason>
+where
+    F: Errors,
+    P: Packet,
+    T: Tables<F> + Datagrams<P>,
+{
+    let mut outcome = known(packet, tables, Way::USUAL);
+    if outcome == Outcome::HALVED {
+        conntrack::mend::<F, P, T>(packet, tables);
+        outcome = known(packet, tables, Way::MENDED);
+    } else if outcome == Outcome::RARE {
+        outcome = rare::<F, P, T>(packet, tables, Origin::Node);
+        if outcome == Outcome::RARE {
+            outcome = known(packet, tables, Way::FIRST_FRAGMENT).or_stack();
+            if !outcome.is_dropped() {
+                fragment::remember::<F, P, T>(packet, tables, outcome, Origin::Node);
+            }
+        }
+    }
     match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
-        Fate::Opens => Ok(Verdict::Stack),
+        Fate::Opens | Fate::Rare | Fate::Halved => Ok(Verdict::Stack),
+    }
+}
+
+/// What few packets need. [`Fate::Rare`] where that is to go the way of a whole packet now, as the first fragment that it
+/// is.
+#[inline(always)]
+fn rare<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Outcome
+where
+    F: Errors,
+    P: Packet,
+    T: Tables<F> + Datagrams<P>,
+{
+    let quote = icmp::find::<F, P>(packet);
+    if quote != Quote::NONE {
+        return error::<F, P, T>(packet, tables, quote, origin);
+    }
+    fragments::<F, P, T>(packet, tables, origin)
+}
+
+/// A fragment, or nothing of ours.
+#[inline(always)]
+fn fragments<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Outcome
+where
+    F: Errors,
+    P: Packet,
+    T: Tables<F> + Datagrams<P>,
+{
+    let part = fragment::find::<F, P>(packet);
+    if part == Part::NONE {
+        return Outcome::STACK;
+    }
+    if part.is_first() {
+        let outcome = fragment::first::<F, P, T>(packet, tables, part, origin);
+        // It has become one that waited for it.
+        if outcome != Outcome::STACK {
+            return outcome;
+        }
+    }
+    fragment::later::<F, P, T>(packet, tables, part, origin)
+}
+
+#[inline(always)]
+fn error<F, P, T>(packet: &mut P, tables: &T, quote: Quote, origin: Origin) -> Outcome
+where
+    F: Errors,
+    P: Packet,
+    T: Tables<F>,
+{
+    let outcome = icmp::deliver::<F, P, T>(packet, tables, quote, origin);
+    match outcome.fate() {
+        Ok(Fate::Goes(_)) => {
+            let changes = icmp::requote::<F, P, T>(packet, tables, quote);
+            match icmp::mend::<F, P>(packet, quote, changes) {
+                Ok(()) => outcome,
+                Err(reason) => Outcome::of(Err(reason)),
+            }
+        }
+        Ok(Fate::Opens | Fate::Rare | Fate::Halved) => Outcome::STACK,
+        Err(_) => outcome,
     }
 }
 
@@ -128,14 +280,13 @@ where
     T: Tables<F>,
 {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
-    whole(&headers)?;
     let tuple = &headers.tuple;
     let mut key = lb::key::<F>(tuple);
     let mut frontend = match tables.frontend(&key) {
         Some(frontend) => frontend,
         None => lb::node_port(tables, &mut key).ok_or(DropReason::NoBackend)?,
     };
-    if origin == Origin::Pod {
+    if origin != Origin::Outside {
         frontend = lb::internal(tables, frontend, &mut key);
     }
     let (client, now) = (F::addr(tuple.src), tables.now());
@@ -165,7 +316,7 @@ fn masquerade<F: Family, T: Tables<F>>(
     frontend: &Frontend,
     origin: Origin,
 ) -> Result<Option<F::Bytes>, DropReason> {
-    if origin == Origin::Pod || frontend.flags & Frontend::KEEP_CLIENT != 0 {
+    if origin != Origin::Outside || frontend.flags & Frontend::KEEP_CLIENT != 0 {
         return Ok(None);
     }
     let own = tables.masquerade();
@@ -179,14 +330,4 @@ fn masquerade<F: Family, T: Tables<F>>(
 fn refuse<F: Answer, P: Reshape>(packet: &mut P) -> Result<Verdict, DropReason> {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Reject)?;
     reject::reject(packet, &headers)
-}
-
-/// A first fragment that is to be rewritten: nothing would rewrite the later ones, which have no ports, so the datagram
-/// could never be put together again.
-///
-/// # Errors
-/// [`DropReason::Fragment`].
-#[inline(always)]
-pub fn whole<F: Family>(headers: &Headers<F>) -> Result<(), DropReason> {
-    if headers.fragment == Fragment::First { Err(DropReason::Fragment) } else { Ok(()) }
 }

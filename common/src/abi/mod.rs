@@ -6,6 +6,7 @@
 
 pub mod conntrack;
 pub mod endpoint;
+pub mod fragment;
 pub mod lb;
 pub mod node;
 pub mod socket;
@@ -23,4 +24,6 @@ const _: () = {
     assert!(size_of::<conntrack::Tuple<[u8; 4]>>() == 16);
     assert!(size_of::<conntrack::Tuple<[u8; 16]>>() == 40);
     assert!(size_of::<conntrack::Entry>() == 56);
+    assert!(size_of::<fragment::DatagramKey>() == 40);
+    assert!(size_of::<fragment::Datagram>() == 40);
 };

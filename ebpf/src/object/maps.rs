@@ -8,6 +8,7 @@ use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_
 use aya_ebpf::macros::btf_map;
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
+use ferroflow_common::abi::fragment::{Datagram, DatagramKey, HeldFragment};
 use ferroflow_common::abi::lb::{
     Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient, ServiceName, SourceRange,
     SourceRangeKey,
@@ -18,7 +19,9 @@ use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::{DROP_ROWS, DropReason};
-use ferroflow_ebpf::tables::{Aligned, InsertError, OnConflict, Services, Tables, Tracked};
+use ferroflow_ebpf::tables::{Aligned, Datagrams, InsertError, OnConflict, Services, Tables, Tracked};
+
+use crate::skb::Skb;
 
 /// The kernel has a clock that only reads what the last tick wrote (5.11, commit d05512618056): exact enough for
 /// seconds, and a seventh of the cost. Where it has not, the verifier drops the call with this constant.
@@ -61,6 +64,18 @@ static CONNTRACK_V4: LruHashMap<Tuple<[u8; 4]>, Entry, 262_144> = LruHashMap::ne
 
 #[btf_map(name = "conntrack_v6", pin_by_name)]
 static CONNTRACK_V6: LruHashMap<Tuple<[u8; 16]>, Entry, 131_072> = LruHashMap::new();
+
+#[btf_map(name = "datagrams", pin_by_name)]
+static DATAGRAMS: LruHashMap<DatagramKey, Datagram, 16_384> = LruHashMap::new();
+
+#[btf_map(name = "noted_datagram", pin_by_name)]
+static NOTED_DATAGRAM: PerCpuArray<DatagramKey, 1> = PerCpuArray::new();
+
+#[btf_map(name = "held_fragments", pin_by_name)]
+static HELD_FRAGMENTS: LruHashMap<DatagramKey, HeldFragment, 256> = LruHashMap::new();
+
+#[btf_map(name = "held_buffer", pin_by_name)]
+static HELD_BUFFER: PerCpuArray<HeldFragment, 1> = PerCpuArray::new();
 
 #[btf_map(name = "sockets", pin_by_name)]
 pub(crate) static SOCKETS: SkStorage<Translation> = SkStorage::new();
@@ -188,6 +203,57 @@ flows!(V4, CONNTRACK_V4, v4);
 flows!(V6, CONNTRACK_V6, v6);
 
 const EEXIST: i32 = -17;
+
+impl Datagrams<Skb> for Kernel {
+    #[inline(always)]
+    fn datagram(&self, key: &DatagramKey) -> Option<Datagram> {
+        // SAFETY: copied before anything else is called.
+        unsafe { DATAGRAMS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn remember_datagram(&self, key: &DatagramKey, datagram: &Datagram) -> Result<(), InsertError> {
+        DATAGRAMS.insert(key, datagram, u64::from(BPF_ANY)).map_err(|_errno| InsertError::Refused)
+    }
+
+    #[inline(always)]
+    fn note(&self, key: &DatagramKey) {
+        if let Some(note) = NOTED_DATAGRAM.get_ptr_mut(0) {
+            // SAFETY: the row is this CPU's own, and a program is not interrupted by another one of its kind.
+            unsafe { *note = *key };
+        }
+    }
+
+    #[inline(always)]
+    fn noted(&self) -> Option<DatagramKey> {
+        NOTED_DATAGRAM.get(0).copied()
+    }
+
+    #[inline(always)]
+    fn hold(&self, packet: &Skb, key: &DatagramKey) -> Result<(), DropReason> {
+        let buffer = HELD_BUFFER.get_ptr_mut(0).ok_or(DropReason::EarlyFragment)?;
+        // SAFETY: the row is this CPU's own, and a program is not interrupted by another one of its kind.
+        let buffer = unsafe { &mut *buffer };
+        buffer.length = packet.copy_to(&mut buffer.bytes).ok_or(DropReason::EarlyFragment)?;
+        HELD_FRAGMENTS.insert(key, &*buffer, u64::from(BPF_ANY)).map_err(|_errno| DropReason::EarlyFragment)
+    }
+
+    #[inline(always)]
+    fn again(&self, packet: &mut Skb) -> Result<(), DropReason> {
+        packet.send_round()
+    }
+
+    #[inline(always)]
+    fn release(&self, packet: &mut Skb, key: &DatagramKey) -> Result<bool, DropReason> {
+        // SAFETY: LRU memory is never freed while a program runs, only reused: should that happen amid the copying, the
+        // datagram's checksum tells.
+        let Some(held) = (unsafe { HELD_FRAGMENTS.get(key) }) else { return Ok(false) };
+        let replaced = packet.replace(&held.bytes, held.length);
+        // That it is gone already is what was wanted.
+        let _gone = HELD_FRAGMENTS.remove(key);
+        replaced.map(|()| true)
+    }
+}
 
 impl<F: Flows> Tables<F> for Kernel {
     type Tracked = Row;

@@ -5,8 +5,12 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
-use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
-use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_csum_update, bpf_skb_load_bytes};
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+};
+use aya_ebpf::helpers::generated::{
+    bpf_clone_redirect, bpf_csum_diff, bpf_csum_update, bpf_skb_load_bytes, bpf_skb_store_bytes,
+};
 use aya_ebpf::programs::TcContext;
 use ferroflow_common::csum::Sum;
 use ferroflow_common::family::{Family as _, V4, V6};
@@ -41,6 +45,38 @@ impl Skb {
         found.map(|_known_or_not| query.device())
     }
 
+    /// Copies the packet and gives its length; `None` where that is more than there is room for.
+    #[inline(always)]
+    pub(crate) fn copy_to<const N: usize>(&self, bytes: &mut [u8; N]) -> Option<u32> {
+        let length = bounded::<N>(self.0.len())?;
+        let buffer = bytes.as_mut_ptr().cast();
+        // SAFETY: `length` is at most the size of the buffer.
+        let error = unsafe { bpf_skb_load_bytes(self.0.as_ptr(), 0, buffer, length) };
+        (error == 0).then_some(length)
+    }
+
+    /// Makes the packet one with these bytes, of which `length` are its.
+    #[inline(always)]
+    pub(crate) fn replace<const N: usize>(&mut self, bytes: &[u8; N], length: u32) -> Result<(), DropReason> {
+        let length = bounded::<N>(length).ok_or(DropReason::EarlyFragment)?;
+        self.0.change_tail(length, 0).map_err(|_errno| DropReason::EarlyFragment)?;
+        let (skb, buffer) = (self.0.as_ptr().cast(), bytes.as_ptr().cast());
+        // SAFETY: `length` is at most the size of the buffer. A sum over the packet is brought in line.
+        let error = unsafe { bpf_skb_store_bytes(skb, 0, buffer, length, u64::from(BPF_F_RECOMPUTE_CSUM)) };
+        if error == 0 { Ok(()) } else { Err(DropReason::EarlyFragment) }
+    }
+
+    /// Sends a copy to the interface's own ingress queue.
+    #[inline(always)]
+    pub(crate) fn send_round(&mut self) -> Result<(), DropReason> {
+        let skb = self.0.as_ptr().cast::<__sk_buff>();
+        // SAFETY: the context is the program's own.
+        let ifindex = unsafe { (*skb).ifindex };
+        // SAFETY: the helper takes numbers and checks them.
+        let error = unsafe { bpf_clone_redirect(skb, ifindex, u64::from(BPF_F_INGRESS)) };
+        if error == 0 { Ok(()) } else { Err(DropReason::EarlyFragment) }
+    }
+
     /// `__sk_buff::data` and `data_end`, loaded by instructions that the compiler cannot split or move apart: the
     /// verifier recognises a packet pointer only in a plain 32-bit load.
     #[inline(always)]
@@ -60,6 +96,18 @@ impl Skb {
         }
         (data, end)
     }
+}
+
+/// A length that a helper may be given for a buffer of `N` bytes, which is at least one.
+#[inline(always)]
+fn bounded<const N: usize>(length: u32) -> Option<u32> {
+    let mut length = u64::from(length);
+    // SAFETY: adds nothing; the check below is then on the register that the verifier looks at.
+    unsafe { asm!("{0} += 0", inout(reg) length, options(pure, nomem, nostack)) };
+    if length == 0 || length > N as u64 {
+        return None;
+    }
+    Some(length as u32)
 }
 
 impl Packet for Skb {

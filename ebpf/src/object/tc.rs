@@ -62,6 +62,8 @@ fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
             // SAFETY: the helper takes numbers and checks them.
             (unsafe { bpf_redirect(ifindex, 0) }) as i32
         }
+        // No drop: what was kept goes on later.
+        Ok(Verdict::Taken) => TC_ACT_SHOT,
         Err(reason) => shot(skb, reason),
     }
 }

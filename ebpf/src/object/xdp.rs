@@ -23,7 +23,7 @@ use crate::{crc, direct};
 pub(crate) fn device_xdp(ctx: XdpContext) -> u32 {
     match xdp::arriving(&mut Frame(ctx), &Kernel) {
         Ok(Verdict::Reply) => xdp_action::XDP_TX,
-        Ok(Verdict::Stack | Verdict::Forward | Verdict::Pod { .. }) => xdp_action::XDP_PASS,
+        Ok(Verdict::Stack | Verdict::Forward | Verdict::Taken | Verdict::Pod { .. }) => xdp_action::XDP_PASS,
         Err(reason) => {
             maps::count(reason);
             xdp_action::XDP_DROP

@@ -6,12 +6,15 @@ use std::rc::Rc;
 
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
+use ferroflow_common::abi::fragment::{Datagram, DatagramKey, HeldFragment};
 use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
 use ferroflow_common::abi::node::NodeAddress;
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::{Family, V4, V6};
+use ferroflow_common::verdict::DropReason;
 
-use super::{Aligned, InsertError, OnConflict, Services, Tables, Tracked};
+use super::{Aligned, Datagrams, InsertError, OnConflict, Services, Tables, Tracked};
+use crate::packet::Bytes;
 
 #[derive(Debug, Default)]
 pub struct Fake {
@@ -25,6 +28,11 @@ pub struct Fake {
     pub backends: Vec<Backend>,
     pub endpoints: HashMap<Addr, Endpoint>,
     pub conntrack: RefCell<BTreeMap<Tuple<[u8; 16]>, Row>>,
+    pub datagrams: RefCell<BTreeMap<DatagramKey, Datagram>>,
+    pub held: RefCell<BTreeMap<DatagramKey, Vec<u8>>>,
+    /// What was sent round again, first to last.
+    pub again: RefCell<Vec<Vec<u8>>>,
+    note: Cell<Option<DatagramKey>>,
     pub clock: Cell<u32>,
     /// How many flows fit, counted per direction; all, where it is `None`.
     pub room: Cell<Option<usize>>,
@@ -177,6 +185,43 @@ impl Services for Fake {
     fn backend(&self, index: u32) -> Option<Backend> {
         self.count_array();
         self.backends.get(index as usize).copied()
+    }
+}
+
+impl Datagrams<Bytes> for Fake {
+    fn datagram(&self, key: &DatagramKey) -> Option<Datagram> {
+        self.datagrams.borrow().get(key).copied()
+    }
+
+    fn remember_datagram(&self, key: &DatagramKey, datagram: &Datagram) -> Result<(), InsertError> {
+        self.datagrams.borrow_mut().insert(*key, *datagram);
+        Ok(())
+    }
+
+    fn note(&self, key: &DatagramKey) {
+        self.note.set(Some(*key));
+    }
+
+    fn noted(&self) -> Option<DatagramKey> {
+        self.note.get()
+    }
+
+    fn hold(&self, packet: &Bytes, key: &DatagramKey) -> Result<(), DropReason> {
+        if packet.0.len() > HeldFragment::MAX_LEN {
+            return Err(DropReason::EarlyFragment);
+        }
+        self.held.borrow_mut().insert(*key, packet.0.clone());
+        Ok(())
+    }
+
+    fn again(&self, packet: &mut Bytes) -> Result<(), DropReason> {
+        self.again.borrow_mut().push(packet.0.clone());
+        Ok(())
+    }
+
+    fn release(&self, packet: &mut Bytes, key: &DatagramKey) -> Result<bool, DropReason> {
+        let held = self.held.borrow_mut().remove(key);
+        Ok(held.map(|bytes| packet.0 = bytes).is_some())
     }
 }
 

@@ -4,10 +4,12 @@ use core::ops::Deref;
 
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
+use ferroflow_common::abi::fragment::{Datagram, DatagramKey};
 use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
 use ferroflow_common::abi::node::NodeAddress;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::Family;
+use ferroflow_common::verdict::DropReason;
 
 /// A flow's key on the stack. It is bytes and has no alignment of its own; without one the compiler would build it,
 /// and take it apart, byte by byte.
@@ -82,6 +84,32 @@ pub trait Tables<F: Family>: Services {
     /// Seconds of `CLOCK_MONOTONIC`.
     fn now(&self) -> u32;
     fn random(&self) -> u32;
+}
+
+/// Fragmented datagrams, and the packets that wait for their first fragment.
+pub trait Datagrams<P> {
+    fn datagram(&self, key: &DatagramKey) -> Option<Datagram>;
+    /// # Errors
+    /// See [`InsertError`].
+    fn remember_datagram(&self, key: &DatagramKey, datagram: &Datagram) -> Result<(), InsertError>;
+    /// Keeps the key for later steps of the same packet.
+    fn note(&self, key: &DatagramKey);
+    fn noted(&self) -> Option<DatagramKey>;
+    /// Keeps a copy of the packet.
+    ///
+    /// # Errors
+    /// [`DropReason::EarlyFragment`] where it is too long or the table takes it not.
+    fn hold(&self, packet: &P, key: &DatagramKey) -> Result<(), DropReason>;
+    /// Sends a copy of the packet to where it came from: it arrives once more, behind what has arrived since.
+    ///
+    /// # Errors
+    /// [`DropReason::EarlyFragment`] where the kernel refuses.
+    fn again(&self, packet: &mut P) -> Result<(), DropReason>;
+    /// Turns the packet into the one that was kept, which is kept no longer; `false` where it is gone.
+    ///
+    /// # Errors
+    /// [`DropReason::EarlyFragment`] where the kernel refuses to reshape the packet.
+    fn release(&self, packet: &mut P, key: &DatagramKey) -> Result<bool, DropReason>;
 }
 
 #[cfg(not(target_arch = "bpf"))]
