@@ -8,9 +8,11 @@
 //!   client <- frontend   becomes   client <- backend          the entry found by the quoted ends turned around
 //! ```
 //!
-//! So the error goes to the quoted packet's own sender and quotes what that one sent. Its source stays, for a router is
-//! not part of the flow, unless it is the flow's other end, which the receiver knows by another address. An error leaves
-//! the flow as it was: anyone may send one.
+//! So the error goes to the quoted packet's own sender and quotes what that one sent. Its source stays where the receiver
+//! does, for a router is not part of the flow; unless it is the flow's other end, which the receiver knows by another
+//! address. An error that goes to another address than it came for (a masqueraded client's, a backend's) comes from the
+//! flow's other end too: it may go back the way it came, and no router takes packets from its own address. An error
+//! leaves the flow as it was: anyone may send one.
 
 use core::mem::offset_of;
 
@@ -172,14 +174,11 @@ where
         return Ok(Fate::Rare);
     }
     let Some(row) = flow(tables, &tuple) else { return Ok(Fate::Rare) };
-    let entry = row.load();
-    let from_end = F::words(&src) == F::words(&tuple.src);
-    let to = Rewrite {
-        addrs: [if from_end { entry.src } else { F::addr(src) }, entry.dst],
-        src_port: Port::ZERO,
-        dst_port: Port::ZERO,
-        flags: if from_end { entry.flags } else { 0 },
-    };
+    let mut to = Rewrite::of(&row.load());
+    if F::words(&src) != F::words(&tuple.src) && F::words(&F::bytes(to.dst())) == F::words(&dst) {
+        to.addrs[0] = F::addr(src);
+        to.flags = 0;
+    }
     let ends = nat::difference::<F>(Sum::ZERO, &src, &F::bytes(to.src()));
     let ends = nat::difference::<F>(ends, &dst, &F::bytes(to.dst()));
     match F::CSUM_OFF {
@@ -417,7 +416,7 @@ mod tests {
                     for from in [F::vip(200), request.src] {
                         let came = error(from, &reply, kind, ALL);
                         let verdict = if far { Verdict::Stack } else { Verdict::Pod { ifindex: 12 } };
-                        let expected = error(from, &sent, kind, ALL).build();
+                        let expected = error(request.src, &sent, kind, ALL).build();
                         assert_eq!(came.leave(&fake), Ok((verdict, expected)), "{kind:?}");
                     }
                 }
@@ -438,21 +437,15 @@ mod tests {
         let reply = request.answer(SYN | ACK);
         let sent = sent_on.answer(SYN | ACK);
         for kind in kinds::<F>() {
-            let router = F::vip(201);
-            // About what went to the backend: the client, whom the node stood in for, gets it; from the backend itself
-            // it comes as from the node, whose own address the stack would not forward.
-            for (from, seen, verdict) in
-                [(router, router, Verdict::Stack), (backend.0, node, Verdict::Forward)]
-            {
-                let expected = error(seen, &request, kind, ALL).build();
-                assert_eq!(error(from, &sent_on, kind, ALL).arrive(&fake), Ok((verdict, expected)));
+            // About what went to the backend: the client gets it, whom the node stood in for. About what went to the
+            // client: the backend gets it. Both know the node, whose own address the stack would not forward.
+            for from in [F::vip(201), backend.0] {
+                let expected = (Verdict::Forward, error(node, &request, kind, ALL).build());
+                assert_eq!(error(from, &sent_on, kind, ALL).arrive(&fake), Ok(expected));
             }
-            // About what went to the client: the backend gets it.
-            for (from, seen, verdict) in
-                [(router, router, Verdict::Stack), (client.0, node, Verdict::Forward)]
-            {
-                let expected = error(seen, &sent, kind, ALL).build();
-                assert_eq!(error(from, &reply, kind, ALL).arrive(&fake), Ok((verdict, expected)));
+            for from in [F::vip(201), client.0] {
+                let expected = (Verdict::Forward, error(node, &sent, kind, ALL).build());
+                assert_eq!(error(from, &reply, kind, ALL).arrive(&fake), Ok(expected));
             }
         }
     }
