@@ -367,9 +367,9 @@ mod tests {
         Frame::icmp(from, frame.src, kind, code).payload(&ip[..quoted.min(ip.len())])
     }
 
-    /// A request to the service whose only backend is the remote pod 3 (`far`) or the local pod 2, with that backend.
-    fn requests<F: Names>(far: bool) -> Vec<(Frame, Socket)> {
-        let (vip, pod) = if far { (F::vip(3), F::pod(3)) } else { (F::vip(2), F::pod(2)) };
+    /// A request to the service whose only backend is the remote pod 3 or the local pod 2, with that backend.
+    fn requests<F: Names>(backend: u8) -> Vec<(Frame, Socket)> {
+        let (vip, pod) = (F::vip(backend), F::pod(backend));
         let client = (F::pod(1), 4000);
         let tcp = Frame::tcp(client, (vip, 80), SYN).payload(b"data of a segment");
         let udp = Frame::udp(client, (vip, 53)).payload(b"a query");
@@ -377,10 +377,12 @@ mod tests {
         frames.into_iter().flat_map(|(frame, to)| [(frame.clone(), to), (frame.extended(), to)]).collect()
     }
 
+    const LOCAL: u8 = 2;
+    const REMOTE: u8 = 3;
     const ALL: usize = usize::MAX;
 
     fn rule_37_an_error_about_a_request_reaches_the_client<F: Names>() {
-        for (request, backend) in requests::<F>(true) {
+        for (request, backend) in requests::<F>(REMOTE) {
             let fake = world();
             assert!(request.leave(&fake).is_ok());
             let sent_on = request.clone().sent_to(backend);
@@ -395,7 +397,7 @@ mod tests {
                 }
             }
         }
-        for (request, backend) in requests::<F>(false) {
+        for (request, backend) in requests::<F>(LOCAL) {
             let fake = world();
             assert!(request.leave(&fake).is_ok());
             let came = error(backend.0, &request.clone().sent_to(backend), kinds::<F>()[1], ALL);
@@ -405,17 +407,18 @@ mod tests {
     }
 
     fn rule_37_an_error_about_a_reply_reaches_the_backend<F: Names>() {
-        for far in [false, true] {
-            for (request, backend) in requests::<F>(far) {
+        for backend in [LOCAL, REMOTE] {
+            for (request, to) in requests::<F>(backend) {
                 let fake = world();
                 assert!(request.leave(&fake).is_ok());
                 let reply = request.answer(SYN | ACK).payload(b"an answer");
-                let sent = reply.clone().sent_from(backend);
+                let sent = reply.clone().sent_from(to);
                 for kind in kinds::<F>() {
                     // The client is known to the backend by its own name.
                     for from in [F::vip(200), request.src] {
                         let came = error(from, &reply, kind, ALL);
-                        let verdict = if far { Verdict::Stack } else { Verdict::Pod { ifindex: 12 } };
+                        let pod = Verdict::Pod { ifindex: 12 };
+                        let verdict = if backend == LOCAL { pod } else { Verdict::Stack };
                         let expected = error(request.src, &sent, kind, ALL).build();
                         assert_eq!(came.leave(&fake), Ok((verdict, expected)), "{kind:?}");
                     }
@@ -463,7 +466,7 @@ mod tests {
 
     fn rule_37_short_quotes_and_those_without_checksum<F: Names>() {
         let none = Transport::Udp { checksum: UdpChecksum::None };
-        let mut cases = requests::<F>(true);
+        let mut cases = requests::<F>(REMOTE);
         let unsummed = Frame::new((F::pod(1), 4000), (F::vip(3), 53), none).payload(b"query");
         cases.push((unsummed, (F::pod(3), 5353)));
         for (request, backend) in cases {
@@ -493,7 +496,7 @@ mod tests {
     }
 
     fn rule_37_errors_leave_the_flow_as_it_was<F: Names>() {
-        for (request, backend) in requests::<F>(true) {
+        for (request, backend) in requests::<F>(REMOTE) {
             let fake = world();
             assert!(request.leave(&fake).is_ok());
             let before = fake.tracked();
@@ -507,7 +510,7 @@ mod tests {
     }
 
     fn rule_37_what_is_about_no_known_flow_is_left_alone<F: Names>() {
-        for (request, backend) in requests::<F>(true) {
+        for (request, backend) in requests::<F>(REMOTE) {
             let fake = world();
             assert!(request.leave(&fake).is_ok());
             let sent_on = request.clone().sent_to(backend);
@@ -539,7 +542,7 @@ mod tests {
     }
 
     fn rule_37_a_quote_is_cut_at_every_length<F: Names>() {
-        for (request, backend) in requests::<F>(true) {
+        for (request, backend) in requests::<F>(REMOTE) {
             let fake = world();
             assert!(request.leave(&fake).is_ok());
             let sent_on = request.clone().sent_to(backend);
