@@ -129,7 +129,7 @@ fn cases<F: Names>() -> Vec<Case> {
     cases.extend(connections(&tcp));
     cases.extend(looped::<F>(&tcp));
     cases.extend(refused(&tcp, &udp));
-    cases.extend(left_alone::<F>(&tcp, &udp));
+    cases.extend(left_alone(&tcp, &udp));
     cases.extend(fragments::<F>(&udp));
     cases.extend(errors::<F>(&tcp, &Frame::tcp(tcp.client, tcp.far, SYN).payload(b"data")));
     cases.extend(errors::<F>(&udp, &Frame::udp(udp.client, udp.far).extended().payload(b"query")));
@@ -276,7 +276,7 @@ fn refused(tcp: &Ends, udp: &Ends) -> Vec<Case> {
 }
 
 /// Packets that are none of our business, and datagrams that need care.
-fn left_alone<F: Names>(tcp: &Ends, udp: &Ends) -> Vec<Case> {
+fn left_alone(tcp: &Ends, udp: &Ends) -> Vec<Case> {
     let port = Frame::tcp(tcp.client, (tcp.near.0, 443), SYN);
     let ping = Frame::icmp(tcp.client.0, tcp.near.0, 8, 0);
     let arp = [&[0xff; 12][..], &[8, 6], &[0; 28]].concat();

@@ -266,7 +266,7 @@ impl Frame {
         let [f0, f1] = match self.fragment {
             None => [0x40, 0],
             Some(Part::First) => [0x20, 0],
-            Some(Part::Middle(at)) => (0x2000 | at / 8).to_be_bytes(),
+            Some(Part::Middle(at)) => (0x2000 | (at / 8)).to_be_bytes(),
             Some(Part::Later(at)) => (at / 8).to_be_bytes(),
         };
         let [i0, i1] = self.id.to_be_bytes();

@@ -8,9 +8,11 @@
 //!   client <- frontend   becomes   client <- backend          the entry found by the quoted ends turned around
 //! ```
 //!
-//! So the error goes to the quoted packet's own sender and quotes what that one sent. Its source stays, for a router is
-//! not part of the flow, unless it is the flow's other end, which the receiver knows by another address. An error leaves
-//! the flow as it was: anyone may send one.
+//! So the error goes to the quoted packet's own sender and quotes what that one sent. Its source stays where the receiver
+//! does, for a router is not part of the flow; unless it is the flow's other end, which the receiver knows by another
+//! address. An error that goes to another address than it came for (a masqueraded client's, a backend's) comes from the
+//! flow's other end too: it may go back the way it came, and no router takes packets from its own address. An error
+//! leaves the flow as it was: anyone may send one.
 
 use core::mem::offset_of;
 
@@ -172,14 +174,11 @@ where
         return Ok(Fate::Rare);
     }
     let Some(row) = flow(tables, &tuple) else { return Ok(Fate::Rare) };
-    let entry = row.load();
-    let from_end = F::words(&src) == F::words(&tuple.src);
-    let to = Rewrite {
-        addrs: [if from_end { entry.src } else { F::addr(src) }, entry.dst],
-        src_port: Port::ZERO,
-        dst_port: Port::ZERO,
-        flags: if from_end { entry.flags } else { 0 },
-    };
+    let mut to = Rewrite::of(&row.load());
+    if F::words(&src) != F::words(&tuple.src) && F::words(&F::bytes(to.dst())) == F::words(&dst) {
+        to.addrs[0] = F::addr(src);
+        to.flags = 0;
+    }
     let ends = nat::difference::<F>(Sum::ZERO, &src, &F::bytes(to.src()));
     let ends = nat::difference::<F>(ends, &dst, &F::bytes(to.dst()));
     match F::CSUM_OFF {
@@ -368,9 +367,9 @@ mod tests {
         Frame::icmp(from, frame.src, kind, code).payload(&ip[..quoted.min(ip.len())])
     }
 
-    /// A request to the service whose only backend is the remote pod 3 (`far`) or the local pod 2, with that backend.
-    fn requests<F: Names>(far: bool) -> Vec<(Frame, Socket)> {
-        let (vip, pod) = if far { (F::vip(3), F::pod(3)) } else { (F::vip(2), F::pod(2)) };
+    /// A request to the service whose only backend is the remote pod 3 or the local pod 2, with that backend.
+    fn requests<F: Names>(backend: u8) -> Vec<(Frame, Socket)> {
+        let (vip, pod) = (F::vip(backend), F::pod(backend));
         let client = (F::pod(1), 4000);
         let tcp = Frame::tcp(client, (vip, 80), SYN).payload(b"data of a segment");
         let udp = Frame::udp(client, (vip, 53)).payload(b"a query");
@@ -378,10 +377,12 @@ mod tests {
         frames.into_iter().flat_map(|(frame, to)| [(frame.clone(), to), (frame.extended(), to)]).collect()
     }
 
+    const LOCAL: u8 = 2;
+    const REMOTE: u8 = 3;
     const ALL: usize = usize::MAX;
 
     fn rule_37_an_error_about_a_request_reaches_the_client<F: Names>() {
-        for (request, backend) in requests::<F>(true) {
+        for (request, backend) in requests::<F>(REMOTE) {
             let fake = world();
             assert!(request.leave(&fake).is_ok());
             let sent_on = request.clone().sent_to(backend);
@@ -396,7 +397,7 @@ mod tests {
                 }
             }
         }
-        for (request, backend) in requests::<F>(false) {
+        for (request, backend) in requests::<F>(LOCAL) {
             let fake = world();
             assert!(request.leave(&fake).is_ok());
             let came = error(backend.0, &request.clone().sent_to(backend), kinds::<F>()[1], ALL);
@@ -406,18 +407,19 @@ mod tests {
     }
 
     fn rule_37_an_error_about_a_reply_reaches_the_backend<F: Names>() {
-        for far in [false, true] {
-            for (request, backend) in requests::<F>(far) {
+        for backend in [LOCAL, REMOTE] {
+            for (request, to) in requests::<F>(backend) {
                 let fake = world();
                 assert!(request.leave(&fake).is_ok());
                 let reply = request.answer(SYN | ACK).payload(b"an answer");
-                let sent = reply.clone().sent_from(backend);
+                let sent = reply.clone().sent_from(to);
                 for kind in kinds::<F>() {
                     // The client is known to the backend by its own name.
                     for from in [F::vip(200), request.src] {
                         let came = error(from, &reply, kind, ALL);
-                        let verdict = if far { Verdict::Stack } else { Verdict::Pod { ifindex: 12 } };
-                        let expected = error(from, &sent, kind, ALL).build();
+                        let pod = Verdict::Pod { ifindex: 12 };
+                        let verdict = if backend == LOCAL { pod } else { Verdict::Stack };
+                        let expected = error(request.src, &sent, kind, ALL).build();
                         assert_eq!(came.leave(&fake), Ok((verdict, expected)), "{kind:?}");
                     }
                 }
@@ -438,21 +440,15 @@ mod tests {
         let reply = request.answer(SYN | ACK);
         let sent = sent_on.answer(SYN | ACK);
         for kind in kinds::<F>() {
-            let router = F::vip(201);
-            // About what went to the backend: the client, whom the node stood in for, gets it; from the backend itself
-            // it comes as from the node, whose own address the stack would not forward.
-            for (from, seen, verdict) in
-                [(router, router, Verdict::Stack), (backend.0, node, Verdict::Forward)]
-            {
-                let expected = error(seen, &request, kind, ALL).build();
-                assert_eq!(error(from, &sent_on, kind, ALL).arrive(&fake), Ok((verdict, expected)));
+            // About what went to the backend: the client gets it, whom the node stood in for. About what went to the
+            // client: the backend gets it. Both know the node, whose own address the stack would not forward.
+            for from in [F::vip(201), backend.0] {
+                let expected = (Verdict::Forward, error(node, &request, kind, ALL).build());
+                assert_eq!(error(from, &sent_on, kind, ALL).arrive(&fake), Ok(expected));
             }
-            // About what went to the client: the backend gets it.
-            for (from, seen, verdict) in
-                [(router, router, Verdict::Stack), (client.0, node, Verdict::Forward)]
-            {
-                let expected = error(seen, &sent, kind, ALL).build();
-                assert_eq!(error(from, &reply, kind, ALL).arrive(&fake), Ok((verdict, expected)));
+            for from in [F::vip(201), client.0] {
+                let expected = (Verdict::Forward, error(node, &sent, kind, ALL).build());
+                assert_eq!(error(from, &reply, kind, ALL).arrive(&fake), Ok(expected));
             }
         }
     }
@@ -470,7 +466,7 @@ mod tests {
 
     fn rule_37_short_quotes_and_those_without_checksum<F: Names>() {
         let none = Transport::Udp { checksum: UdpChecksum::None };
-        let mut cases = requests::<F>(true);
+        let mut cases = requests::<F>(REMOTE);
         let unsummed = Frame::new((F::pod(1), 4000), (F::vip(3), 53), none).payload(b"query");
         cases.push((unsummed, (F::pod(3), 5353)));
         for (request, backend) in cases {
@@ -500,7 +496,7 @@ mod tests {
     }
 
     fn rule_37_errors_leave_the_flow_as_it_was<F: Names>() {
-        for (request, backend) in requests::<F>(true) {
+        for (request, backend) in requests::<F>(REMOTE) {
             let fake = world();
             assert!(request.leave(&fake).is_ok());
             let before = fake.tracked();
@@ -514,7 +510,7 @@ mod tests {
     }
 
     fn rule_37_what_is_about_no_known_flow_is_left_alone<F: Names>() {
-        for (request, backend) in requests::<F>(true) {
+        for (request, backend) in requests::<F>(REMOTE) {
             let fake = world();
             assert!(request.leave(&fake).is_ok());
             let sent_on = request.clone().sent_to(backend);
@@ -546,7 +542,7 @@ mod tests {
     }
 
     fn rule_37_a_quote_is_cut_at_every_length<F: Names>() {
-        for (request, backend) in requests::<F>(true) {
+        for (request, backend) in requests::<F>(REMOTE) {
             let fake = world();
             assert!(request.leave(&fake).is_ok());
             let sent_on = request.clone().sent_to(backend);

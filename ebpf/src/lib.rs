@@ -5,6 +5,7 @@
 //!                |  (TC ingress on the host's end: pod::leaving)
 //!   parse -> conntrack -- known flow ----------------------------+
 //!                |                                               v
+//!                +-- an ICMP error about a known flow: icmp;  a fragment: fragment
 //!                +-- lb: frontend -> slot -> backend -> track -> nat -> route: local pod | kernel
 //!                          |
 //!                          +-- no endpoints: reject (RST, port unreachable)

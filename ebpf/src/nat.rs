@@ -4,6 +4,7 @@ use core::mem::offset_of;
 
 use ferroflow_common::abi::conntrack::Entry;
 use ferroflow_common::addr::{Addr, Port, Proto};
+use ferroflow_common::crc32c;
 use ferroflow_common::csum::Sum;
 use ferroflow_common::family::Family;
 use ferroflow_common::verdict::DropReason;
@@ -58,23 +59,9 @@ where
     F::Bytes: Ends,
 {
     let tuple = &headers.tuple;
-    let (check, zero_is_none) = checksum(tuple.proto);
-    if (tuple.src_port, tuple.dst_port) != (to.src_port, to.dst_port) {
-        let ([s0, s1], [d0, d1]) = (to.src_port.be, to.dst_port.be);
-        if tuple.proto == Proto::SCTP {
-            sctp_ports(packet, headers.l4, headers.end, [s0, s1, d0, d1])?;
-        } else {
-            let ports = Sum::ZERO
-                .less_half(u16::from_ne_bytes(tuple.src_port.be))
-                .half(u16::from_ne_bytes(to.src_port.be))
-                .less_half(u16::from_ne_bytes(tuple.dst_port.be))
-                .half(u16::from_ne_bytes(to.dst_port.be));
-            packet.change_l4_checksum(headers.l4 + check, &L4Change::Ports { ports, zero_is_none })?;
-            packet.write(headers.l4, &[s0, s1, d0, d1])?;
-        }
-    }
     let (src, dst) = (F::bytes(to.src()), F::bytes(to.dst()));
     let addresses = difference::<F>(difference::<F>(Sum::ZERO, &tuple.src, &src), &tuple.dst, &dst);
+    let (check, zero_is_none) = checksum(tuple.proto);
     if tuple.proto != Proto::SCTP {
         let l3_unsummed = F::CSUM_OFF.is_none();
         let change = L4Change::Addresses { addresses, zero_is_none, l3_unsummed };
@@ -83,7 +70,21 @@ where
     if let Some(check) = F::CSUM_OFF {
         packet.change_l3_checksum(L3 + check, addresses)?;
     }
-    F::Bytes::store(packet, L3 + F::SRC_OFF, to)
+    F::Bytes::store(packet, L3 + F::SRC_OFF, to)?;
+    if (tuple.src_port, tuple.dst_port) == (to.src_port, to.dst_port) {
+        return Ok(());
+    }
+    let ([s0, s1], [d0, d1]) = (to.src_port.be, to.dst_port.be);
+    if tuple.proto == Proto::SCTP {
+        return sctp_ports(packet, headers.l4, headers.end, [s0, s1, d0, d1]);
+    }
+    let ports = Sum::ZERO
+        .less_half(u16::from_ne_bytes(tuple.src_port.be))
+        .half(u16::from_ne_bytes(to.src_port.be))
+        .less_half(u16::from_ne_bytes(tuple.dst_port.be))
+        .half(u16::from_ne_bytes(to.dst_port.be));
+    packet.change_l4_checksum(headers.l4 + check, &L4Change::Ports { ports, zero_is_none })?;
+    packet.write(headers.l4, &[s0, s1, d0, d1])
 }
 
 /// Writes the ports of an SCTP packet between `l4` and `end` and mends its CRC32c. A zero is a checksum that the device
@@ -95,7 +96,7 @@ fn sctp_ports<P: Packet>(packet: &mut P, l4: u32, end: u32, ports: [u8; 4]) -> R
     }
     let [old, tag, check] = packet.words(l4).ok_or(DropReason::Rewrite)?;
     let difference = u32::from_le(old) ^ u32::from_le_bytes(ports);
-    let new = if check == 0 { 0 } else { u32::from_le(check) ^ packet.crc32c_change(difference, end - l4) };
+    let new = if check == 0 { 0 } else { u32::from_le(check) ^ crc32c::change(difference, end - l4) };
     let ([p0, p1, p2, p3], [t0, t1, t2, t3]) = (ports, tag.to_ne_bytes());
     let [c0, c1, c2, c3] = new.to_le_bytes();
     packet.write(l4, &[p0, p1, p2, p3, t0, t1, t2, t3, c0, c1, c2, c3])

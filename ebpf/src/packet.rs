@@ -1,9 +1,9 @@
 //! A packet as the programs see it, and one in memory for tests.
 
+#[cfg(not(target_arch = "bpf"))]
+use ferroflow_common::csum;
 use ferroflow_common::csum::Sum;
 use ferroflow_common::verdict::DropReason;
-#[cfg(not(target_arch = "bpf"))]
-use ferroflow_common::{crc32c, csum};
 use network_types::eth::EthHdr;
 
 /// Where the IP header starts: every device the programs are attached to is Ethernet.
@@ -62,9 +62,6 @@ pub trait Packet {
     /// # Errors
     /// [`DropReason::Rewrite`] as for [`Packet::write`].
     fn change_l4_checksum(&mut self, offset: u32, change: &L4Change) -> Result<(), DropReason>;
-
-    /// [`ferroflow_common::crc32c::change`]; the kernel has it as a function that is verified once, not at each call.
-    fn crc32c_change(&self, difference: u32, length: u32) -> u32;
 }
 
 /// A packet that can be turned into another, longer or shorter one.
@@ -144,10 +141,6 @@ impl Packet for Bytes {
             self.write(offset, &[0xff, 0xff])?;
         }
         Ok(())
-    }
-
-    fn crc32c_change(&self, difference: u32, length: u32) -> u32 {
-        crc32c::change(difference, length)
     }
 }
 

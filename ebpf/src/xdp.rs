@@ -217,10 +217,6 @@ mod tests {
         fn change_l4_checksum(&mut self, offset: u32, change: &L4Change) -> Result<(), DropReason> {
             self.bytes.change_l4_checksum(offset, change)
         }
-
-        fn crc32c_change(&self, difference: u32, length: u32) -> u32 {
-            self.bytes.crc32c_change(difference, length)
-        }
     }
 
     impl Wire for Wired {

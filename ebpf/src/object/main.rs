@@ -5,7 +5,6 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
-mod crc;
 mod direct;
 mod fib;
 mod maps;

@@ -17,8 +17,8 @@ use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::DropReason;
 use ferroflow_ebpf::packet::{L3, L4Change, Packet, Reshape, SUM_MAX};
 
+use crate::direct;
 use crate::fib::Query;
-use crate::{crc, direct};
 
 pub(crate) struct Skb(pub(crate) TcContext);
 
@@ -184,11 +184,6 @@ impl Packet for Skb {
             unsafe { bpf_csum_update(self.0.as_ptr().cast(), sum as u32) };
         }
         Ok(())
-    }
-
-    #[inline(always)]
-    fn crc32c_change(&self, difference: u32, length: u32) -> u32 {
-        crc::crc32c_change(difference, length)
     }
 }
 

@@ -14,9 +14,9 @@ use ferroflow_ebpf::packet::{L4Change, Packet};
 use ferroflow_ebpf::tables::Tracked;
 use ferroflow_ebpf::xdp::{self, Wire};
 
+use crate::direct;
 use crate::fib::{Neighbour, Query};
 use crate::maps::{self, Kernel};
-use crate::{crc, direct};
 
 /// A device of the node, before TC's `device_ingress`.
 #[xdp]
@@ -146,11 +146,6 @@ impl Packet for Frame {
             self.write(offset, &[0xff, 0xff])?;
         }
         Ok(())
-    }
-
-    #[inline(always)]
-    fn crc32c_change(&self, difference: u32, length: u32) -> u32 {
-        crc::crc32c_change(difference, length)
     }
 }
 
