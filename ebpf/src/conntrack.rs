@@ -29,7 +29,7 @@ pub enum Flow<R = Rewrite> {
     Halved,
 }
 
-/// Whether the other direction of a flow is looked for. A number, so that it may be handed on with others.
+/// Whether a flow whose other direction is gone is to be mended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Halves {
     Wanted,
