@@ -92,7 +92,13 @@ fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
         frontends: maps.capacity::<crate::maps::Frontends>()?,
     };
     let node = config.node_name.as_str().into();
-    let plan = plan::Config { node_ports: config.node_port_addresses.clone(), ..plan::Config::default() };
+    let plan = plan::Config {
+        external_ips: config.external_ips,
+        node_ports: config.node_port_addresses.clone(),
+        service_ranges: config.service_cidr.clone().into(),
+        masquerade: config.masquerade,
+        ..plan::Config::default()
+    };
     let config = reconcile::Config { node, limits, plan, grace: GRACE };
     Reconciler::restore(maps, &config, Instant::now())
 }

@@ -15,6 +15,7 @@
 //! | `services` | hash | service id -> [`abi::lb::ServiceName`] | agent | agent (restore), CLI |
 //! | `endpoints` | hash | [`addr::Addr`] -> [`abi::endpoint::Endpoint`] | agent | programs, CLI |
 //! | `node_addresses` | hash | [`addr::Addr`] -> [`abi::node::NodeAddress`] | agent | programs |
+//! | `settings` | array, mmap | 0 -> [`abi::node::Settings`] | agent | programs |
 //! | `masquerade` | array, mmap | 0 -> [`abi::node::Masquerade`] | agent | programs |
 //! | `conntrack_v4`, `conntrack_v6` | LRU hash | [`abi::conntrack::Tuple`] -> [`abi::conntrack::Entry`] | programs | programs, CLI; the agent deletes what expired |
 //! | `sockets` | socket storage | socket -> [`abi::socket::Translation`] | programs | programs |

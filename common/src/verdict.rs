@@ -74,6 +74,8 @@ drop_reasons! {
     NoMasquerade = 11, "no-masquerade-address";
     /// The kernel's routes lead nowhere from here.
     NoRoute = 12, "no-route";
+    /// The destination is in a range of cluster IPs and no service has it (rule 19).
+    UnallocatedAddress = 13, "unallocated-service-address";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

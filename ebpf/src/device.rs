@@ -10,7 +10,7 @@ use crate::nat::{self, Ends};
 use crate::packet::Packet;
 use crate::parse::{self, Parse};
 use crate::route;
-use crate::service::{self, Fate, Origin, Outcome, whole};
+use crate::service::{self, Origin, Outcome, whole};
 use crate::tables::Tables;
 
 /// A packet from outside the node.
@@ -43,24 +43,24 @@ where
 }
 
 #[inline(always)]
-fn try_arrive<F, P, T>(packet: &mut P, tables: &T) -> Result<Fate, DropReason>
+fn try_arrive<F, P, T>(packet: &mut P, tables: &T) -> Result<Outcome, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Fate::Goes(Verdict::Stack)) };
+    let Some(headers) = parse::headers::<F, P>(packet)? else { return Ok(Outcome::STACK) };
     if let Some(to) = conntrack::follow::<F, T>(tables, &headers) {
         whole(&headers)?;
         nat::rewrite(packet, &headers, &to)?;
-        return Ok(Fate::Goes(route::rewritten::<F, T>(tables, &to)));
+        return Ok(Outcome::goes(route::rewritten::<F, T>(tables, &to)));
     }
     let mut key = lb::key::<F>(&headers.tuple);
     if lb::is_service(tables.frontend(&key)) || lb::is_service(lb::node_port(tables, &mut key)) {
-        return Ok(Fate::Opens);
+        return Ok(if service::is_kernels(tables, &headers) { Outcome::STACK } else { Outcome::OPENS });
     }
-    Ok(Fate::Goes(Verdict::Stack))
+    service::stray(tables, &mut key)
 }
 
 #[cfg(test)]

@@ -170,7 +170,7 @@ impl Frame {
         self.src.ip().is_ipv4()
     }
 
-    fn proto(&self) -> Proto {
+    pub fn proto(&self) -> Proto {
         match self.transport {
             Transport::Tcp { .. } => Proto::TCP,
             Transport::Udp { .. } => Proto::UDP,

@@ -1,6 +1,8 @@
 //! The first packet of a flow to a service.
 
-use ferroflow_common::abi::lb::{Frontend, ServiceClient};
+use ferroflow_common::abi::lb::{Frontend, FrontendKey, ServiceClient};
+use ferroflow_common::abi::node::Settings;
+use ferroflow_common::addr::Proto;
 use ferroflow_common::family::Family;
 use ferroflow_common::verdict::{DropReason, Verdict};
 
@@ -9,7 +11,7 @@ use crate::lb::{self, Choice};
 use crate::packet::Packet;
 use crate::parse::{self, Fragment, Headers, Parse};
 use crate::reject::{self, Answer};
-use crate::tables::Tables;
+use crate::tables::{Services, Tables};
 
 /// Where a packet comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +26,8 @@ pub enum Fate {
     Goes(Verdict),
     /// The first packet of a flow to a service.
     Opens,
+    /// To a port that a cluster IP does not have.
+    Refused,
 }
 
 /// A step's outcome in one register, every bit of it said. Left to itself the compiler packs an enum into a register
@@ -39,19 +43,37 @@ const REPLY: u32 = 2;
 const POD: u32 = 3;
 const OPENS: u32 = 4;
 const DROPPED: u32 = 5;
+const REFUSED: u32 = 6;
 
 impl Outcome {
+    /// The first packet of a flow to a service.
+    pub const OPENS: Self = Self::new(OPENS, 0);
+    pub const REFUSED: Self = Self::new(REFUSED, 0);
+    pub const STACK: Self = Self::new(STACK, 0);
+
     #[inline(always)]
-    pub fn of(result: Result<Fate, DropReason>) -> Self {
-        let (kind, number) = match result {
-            Ok(Fate::Goes(Verdict::Stack)) => (STACK, 0),
-            Ok(Fate::Goes(Verdict::Forward)) => (FORWARD, 0),
-            Ok(Fate::Goes(Verdict::Reply)) => (REPLY, 0),
-            Ok(Fate::Goes(Verdict::Pod { ifindex })) => (POD, ifindex),
-            Ok(Fate::Opens) => (OPENS, 0),
-            Err(reason) => (DROPPED, reason as u32),
-        };
-        Self(u64::from(kind) << 32 | u64::from(number))
+    const fn new(kind: u32, number: u32) -> Self {
+        Self((kind as u64) << 32 | number as u64)
+    }
+
+    #[inline(always)]
+    pub fn goes(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Stack => Self::STACK,
+            Verdict::Forward => Self::new(FORWARD, 0),
+            Verdict::Reply => Self::new(REPLY, 0),
+            Verdict::Pod { ifindex } => Self::new(POD, ifindex),
+        }
+    }
+
+    /// Each way out of a step says its outcome where it ends: what a variant of an enum leaves out would be undefined
+    /// where the ways meet.
+    #[inline(always)]
+    pub fn of(result: Result<Self, DropReason>) -> Self {
+        match result {
+            Ok(outcome) => outcome,
+            Err(reason) => Self::new(DROPPED, reason as u32),
+        }
     }
 
     /// # Errors
@@ -65,6 +87,7 @@ impl Outcome {
             REPLY => Ok(Fate::Goes(Verdict::Reply)),
             POD => Ok(Fate::Goes(Verdict::Pod { ifindex: number })),
             OPENS => Ok(Fate::Opens),
+            REFUSED => Ok(Fate::Refused),
             _ => Err(DropReason::from_number(number)),
         }
     }
@@ -95,16 +118,19 @@ where
     P: Packet,
     T: Tables<F>,
 {
-    for _ in 0..2 {
-        if let Fate::Goes(verdict) = known(packet, tables).fate()? {
-            return Ok(verdict);
-        }
-        if matches!(open::<F, P, T>(packet, tables, origin)?, Opened::Refused) {
-            return refuse::<F, P>(packet);
-        }
+    let opened = match known(packet, tables).fate()? {
+        Fate::Goes(verdict) => return Ok(verdict),
+        Fate::Opens => open::<F, P, T>(packet, tables, origin)?,
+        Fate::Refused => Opened::Refused,
+    };
+    if matches!(opened, Opened::Refused) {
+        return refuse::<F, P>(packet);
     }
-    // Another flow took the place of the one that was tracked a moment ago.
-    Err(DropReason::ConntrackInsert)
+    match known(packet, tables).fate()? {
+        Fate::Goes(verdict) => Ok(verdict),
+        // Another flow took the place of the one that was tracked a moment ago.
+        Fate::Opens | Fate::Refused => Err(DropReason::ConntrackInsert),
+    }
 }
 
 /// The verdict of a step that opens nothing.
@@ -115,7 +141,37 @@ where
 pub fn final_verdict(outcome: Outcome) -> Result<Verdict, DropReason> {
     match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
-        Fate::Opens => Ok(Verdict::Stack),
+        Fate::Opens | Fate::Refused => Ok(Verdict::Stack),
+    }
+}
+
+/// Whether rules of kube-proxy may know a packet that we do not.
+#[inline(always)]
+pub fn migrating<T: Services>(tables: &T) -> bool {
+    tables.settings() & Settings::MIGRATING != 0
+}
+
+/// Whether a packet of no known flow is for kube-proxy's rules: a connection in its middle has its backend there.
+#[inline(always)]
+pub fn is_kernels<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> bool {
+    headers.tuple.proto == Proto::TCP && !headers.flags.opens() && migrating(tables)
+}
+
+/// A packet that is for no service and for no pod of this node. The key is its own, or a NodePort's.
+///
+/// # Errors
+/// [`DropReason::UnallocatedAddress`] (rule 19).
+#[inline(always)]
+pub fn stray<T: Services>(tables: &T, key: &mut FrontendKey) -> Result<Outcome, DropReason> {
+    // An address of the node itself stays the node's, whatever the ranges say.
+    if !tables.is_service_address(&key.addr) || tables.node_address(&key.addr).is_some() {
+        return Ok(Outcome::STACK);
+    }
+    *key = FrontendKey::cluster_ip(key.addr);
+    if lb::is_service(tables.frontend(key)) {
+        Ok(Outcome::REFUSED)
+    } else {
+        Err(DropReason::UnallocatedAddress)
     }
 }
 
@@ -158,14 +214,20 @@ where
 }
 
 /// Replies to a client from outside must come back through this node, unless the service's backends are all here
-/// (rule 26). A pod's come back past it anyway.
+/// (rule 26 a and c). A pod's come back past it anyway; it is masqueraded only where all are, at cluster IPs (26 e).
 #[inline(always)]
 fn masquerade<F: Family, T: Tables<F>>(
     tables: &T,
     frontend: &Frontend,
     origin: Origin,
 ) -> Result<Option<F::Bytes>, DropReason> {
-    if origin == Origin::Pod || frontend.flags & Frontend::KEEP_CLIENT != 0 {
+    let keeps = match origin {
+        Origin::Pod => {
+            frontend.flags & Frontend::NORTH_SOUTH != 0 || tables.settings() & Settings::MASQUERADE_ALL == 0
+        }
+        Origin::Outside => frontend.flags & Frontend::KEEP_CLIENT != 0,
+    };
+    if keeps {
         return Ok(None);
     }
     let own = tables.masquerade();

@@ -4,6 +4,7 @@
 //! passes or refuses it, with the same answer on every kernel (a cgroup program cannot set an errno before 5.18).
 
 use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey};
+use ferroflow_common::abi::node::Settings;
 use ferroflow_common::abi::socket::Translation;
 use ferroflow_common::addr::{Addr, Port, Proto};
 
@@ -26,6 +27,10 @@ pub fn connect<T: Services>(tables: &T, peer: &Peer, entropy: u32) -> Option<Tra
     let frontend = tables.frontend(&key)?;
     // Affinity and source ranges go by the client's address, which a socket need not have yet.
     if frontend.affinity != 0 || frontend.flags & Frontend::SOURCE_RANGES != 0 {
+        return None;
+    }
+    // A socket cannot stand in for its client (rule 26 e).
+    if tables.settings() & Settings::MASQUERADE_ALL != 0 {
         return None;
     }
     let frontend = lb::internal(tables, frontend, &mut key);

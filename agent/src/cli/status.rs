@@ -62,7 +62,7 @@ pub(super) fn status(query: &Query) -> Result<Answer, CliError> {
     let status = Status {
         agent,
         services: maps.dump::<Services>()?.len(),
-        frontends: maps.dump::<Frontends>()?.len(),
+        frontends: maps.dump::<Frontends>()?.iter().filter(|(key, _)| !key.is_cluster_ip()).count(),
         backends: live_backends(&maps)?,
         endpoints: maps.dump::<Endpoints>()?.len(),
         flows: (maps.conntrack::<[u8; 4]>()?.len() + maps.conntrack::<[u8; 16]>()?.len()) / 2,

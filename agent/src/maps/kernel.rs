@@ -20,7 +20,7 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 use super::batch;
 use super::{
     ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Masquerades, NodeAddresses, Plain,
-    Services, Slots, SourceRanges,
+    Services, SettingsRow, Slots, SourceRanges,
 };
 
 /// A value whose bytes may go to the kernel and come from it.
@@ -53,7 +53,7 @@ impl KernelMaps {
             hashes.insert(name, Map::HashMap(pinned(dir, name)?));
         }
         let mut arrays = BTreeMap::new();
-        for name in [Slots::NAME, Backends::NAME, Masquerades::NAME] {
+        for name in [Slots::NAME, Backends::NAME, Masquerades::NAME, SettingsRow::NAME] {
             arrays.insert(name, Rows::map(name, &pinned(dir, name)?)?);
         }
         Ok(Self { dir: dir.to_owned(), hashes, arrays, writes: 0 })

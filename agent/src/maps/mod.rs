@@ -12,7 +12,7 @@ use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::lb::{
     Backend, Frontend, FrontendKey, ServiceName, Slot, SourceRange, SourceRangeKey,
 };
-use ferroflow_common::abi::node::{Masquerade, NodeAddress};
+use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
 use ferroflow_common::addr::Addr;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -61,6 +61,8 @@ tables! { ArrayTable:
     Backends = "backends", Value = Backend;
     /// One row.
     Masquerades = "masquerade", Value = Masquerade;
+    /// One row.
+    SettingsRow = "settings", Value = Settings;
 }
 
 /// The rows of a hash table, in no order.

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ferroflow_common::addr::{Addr, Port, Proto};
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::exposure;
@@ -78,6 +79,23 @@ pub fn endpoint_slice(object: &discovery::EndpointSlice, node: &str) -> Result<C
         zones: zones.into(),
     };
     Ok(Change::EndpointSlice(name, Some(slice)))
+}
+
+/// A range that contains every address is none of a cluster: all traffic would be for services.
+///
+/// # Errors
+/// The first field that makes no sense.
+pub fn service_cidr(object: &networking::ServiceCIDR) -> Result<Change> {
+    let name = name_of(&object.metadata, SUBDOMAIN)?.name;
+    let texts = object.spec.iter().flat_map(|spec| spec.cidrs.iter().flatten()).enumerate();
+    let ranges = texts.map(|(index, text)| {
+        prefix(text)
+            .and_then(|it| {
+                it.is_proper().then_some(it).ok_or_else(|| Fault::NotARange { text: text.clone() })
+            })
+            .map_err(|fault| fault.at(format!("spec.cidrs[{index}]")))
+    });
+    Ok(Change::ServiceCidr(name, Some(ranges.collect::<Result<_>>()?)))
 }
 
 /// # Errors
@@ -391,6 +409,28 @@ mod tests {
     #[track_caller]
     fn refused<T: std::fmt::Debug>(result: Result<T>, message: &str) {
         assert_eq!(result.unwrap_err().to_string(), message);
+    }
+
+    #[test]
+    fn rule_19_ranges_of_cluster_ips_convert() {
+        let convert = |cidrs: Value| {
+            let object = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": cidrs}});
+            match service_cidr(&serde_json::from_value(object).unwrap()) {
+                Ok(Change::ServiceCidr(name, Some(ranges))) => {
+                    let texts: Vec<_> = ranges.iter().map(ToString::to_string).collect();
+                    format!("{name}: {}", texts.join(" "))
+                }
+                other => other.unwrap_err().to_string(),
+            }
+        };
+        assert_eq!(convert(json!(["10.96.0.0/12", "fd00::/112"])), "kubernetes: 10.96.0.0/12 fd00::/112");
+        for bad in ["10.96.0.1/12", "0.0.0.0/0", "::/0", "10.96.0.0"] {
+            let message = convert(json!(["fd00::/112", bad]));
+            assert!(
+                message.starts_with(&format!("spec.cidrs[1]: `{bad}` is not an address range")),
+                "{message}"
+            );
+        }
     }
 
     #[test]

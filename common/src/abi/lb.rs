@@ -31,6 +31,18 @@ impl FrontendKey {
     pub const NODE_V4: Addr = Addr::v4([0; 4]);
     /// Stands for the node's IPv6 addresses.
     pub const NODE_V6: Addr = Addr::UNSPECIFIED;
+
+    /// The row that says of a cluster IP that a service has it: for the ports that no service has there, which refuse
+    /// (rule 19). Port and protocol 0 are nobody's.
+    #[inline(always)]
+    pub const fn cluster_ip(addr: Addr) -> Self {
+        Self { addr, port: Port::ZERO, proto: Proto { number: 0 }, scope: Self::EXTERNAL }
+    }
+
+    /// Whether it is a row of [`FrontendKey::cluster_ip`].
+    pub fn is_cluster_ip(&self) -> bool {
+        *self == Self::cluster_ip(self.addr)
+    }
 }
 
 /// Where a frontend's slots are. Replaced as a whole, so a program sees the old range or the new one.

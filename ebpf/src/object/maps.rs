@@ -12,7 +12,7 @@ use ferroflow_common::abi::lb::{
     Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient, ServiceName, SourceRange,
     SourceRangeKey,
 };
-use ferroflow_common::abi::node::{Masquerade, NodeAddress};
+use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
 use ferroflow_common::abi::socket::Translation;
 use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::addr::Addr;
@@ -56,6 +56,9 @@ static NODE_ADDRESSES: HashMap<Addr, NodeAddress, 1_024, ON_DEMAND> = HashMap::n
 #[btf_map(name = "masquerade", pin_by_name)]
 static MASQUERADE: Array<Masquerade, 1, MMAP> = Array::new();
 
+#[btf_map(name = "settings", pin_by_name)]
+static SETTINGS: Array<Settings, 1, MMAP> = Array::new();
+
 #[btf_map(name = "conntrack_v4", pin_by_name)]
 static CONNTRACK_V4: LruHashMap<Tuple<[u8; 4]>, Entry, 262_144> = LruHashMap::new();
 
@@ -96,6 +99,16 @@ impl Services for Kernel {
     fn node_address(&self, addr: &Addr) -> Option<NodeAddress> {
         // SAFETY: copied before anything else is called.
         unsafe { NODE_ADDRESSES.get(addr) }.copied()
+    }
+
+    #[inline(always)]
+    fn is_service_address(&self, addr: &Addr) -> bool {
+        SETTINGS.get(0).is_some_and(|settings| settings.is_service_address(addr))
+    }
+
+    #[inline(always)]
+    fn settings(&self) -> u32 {
+        SETTINGS.get(0).map_or(0, |settings| settings.flags)
     }
 
     #[inline(always)]

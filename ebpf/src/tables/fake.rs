@@ -7,7 +7,7 @@ use std::rc::Rc;
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
-use ferroflow_common::abi::node::NodeAddress;
+use ferroflow_common::abi::node::{NodeAddress, ServiceRange, Settings};
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::{Family, V4, V6};
 
@@ -18,6 +18,7 @@ pub struct Fake {
     pub frontends: HashMap<FrontendKey, Frontend>,
     /// This node's own addresses; the first of a family masquerades.
     pub node: BTreeMap<Addr, NodeAddress>,
+    pub settings: Option<Settings>,
     /// Who is admitted where ranges say so, one by one.
     pub ranges: Vec<ServiceClient>,
     pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
@@ -65,6 +66,21 @@ impl Fake {
     /// A pod of this node.
     pub fn local(&mut self, addr: Addr, ifindex: u32) {
         self.endpoints.insert(addr, Endpoint { ifindex });
+    }
+
+    /// These have the cluster IPs `F::vip` of the numbers, and all of `F::vip` is a range of such.
+    pub fn cluster_ips<F: crate::frame::Names>(&mut self, numbers: &[u8]) {
+        let range = ServiceRange::new(&F::vip(0), 120);
+        let settings = self.settings.get_or_insert(Settings::NONE);
+        if let Some(free) = settings.ranges.iter_mut().find(|it| it.used == 0) {
+            *free = range;
+        }
+        for number in numbers {
+            let key = FrontendKey::cluster_ip(F::vip(*number));
+            let (flags, service) = (Frontend::REJECT, u32::from(*number));
+            let row = Frontend { service, offset: 0, length: 0, flags, affinity: 0 };
+            self.frontends.insert(key, row);
+        }
     }
 
     /// The entry that a packet with these ends finds.
@@ -155,6 +171,16 @@ impl Services for Fake {
 
     fn node_address(&self, addr: &Addr) -> Option<NodeAddress> {
         self.node.get(addr).copied()
+    }
+
+    fn is_service_address(&self, addr: &Addr) -> bool {
+        self.count_array();
+        self.settings.is_some_and(|settings| settings.is_service_address(addr))
+    }
+
+    fn settings(&self) -> u32 {
+        self.count_array();
+        self.settings.map_or(0, |settings| settings.flags)
     }
 
     fn allows(&self, client: &ServiceClient) -> bool {

@@ -29,6 +29,10 @@ pub trait Services {
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend>;
     /// This node's own address, if it is one.
     fn node_address(&self, addr: &Addr) -> Option<NodeAddress>;
+    /// Whether the address is in a range of cluster IPs (rule 19).
+    fn is_service_address(&self, addr: &Addr) -> bool;
+    /// The bits of [`Settings::flags`](ferroflow_common::abi::node::Settings::flags).
+    fn settings(&self) -> u32;
     /// Whether a range that the service admits has the client (rule 22).
     fn allows(&self, client: &ServiceClient) -> bool;
     fn remembered(&self, key: &AffinityKey) -> Option<Affinity>;
