@@ -5,13 +5,13 @@ use std::{
     collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     process::ExitCode,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Result, ensure};
 use bpf_tests::{
     agent::Agent,
-    checks::{World, service, target},
+    checks::{self, World, service, target},
     cluster::{Cluster, Family},
     manifests::Endpoint,
     netns::{Prefix, Route},
@@ -27,6 +27,8 @@ fn main() -> ExitCode {
         ("rule_19_ranges_of_objects_come_and_go", ranges_come_and_go),
         ("rule_26_where_all_are_masqueraded_pods_are_too", pods_are_masqueraded_too),
         ("rule_26_who_comes_from_outside_to_a_cluster_ip_is_masqueraded", outside_clients_are_masqueraded),
+        ("weights_of_nodes_and_addresses_are_kept", weights_are_kept),
+        ("least_connection_serves_every_backend", least_connection_serves),
         ("external_ips_are_served_where_the_flag_says_so", external_ips_are_served),
     ])
 }
@@ -139,6 +141,80 @@ fn external_ips_are_served(sandbox: &Sandbox) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// A Service with an annotation of ours.
+fn annotated(world: &World, key: &str, text: &str) -> Result<()> {
+    let yaml = world.web.yaml();
+    let with = yaml.replace("\nspec:", &format!("\n  annotations:\n    {key}: \"{text}\"\nspec:"));
+    ensure!(with != yaml, "no place for an annotation in\n{yaml}");
+    world.cluster.manifests().write("service-web", &with)
+}
+
+/// `a2` has a ninth of the weight of `b2`, and then none at all.
+fn weights_are_kept(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| {
+        annotated(world, "ferroflow.dev/weights", "node/node-b=9")?;
+        let share = |protocol, family| -> Result<usize> {
+            let to = target(&world.web, protocol, family);
+            let outcomes = world.cluster.pod("a1").ask(&Ask::new(protocol, to).count(300))?;
+            let failed = outcomes.iter().find(|it| it.answer().is_none());
+            ensure!(failed.is_none(), "{failed:?}");
+            Ok(outcomes.iter().filter(|it| it.answer().is_some_and(|it| it.by == "a2")).count())
+        };
+        for (protocol, family) in PROTOCOLS.into_iter().zip(Family::BOTH) {
+            let deadline = Instant::now() + SOON;
+            // 30 of 300, give or take four times their deviation of 5.2.
+            while !(9..=51).contains(&share(protocol, family)?) {
+                ensure!(Instant::now() < deadline, "a2 gets {} of 300 {protocol}", share(protocol, family)?);
+            }
+        }
+        annotated(
+            world,
+            "ferroflow.dev/weights",
+            &format!("{}=0, {}=0", ip("a2", world, Family::V4), ip("a2", world, Family::V6)),
+        )?;
+        for (protocol, family) in PROTOCOLS.into_iter().zip(Family::BOTH) {
+            let deadline = Instant::now() + SOON;
+            while share(protocol, family)? != 0 {
+                ensure!(Instant::now() < deadline, "a2 still gets some {protocol}");
+            }
+        }
+        Ok(())
+    })
+}
+
+fn ip(pod: &str, world: &World, family: Family) -> IpAddr {
+    world.cluster.pod(pod).ip(family)
+}
+
+fn least_connection_serves(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| {
+        annotated(world, "ferroflow.dev/lb-algorithm", "least-connection")?;
+        let web = (world.web.ip(Family::V4), checks::WEB_PORT);
+        // 128 is what says so of a frontend.
+        let chosen = |rows: &serde_json::Value| {
+            rows.as_array().is_some_and(|rows| {
+                rows.iter().any(|row| {
+                    row["key"]["addr"] == web.0.to_string()
+                        && row["key"]["port"] == web.1
+                        && row["value"]["flags"].as_u64().is_some_and(|flags| flags & 128 != 0)
+                })
+            })
+        };
+        let deadline = Instant::now() + SOON;
+        for agent in &world.agents {
+            while !chosen(&serde_json::from_str(&agent.verb(&["map", "dump", "frontends", "-o", "json"])?)?) {
+                ensure!(Instant::now() < deadline, "the tables do not follow");
+            }
+        }
+        for family in Family::BOTH {
+            for protocol in PROTOCOLS {
+                world.spread("a1", protocol, family).into_result()?;
+            }
+        }
+        Ok(())
+    })
 }
 
 fn ask(cluster: &Cluster, from: &str, protocol: Protocol, to: SocketAddr) -> Result<Vec<Outcome>> {

@@ -10,6 +10,7 @@
 //! | `frontends` | hash | [`abi::lb::FrontendKey`] -> [`abi::lb::Frontend`] | agent | programs, CLI |
 //! | `slots` | array, mmap | slot -> [`abi::lb::Slot`] | agent | programs, CLI |
 //! | `backends` | array, mmap | index -> [`abi::lb::Backend`] | agent | programs, CLI |
+//! | `connections` | array, mmap | backend index -> [`abi::lb::Connections`] | programs, agent | programs |
 //! | `source_ranges` | LPM trie | [`abi::lb::SourceRangeKey`] -> [`abi::lb::SourceRange`] | agent | programs |
 //! | `affinity` | LRU hash | [`abi::lb::AffinityKey`] -> [`abi::lb::Affinity`] | programs | programs |
 //! | `services` | hash | service id -> [`abi::lb::ServiceName`] | agent | agent (restore), CLI |

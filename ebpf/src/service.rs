@@ -210,6 +210,9 @@ where
     lb::keep(tables, &frontend, client, index, now);
     let masquerade = masquerade::<F, T>(tables, &frontend, origin)?;
     conntrack::open(tables, &headers, index, masquerade)?;
+    if frontend.flags & Frontend::LEAST_CONNECTION != 0 {
+        tables.connect(index);
+    }
     Ok(Opened::Tracked)
 }
 

@@ -5,6 +5,7 @@ pub mod id;
 pub mod node;
 pub mod pod;
 pub mod service;
+pub mod weight;
 pub mod world;
 
 use std::fmt;

@@ -87,14 +87,20 @@ fn places<'a>(
 fn flags(service: &Service, place: Place, family: Family) -> u32 {
     let exposure = &service.exposure;
     if place == Place::ClusterIp {
-        let maglev = service.algorithm == Some(Algorithm::Maglev);
+        let choice = match service.algorithm {
+            Some(Algorithm::Maglev) => Frontend::MAGLEV,
+            Some(Algorithm::LeastConnection) => Frontend::LEAST_CONNECTION,
+            None | Some(Algorithm::Random | Algorithm::Weighted) => 0,
+        };
         let local = service.internal_policy == TrafficPolicy::Local;
-        return (if maglev { Frontend::MAGLEV } else { 0 }) | (if local { Frontend::LOCAL } else { 0 });
+        return choice | if local { Frontend::LOCAL } else { 0 };
     }
-    let mut flags = Frontend::NORTH_SOUTH;
-    if service.algorithm != Some(Algorithm::Random) {
-        flags |= Frontend::MAGLEV;
-    }
+    let choice = match service.algorithm {
+        None | Some(Algorithm::Maglev | Algorithm::Weighted) => Frontend::MAGLEV,
+        Some(Algorithm::LeastConnection) => Frontend::LEAST_CONNECTION,
+        Some(Algorithm::Random) => 0,
+    };
+    let mut flags = Frontend::NORTH_SOUTH | choice;
     if exposure.policy == TrafficPolicy::Local {
         flags |= Frontend::LOCAL | Frontend::KEEP_CLIENT | Frontend::INTERNAL_ROW;
     }

@@ -142,7 +142,8 @@ fn port_rows<'a>(
         .collect();
     let node = world.own_node();
     let zone = node.and_then(|node| node.zone.as_deref());
-    let selection = backends::Selection { families: &families, policies: &policies, zone };
+    let selection =
+        backends::Selection { families: &families, policies: &policies, zone, weights: &service.weights };
     let backends = backends::backends(port, backing.slices.values(), &selection);
     for frontend in &mut frontends {
         frontend.flags = settle(*frontend, &backends);

@@ -246,7 +246,7 @@ impl<M: Maps> Tables<M> {
         let desired = rows.backends.iter().map(|planned| ((planned.addr, planned.port, proto), planned));
         for step in steps(desired, actual) {
             match step {
-                Step::Add(&Planned { addr, port, condition: _, sets }) => {
+                Step::Add(&Planned { addr, port, condition: _, sets, weight: _ }) => {
                     let index = self.indices.take(now)?;
                     let flags = Backend::LIVE | sets;
                     let mut row = Backend { addr, port, proto, flags, generation: 0, service, reserved: 0 };

@@ -11,7 +11,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::exposure;
 use super::fault::{Fault, Invalid};
+use super::weights::{self, Spread};
 use crate::model::service::{Place, Zones};
+use crate::model::weight::Label;
 use crate::model::{
     Change, Condition, Endpoint, EndpointSlice, Family, Name, Node, NodeHint, Pod, Prefix, Service,
     ServicePort, SlicePort, Stay,
@@ -35,13 +37,15 @@ pub fn service(object: &core::Service) -> Result<Change> {
         return Ok(Change::Service(name, None));
     }
     let kind = exposure::kind(spec)?;
+    let Spread { algorithm, weights } = weights::spread(&object.metadata)?;
     let service = Service {
         cluster_ips,
         ports: service_ports(spec.ports.as_deref().unwrap_or_default(), kind)?,
         internal_policy: exposure::policy(spec.internal_traffic_policy.as_deref())
             .map_err(|fault| fault.at("spec.internalTrafficPolicy"))?,
         affinity: exposure::affinity(spec)?,
-        algorithm: exposure::algorithm(&object.metadata)?,
+        algorithm,
+        weights,
         created: object.metadata.creation_timestamp.as_ref().map(|time| time.0.as_second()),
         exposure: exposure::exposure(object, spec)?,
     };
@@ -283,7 +287,9 @@ fn endpoint(object: &discovery::Endpoint, family: Family, node: &str) -> Result<
         Some(_) => NodeHint::Others,
     };
     let condition = condition(object.conditions.as_ref());
-    Ok(Endpoint { addr, condition, place, node_hint, zone_hint: 0 })
+    let label = |name: &Option<String>| name.as_deref().map_or(Label::NONE, Label::of);
+    let (node, zone) = (label(&object.node_name), label(&object.zone));
+    Ok(Endpoint { addr, condition, place, node_hint, zone_hint: 0, node, zone })
 }
 
 /// Which of `known` the endpoint's zones are, counted from 1; new ones are added. More lists than can be counted
@@ -357,7 +363,7 @@ pub(super) fn address(text: &str) -> std::result::Result<Addr, Fault> {
     Err(Fault::SpecialAddress { addr, what })
 }
 
-fn prefix(text: &str) -> std::result::Result<Prefix, Fault> {
+pub(super) fn prefix(text: &str) -> std::result::Result<Prefix, Fault> {
     let parsed = text.split_once('/').and_then(|(addr, length)| {
         let addr = addr.parse::<IpAddr>().ok().filter(|addr| addr.to_canonical() == *addr)?;
         Prefix::new(addr.into(), length.parse().ok()?)
@@ -561,13 +567,15 @@ mod tests {
             "addressType": "IPv4",
             "ports": [{"name": "http", "port": 8080}, {"name": "any"}, {"name": "zero", "port": 0}],
             "endpoints": [
-                {"addresses": ["10.0.0.1", "10.9.9.9"], "nodeName": "here"},
+                {"addresses": ["10.0.0.1", "10.9.9.9"], "nodeName": "here", "zone": "east"},
                 {"addresses": ["10.0.0.2"], "nodeName": "there", "conditions": {"ready": false, "serving": false}},
             ],
         }));
         let port = SlicePort { name: "http".into(), proto: Proto::TCP, port: Port::new(8080) };
-        let first = Endpoint::new(Addr::v4([10, 0, 0, 1]), Condition::Ready, Place::Local);
-        let second = Endpoint::new(Addr::v4([10, 0, 0, 2]), Condition::Down, Place::Remote);
+        let mut first = Endpoint::new(Addr::v4([10, 0, 0, 1]), Condition::Ready, Place::Local);
+        (first.node, first.zone) = (Label::of("here"), Label::of("east"));
+        let mut second = Endpoint::new(Addr::v4([10, 0, 0, 2]), Condition::Down, Place::Remote);
+        second.node = Label::of("there");
         let slice = EndpointSlice {
             service: "web".into(),
             ports: Box::new([port]),

@@ -6,7 +6,9 @@ use std::rc::Rc;
 
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
-use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
+use ferroflow_common::abi::lb::{
+    Affinity, AffinityKey, Backend, Connections, Frontend, FrontendKey, ServiceClient,
+};
 use ferroflow_common::abi::node::{NodeAddress, ServiceRange, Settings};
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::{Family, V4, V6};
@@ -19,6 +21,8 @@ pub struct Fake {
     /// This node's own addresses; the first of a family masquerades.
     pub node: BTreeMap<Addr, NodeAddress>,
     pub settings: Option<Settings>,
+    /// Open connections by backend index.
+    pub connections: RefCell<HashMap<u32, Connections>>,
     /// Who is admitted where ranges say so, one by one.
     pub ranges: Vec<ServiceClient>,
     pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
@@ -203,6 +207,16 @@ impl Services for Fake {
     fn backend(&self, index: u32) -> Option<Backend> {
         self.count_array();
         self.backends.get(index as usize).copied()
+    }
+
+    fn connections(&self, index: u32) -> Connections {
+        self.count_array();
+        self.connections.borrow().get(&index).copied().unwrap_or(0)
+    }
+
+    fn connect(&self, index: u32) {
+        self.count_array();
+        *self.connections.borrow_mut().entry(index).or_insert(0) += 1;
     }
 }
 

@@ -4,7 +4,9 @@ use core::ops::Deref;
 
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
-use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
+use ferroflow_common::abi::lb::{
+    Affinity, AffinityKey, Backend, Connections, Frontend, FrontendKey, ServiceClient,
+};
 use ferroflow_common::abi::node::NodeAddress;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::Family;
@@ -41,6 +43,10 @@ pub trait Services {
     fn slot(&self, slot: u32) -> Option<u32>;
     /// `None` past the end of the array; a row that was never used is all zeros.
     fn backend(&self, index: u32) -> Option<Backend>;
+    /// How many connections the backend has open; 0 past the end of the array.
+    fn connections(&self, index: u32) -> Connections;
+    /// Counts one more.
+    fn connect(&self, index: u32);
 }
 
 /// A live entry of the connection table. Two CPUs may write it at once: both write what they saw, each field is one
