@@ -14,10 +14,11 @@ use crate::config;
 use crate::datapath::{self, Datapath, DatapathError, Interface};
 use crate::gc;
 use crate::health::{self, Health, proxy::Progress};
+use crate::kube_proxy;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
-use crate::model::Change;
+use crate::model::{Change, KubeProxy};
 use crate::net::{self, Moved, NetError, NetEvent};
 use crate::plan;
 use crate::reconcile::{self, Limits, Reconciler};
@@ -64,6 +65,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         log_drops(&mut datapath)?;
     }
     let reconciler = restore(config)?;
+    let kube_proxy = tokio::task::spawn_blocking(kube_proxy::look).await.unwrap_or_default();
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "started");
 
     let (events, objects) = mpsc::channel(QUEUE);
@@ -71,15 +73,18 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     tokio::spawn(source.run(events));
     let (events, routes) = mpsc::channel(QUEUE);
     let watching = tokio::spawn(net::watch(events));
+    let (events, proxies) = mpsc::channel(QUEUE);
+    let searching = tokio::spawn(kube_proxy::watch(kube_proxy.clone(), events));
     let sweeping = tokio::spawn(gc::run(config.bpffs.maps()));
     let attachments =
         Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };
     let health = Health::start(config.health_port);
     let state = first_words(config);
-    Daemon { datapath, reconciler, attachments, health, said: None, state, awaited: 2 }
-        .serve(objects, routes)
-        .await?;
+    let mut daemon = Daemon { datapath, reconciler, attachments, health, said: None, state, awaited: 2 };
+    daemon.kube_proxy(&kube_proxy);
+    daemon.serve(objects, routes, proxies).await?;
     watching.abort();
+    searching.abort();
     sweeping.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
@@ -143,6 +148,7 @@ impl Daemon {
         mut self,
         mut objects: Receiver<Event>,
         mut routes: Receiver<NetEvent>,
+        mut proxies: Receiver<kube_proxy::Found>,
     ) -> Result<(), DaemonError> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -153,6 +159,7 @@ impl Daemon {
                 _ = terminate.recv() => return Ok(()),
                 _ = interrupt.recv() => return Ok(()),
                 Some(event) = objects.recv() => self.object(event),
+                Some(found) = proxies.recv() => self.kube_proxy(&found),
                 event = routes.recv() => match event {
                     Some(event) => self.host(event),
                     None => return Err(DaemonError::Routes),
@@ -208,6 +215,27 @@ impl Daemon {
             NetEvent::Synced => return self.source_synced(),
         };
         self.reconciler.handle(change, Instant::now());
+    }
+
+    /// Beside kube-proxy, or its rules, what the programs do not know is the stack's.
+    fn kube_proxy(&mut self, found: &kube_proxy::Found) {
+        let state = found.state();
+        match (self.reconciler.world().kube_proxy(), state) {
+            (_, KubeProxy::Present) => tracing::warn!(
+                "kube-proxy is here ({found}): new connections are ours, those that it opened are the kernel's to \
+                 finish; stop it, and once they have ended run `ferroflow cleanup`"
+            ),
+            (KubeProxy::Present, KubeProxy::Absent) => {
+                tracing::info!("kube-proxy is gone ({found}): every connection is ours");
+            }
+            (KubeProxy::Absent, KubeProxy::Absent) if !found.missing.is_empty() => tracing::warn!(
+                missing = %found.missing.join(", "),
+                "whether kube-proxy has rules here cannot be seen: if it has, connections that it opened may end"
+            ),
+            (KubeProxy::Absent, KubeProxy::Absent) => tracing::debug!("no kube-proxy ({found})"),
+        }
+        self.state.kube_proxy = u32::from(state == KubeProxy::Present);
+        self.reconciler.handle(Change::KubeProxy(state), Instant::now());
     }
 
     fn source_synced(&mut self) {
@@ -281,7 +309,7 @@ fn first_words(config: &config::Agent) -> AgentState {
         writes: 0,
         retries: 0,
         rejected: 0,
-        reserved: 0,
+        kube_proxy: 0,
         version: text(env!("CARGO_PKG_VERSION")),
         node: text(&config.node_name),
     }

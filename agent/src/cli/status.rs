@@ -41,6 +41,14 @@ struct Agent {
     retries: u64,
     /// Documents that are not served because they are bad.
     rejected: u32,
+    kube_proxy: OtherProxy,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "lowercase")]
+enum OtherProxy {
+    Absent,
+    Present,
 }
 
 /// Whether it lives now; the programs work without it.
@@ -72,8 +80,18 @@ pub(super) fn status(query: &Query) -> Result<Answer, CliError> {
 }
 
 fn lines(status: &Status) -> String {
-    let Agent { life: Life { running }, synced, node, version, pid, age, writes, retries, rejected } =
-        &status.agent;
+    let Agent {
+        life: Life { running },
+        synced,
+        node,
+        version,
+        pid,
+        age,
+        writes,
+        retries,
+        rejected,
+        kube_proxy,
+    } = &status.agent;
     let running = match (running, synced) {
         (true, true) => format!("running (pid {pid}, for {age} s), in sync"),
         (true, false) => format!("running (pid {pid}, for {age} s), not yet in sync"),
@@ -89,6 +107,11 @@ fn lines(status: &Status) -> String {
         ["rows written".to_owned(), format!("{writes} since the agent's start, {retries} tried again")],
         ["rejected".to_owned(), format!("{rejected} documents")],
     ];
+    if let OtherProxy::Present = kube_proxy {
+        let what =
+            "or its rules are here: what it opened is the kernel's to finish; then `ferroflow cleanup`";
+        lines.push(["kube-proxy".to_owned(), what.to_owned()]);
+    }
     let dropped =
         |drops: &Drops| [format!("dropped: {}", drops.reason), format!("{} packets", drops.packets)];
     lines.extend(status.drops.iter().map(dropped));
@@ -107,6 +130,7 @@ fn agent(maps: &KernelMaps, life: Life) -> Result<Agent, MapError> {
         writes: state.writes,
         retries: state.retries,
         rejected: state.rejected,
+        kube_proxy: if state.kube_proxy == 0 { OtherProxy::Absent } else { OtherProxy::Present },
     })
 }
 

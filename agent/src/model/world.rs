@@ -38,11 +38,11 @@ pub struct Backing {
 /// What has to be planned again after a change.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Touched {
+    /// What the programs know of this node itself. It is planned first: whatever else they know, they use it with this.
+    Node,
     Service(Name),
     /// The local pod that has this address, or had it.
     Endpoint(Addr),
-    /// What the programs know of this node itself.
-    Node,
 }
 
 impl fmt::Display for Touched {

@@ -17,7 +17,8 @@ pub struct AgentState {
     pub retries: u64,
     /// Documents or objects that are reported as bad and not served.
     pub rejected: u32,
-    pub reserved: u32,
+    /// 1 while kube-proxy or its rules are on the node.
+    pub kube_proxy: u32,
     /// The agent's version, ended by zeros.
     pub version: [u8; 32],
     /// The node's name, ended by zeros.
