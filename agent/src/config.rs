@@ -70,6 +70,11 @@ pub struct Agent {
     #[arg(long, env = "FERROFLOW_HEALTH_PORT", value_name = "PORT", default_value_t = crate::health::server::PROXY_PORT)]
     pub health_port: u16,
 
+    /// Directory for what must outlive the agent and not the machine: from here the process answers that load balancers
+    /// ask for healthCheckNodePort, also while the agent restarts (give each agent one of its own)
+    #[arg(long, env = "FERROFLOW_RUN_DIR", value_name = "DIR", default_value = "/run/ferroflow")]
+    pub run_dir: PathBuf,
+
     /// The node's addresses that serve NodePorts: `primary` (the Node object's first of each family), `all`, or ranges
     /// separated by commas
     #[arg(long, env = "FERROFLOW_NODE_PORT_ADDRESSES", value_name = "WHICH", default_value = "primary",

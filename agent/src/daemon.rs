@@ -13,7 +13,7 @@ use crate::clock;
 use crate::config;
 use crate::datapath::{self, Datapath, DatapathError, Interface};
 use crate::gc;
-use crate::health::{self, Health, proxy::Progress};
+use crate::health::{self, Health, Keeper, proxy::Progress};
 use crate::kube_proxy;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
@@ -33,6 +33,9 @@ const ATTACH_RETRY: Duration = Duration::from_secs(1);
 
 /// How often the programs' log is read: for eyes, and its buffer holds thousands of lines.
 const LOG_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How often the agent says that it lives, though nothing changed.
+const TURN: Duration = Duration::from_secs(2);
 
 /// How many changes may wait between a source and the loop.
 const QUEUE: usize = 1024;
@@ -79,8 +82,13 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let attachments =
         Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };
     let health = Health::start(config.health_port);
+    // Where the agent is told a cgroup, whoever told it looks after its processes.
+    let own_cgroup = config.cgroup.is_none().then(|| cgroup.clone());
+    let keeper = Keeper::new(&config.run_dir, own_cgroup)
+        .map_err(|source| DaemonError::RunDir { path: config.run_dir.clone(), source })?;
     let state = first_words(config);
-    let mut daemon = Daemon { datapath, reconciler, attachments, health, said: None, state, awaited: 2 };
+    let mut daemon =
+        Daemon { datapath, reconciler, attachments, health, keeper, said: None, state, awaited: 2 };
     daemon.kube_proxy(&kube_proxy);
     daemon.serve(objects, routes, proxies).await?;
     watching.abort();
@@ -126,6 +134,7 @@ struct Daemon {
     reconciler: Reconciler<KernelMaps>,
     attachments: Attachments,
     health: Health,
+    keeper: Keeper,
     /// What was last said where `ferroflow status` finds it; nothing yet.
     said: Option<AgentState>,
     state: AgentState,
@@ -153,12 +162,14 @@ impl Daemon {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         self.report()?;
+        let mut turns = tokio::time::interval(TURN);
         loop {
             let due = [self.reconciler.due(), self.attachments.retry].into_iter().flatten().min();
             tokio::select! {
                 _ = terminate.recv() => return Ok(()),
                 _ = interrupt.recv() => return Ok(()),
                 Some(event) = objects.recv() => self.object(event),
+                _ = turns.tick() => {}
                 Some(found) = proxies.recv() => self.kube_proxy(&found),
                 event = routes.recv() => match event {
                     Some(event) => self.host(event),
@@ -183,13 +194,19 @@ impl Daemon {
     }
 
     /// What load balancers are told from now on (rules 40 and 41).
+    ///
+    /// Before every source has listed, what the agent before said of services stays.
     fn answer_checks(&mut self) {
         let world = self.reconciler.world();
         let stay = world.own_node().map(|node| node.stay).unwrap_or_default();
         let checks = health::service::checks(world);
         let progress = if self.is_synced() { Progress::Done } else { Progress::Pending };
-        self.health.set_checks(checks);
         self.health.set_proxy(progress, stay);
+        if self.awaited == 0 {
+            self.keeper.tell(&checks, self.health.verdict(), clock::seconds());
+        }
+        let problems = self.keeper.problems() + usize::from(self.health.has_problem());
+        self.state.health_problems = u32::try_from(problems).unwrap_or(u32::MAX);
     }
 
     /// Everything that was said is in the tables, or was refused (a conflict stays one however often it is looked at).
@@ -310,6 +327,8 @@ fn first_words(config: &config::Agent) -> AgentState {
         retries: 0,
         rejected: 0,
         kube_proxy: 0,
+        health_problems: 0,
+        reserved: 0,
         version: text(env!("CARGO_PKG_VERSION")),
         node: text(&config.node_name),
     }
@@ -338,6 +357,8 @@ pub enum DaemonError {
     Map(#[from] MapError),
     #[error(transparent)]
     Net(#[from] NetError),
+    #[error("{path}: {source}: name a directory that can be written with --run-dir")]
+    RunDir { path: std::path::PathBuf, source: std::io::Error },
     #[error("the watch of the kernel's routes and addresses ended")]
     Routes,
     #[error("cannot read the programs' log: {0}")]

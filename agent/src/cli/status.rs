@@ -42,6 +42,8 @@ struct Agent {
     /// Documents that are not served because they are bad.
     rejected: u32,
     kube_proxy: OtherProxy,
+    /// Ports for health checks that cannot be answered.
+    health_problems: u32,
 }
 
 #[derive(Serialize)]
@@ -91,6 +93,7 @@ fn lines(status: &Status) -> String {
         retries,
         rejected,
         kube_proxy,
+        health_problems,
     } = &status.agent;
     let running = match (running, synced) {
         (true, true) => format!("running (pid {pid}, for {age} s), in sync"),
@@ -112,6 +115,11 @@ fn lines(status: &Status) -> String {
             "or its rules are here: what it opened is the kernel's to finish; then `ferroflow cleanup`";
         lines.push(["kube-proxy".to_owned(), what.to_owned()]);
     }
+    if *health_problems > 0 {
+        let what =
+            format!("{health_problems} ports cannot be answered: they are another process's (see the log)");
+        lines.push(["health checks".to_owned(), what]);
+    }
     let dropped =
         |drops: &Drops| [format!("dropped: {}", drops.reason), format!("{} packets", drops.packets)];
     lines.extend(status.drops.iter().map(dropped));
@@ -130,6 +138,7 @@ fn agent(maps: &KernelMaps, life: Life) -> Result<Agent, MapError> {
         writes: state.writes,
         retries: state.retries,
         rejected: state.rejected,
+        health_problems: state.health_problems,
         kube_proxy: if state.kube_proxy == 0 { OtherProxy::Absent } else { OtherProxy::Present },
     })
 }

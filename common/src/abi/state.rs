@@ -19,6 +19,9 @@ pub struct AgentState {
     pub rejected: u32,
     /// 1 while kube-proxy or its rules are on the node.
     pub kube_proxy: u32,
+    /// Ports for health checks that are another process's.
+    pub health_problems: u32,
+    pub reserved: u32,
     /// The agent's version, ended by zeros.
     pub version: [u8; 32],
     /// The node's name, ended by zeros.
