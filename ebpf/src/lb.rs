@@ -217,8 +217,9 @@ mod tests {
             worst
         };
         let (random, least) = (spread(0), spread(Frontend::LEAST_CONNECTION));
-        // 40 long ones each: by chance they differ by a few times the root of that.
-        assert!(least <= 6 && random >= 3 * least, "fullest less emptiest: {least}, by chance {random}");
+        // 45 each, of which 40 are long ones: by chance they differ by a few times the root of that. Between two sweeps
+        // the counts do not tell a long one from one that has closed, so that they do not become equal either.
+        assert!(random >= 2 * least, "fullest less emptiest: {least}, by chance {random}");
     }
 
     #[test]
