@@ -55,6 +55,8 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     if !config.manifests.is_dir() {
         tracing::warn!(dir = %config.manifests.display(), "no such directory: nothing is served until it is there");
     }
+    // The tools that it asks take their time, as the verifier does.
+    let looking = tokio::task::spawn_blocking(kube_proxy::look);
     let options = datapath::Options {
         bpffs: config.bpffs.clone(),
         socket_lb: config.socket_lb,
@@ -68,7 +70,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         log_drops(&mut datapath)?;
     }
     let reconciler = restore(config)?;
-    let kube_proxy = tokio::task::spawn_blocking(kube_proxy::look).await.unwrap_or_default();
+    let kube_proxy = looking.await.unwrap_or_default();
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "started");
 
     let (events, objects) = mpsc::channel(QUEUE);

@@ -1,6 +1,7 @@
 //! The host's tools for packet filter rules.
 
 use std::env;
+use std::fs;
 use std::io::{self, Write as _};
 use std::process::{Command, Output, Stdio};
 
@@ -12,14 +13,16 @@ const NFT: &str = "nft";
 #[derive(Debug)]
 pub(super) struct Iptables {
     pub(super) name: &'static str,
+    /// Where the kernel lists the tables that are in use, for the kind that has no other way to ask.
+    tables: Option<&'static str>,
 }
 
 /// Both kinds, because a host may have had rules of either. (The plain name is one of the two.)
 pub(super) const IPTABLES: [Iptables; 4] = [
-    Iptables { name: "iptables-nft" },
-    Iptables { name: "ip6tables-nft" },
-    Iptables { name: "iptables-legacy" },
-    Iptables { name: "ip6tables-legacy" },
+    Iptables { name: "iptables-nft", tables: None },
+    Iptables { name: "ip6tables-nft", tables: None },
+    Iptables { name: "iptables-legacy", tables: Some("/proc/net/ip_tables_names") },
+    Iptables { name: "ip6tables-legacy", tables: Some("/proc/net/ip6_tables_names") },
 ];
 
 #[derive(Debug, thiserror::Error)]
@@ -36,11 +39,17 @@ impl Iptables {
         env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|dir| dir.join(&file).is_file()))
     }
 
-    /// Whether the chain is there that both of its modes with iptables have.
+    /// Whether the chain is there that both of its modes with iptables have. Takes no lock and makes no table.
     pub(super) fn has_services(&self) -> bool {
-        // One rule of it: the chain may have tens of thousands.
-        run(self.name, &["-w", "5", "-t", "nat", "-S", "KUBE-SERVICES", "1"], "")
-            .is_ok_and(|output| output.status.success())
+        let Some(names) = self.tables else {
+            // One rule of it: the chain may have tens of thousands.
+            return run(self.name, &["-t", "nat", "-S", "KUBE-SERVICES", "1"], "")
+                .is_ok_and(|output| output.status.success());
+        };
+        // Only the `-save` of this kind does without the lock, which others may hold for seconds.
+        fs::read_to_string(names).is_ok_and(|names| names.lines().any(|name| name == "nat"))
+            && text(&format!("{}-save", self.name), &["-t", "nat"], "")
+                .is_ok_and(|saved| saved.lines().any(|line| line.starts_with(":KUBE-SERVICES ")))
     }
 
     /// All tables that are in use.
