@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 
 use crate::model::Prefix;
 use crate::plan::node::NodePortAddresses;
+use crate::plan::{ExternalIps, MasqueradeScope};
 
 /// Where the pinned maps and links are; each agent on a machine has a directory of its own.
 #[derive(Args, Clone, Debug)]
@@ -65,7 +66,7 @@ pub struct Agent {
     #[arg(long, env = "FERROFLOW_XDP", value_enum, default_value_t = Xdp::Off)]
     pub xdp: Xdp,
 
-    /// Endpoints of services that the tables have room for, over all services (64 bytes each, all of it resident)
+    /// Endpoints of services that the tables have room for, over all services (72 bytes each, all of it resident)
     #[arg(long, env = "FERROFLOW_MAX_ENDPOINTS", value_name = "N", default_value_t = MAX_ENDPOINTS,
         value_parser = clap::value_parser!(u32).range(1_024..=4_194_304))]
     pub max_endpoints: u32,
@@ -74,11 +75,33 @@ pub struct Agent {
     #[arg(long, env = "FERROFLOW_HEALTH_PORT", value_name = "PORT", default_value_t = crate::health::server::PROXY_PORT)]
     pub health_port: u16,
 
+    /// Directory for what must outlive the agent and not the machine: from here the process answers that load balancers
+    /// ask for healthCheckNodePort, also while the agent restarts (give each agent one of its own)
+    #[arg(long, env = "FERROFLOW_RUN_DIR", value_name = "DIR", default_value = "/run/ferroflow")]
+    pub run_dir: PathBuf,
+
     /// The node's addresses that serve NodePorts: `primary` (the Node object's first of each family), `all`, or ranges
     /// separated by commas
     #[arg(long, env = "FERROFLOW_NODE_PORT_ADDRESSES", value_name = "WHICH", default_value = "primary",
         value_parser = node_port_addresses)]
     pub node_port_addresses: NodePortAddresses,
+
+    /// Ranges that cluster IPs are taken from, separated by commas (as the API server's --service-cluster-ip-range), in
+    /// addition to those of ServiceCIDR objects: packets to a port that a cluster IP does not have are refused, and to
+    /// addresses there that no service has dropped
+    #[arg(long, env = "FERROFLOW_SERVICE_CIDR", value_name = "RANGES", value_delimiter = ',', value_parser = service_range)]
+    pub service_cidr: Vec<Prefix>,
+
+    /// What becomes of `spec.externalIPs` of Services: whoever may write a Service can take any address with them
+    /// (CVE-2020-8554)
+    #[arg(long, env = "FERROFLOW_EXTERNAL_IPS", value_enum, default_value_t = ExternalIps::Ignore)]
+    pub external_ips: ExternalIps,
+
+    /// Masquerade every client of a cluster IP by this node's address, pods too: for networks in which a pod's reply
+    /// to another pod does not come back here. TCP connections of pods are then translated packet by packet
+    #[arg(long = "masquerade-all", env = "FERROFLOW_MASQUERADE_ALL", num_args = 0..=1, require_equals = true, default_value = "false",
+        default_missing_value = "true", hide_default_value = true, value_parser = masquerade_all)]
+    pub masquerade: MasqueradeScope,
 
     /// Log packets that the programs drop (slow; for debugging)
     #[arg(long, env = "FERROFLOW_LOG_DROPS")]
@@ -124,14 +147,32 @@ fn node_port_addresses(text: &str) -> Result<NodePortAddresses, String> {
         "all" => return Ok(NodePortAddresses::All),
         _ => {}
     }
-    let range = |text: &str| {
-        let (addr, bits) = text.trim().split_once('/')?;
-        Prefix::new(addr.parse::<IpAddr>().ok()?.into(), bits.parse().ok()?)
-    };
-    let ranges = text.split(',').map(|text| {
-        range(text).ok_or_else(|| format!("`{text}` is not a range: write it like 10.0.0.0/8 or fd00::/8"))
-    });
-    Ok(NodePortAddresses::Ranges(ranges.collect::<Result<_, _>>()?))
+    Ok(NodePortAddresses::Ranges(text.split(',').map(range).collect::<Result<_, _>>()?))
+}
+
+fn range(text: &str) -> Result<Prefix, String> {
+    let parsed = text
+        .trim()
+        .split_once('/')
+        .and_then(|(addr, bits)| Prefix::new(addr.parse::<IpAddr>().ok()?.into(), bits.parse().ok()?));
+    parsed.ok_or_else(|| format!("`{text}` is not a range: write it like 10.0.0.0/8 or fd00::/8"))
+}
+
+fn masquerade_all(text: &str) -> Result<MasqueradeScope, String> {
+    match text {
+        "true" => Ok(MasqueradeScope::All),
+        "false" => Ok(MasqueradeScope::Outside),
+        _ => Err(format!("`{text}` is neither true nor false")),
+    }
+}
+
+fn service_range(text: &str) -> Result<Prefix, String> {
+    let parsed = range(text)?;
+    if parsed.is_proper() {
+        Ok(parsed)
+    } else {
+        Err(format!("`{text}` contains every address: name the range that cluster IPs are taken from"))
+    }
 }
 
 /// How the command line answers.

@@ -13,11 +13,12 @@ use crate::clock;
 use crate::config;
 use crate::datapath::{self, Datapath, DatapathError, Interface};
 use crate::gc;
-use crate::health::{self, Health, proxy::Progress};
+use crate::health::{self, Health, Keeper, proxy::Progress};
+use crate::kube_proxy;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
-use crate::model::Change;
+use crate::model::{Change, KubeProxy};
 use crate::net::{self, Moved, NetError, NetEvent};
 use crate::plan;
 use crate::reconcile::{self, Limits, Reconciler};
@@ -32,6 +33,9 @@ const ATTACH_RETRY: Duration = Duration::from_secs(1);
 
 /// How often the programs' log is read: for eyes, and its buffer holds thousands of lines.
 const LOG_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How often the agent says that it lives, though nothing changed.
+const TURN: Duration = Duration::from_secs(2);
 
 /// How many changes may wait between a source and the loop.
 const QUEUE: usize = 1024;
@@ -51,6 +55,8 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     if !config.manifests.is_dir() {
         tracing::warn!(dir = %config.manifests.display(), "no such directory: nothing is served until it is there");
     }
+    // The tools that it asks take their time, as the verifier does.
+    let looking = tokio::task::spawn_blocking(kube_proxy::look);
     let options = datapath::Options {
         bpffs: config.bpffs.clone(),
         socket_lb: config.socket_lb,
@@ -65,6 +71,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         log_drops(&mut datapath)?;
     }
     let reconciler = restore(config)?;
+    let kube_proxy = looking.await.unwrap_or_default();
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "started");
 
     let (events, objects) = mpsc::channel(QUEUE);
@@ -72,15 +79,23 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     tokio::spawn(source.run(events));
     let (events, routes) = mpsc::channel(QUEUE);
     let watching = tokio::spawn(net::watch(events));
+    let (events, proxies) = mpsc::channel(QUEUE);
+    let searching = tokio::spawn(kube_proxy::watch(kube_proxy.clone(), events));
     let sweeping = tokio::spawn(gc::run(config.bpffs.maps()));
     let attachments =
         Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };
     let health = Health::start(config.health_port);
+    // Where the agent is told a cgroup, whoever told it looks after its processes.
+    let own_cgroup = config.cgroup.is_none().then(|| cgroup.clone());
+    let keeper = Keeper::new(&config.run_dir, own_cgroup)
+        .map_err(|source| DaemonError::RunDir { path: config.run_dir.clone(), source })?;
     let state = first_words(config);
-    Daemon { datapath, reconciler, attachments, health, said: None, state, awaited: 2 }
-        .serve(objects, routes)
-        .await?;
+    let mut daemon =
+        Daemon { datapath, reconciler, attachments, health, keeper, said: None, state, awaited: 2 };
+    daemon.kube_proxy(&kube_proxy);
+    daemon.serve(objects, routes, proxies).await?;
     watching.abort();
+    searching.abort();
     sweeping.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
@@ -93,7 +108,13 @@ fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
         frontends: maps.capacity::<crate::maps::Frontends>()?,
     };
     let node = config.node_name.as_str().into();
-    let plan = plan::Config { node_ports: config.node_port_addresses.clone(), ..plan::Config::default() };
+    let plan = plan::Config {
+        external_ips: config.external_ips,
+        node_ports: config.node_port_addresses.clone(),
+        service_ranges: config.service_cidr.clone().into(),
+        masquerade: config.masquerade,
+        ..plan::Config::default()
+    };
     let config = reconcile::Config { node, limits, plan, grace: GRACE };
     Reconciler::restore(maps, &config, Instant::now())
 }
@@ -116,6 +137,7 @@ struct Daemon {
     reconciler: Reconciler<KernelMaps>,
     attachments: Attachments,
     health: Health,
+    keeper: Keeper,
     /// What was last said where `ferroflow status` finds it; nothing yet.
     said: Option<AgentState>,
     state: AgentState,
@@ -138,16 +160,20 @@ impl Daemon {
         mut self,
         mut objects: Receiver<Event>,
         mut routes: Receiver<NetEvent>,
+        mut proxies: Receiver<kube_proxy::Found>,
     ) -> Result<(), DaemonError> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         self.report()?;
+        let mut turns = tokio::time::interval(TURN);
         loop {
             let due = [self.reconciler.due(), self.attachments.retry].into_iter().flatten().min();
             tokio::select! {
                 _ = terminate.recv() => return Ok(()),
                 _ = interrupt.recv() => return Ok(()),
                 Some(event) = objects.recv() => self.object(event),
+                _ = turns.tick() => {}
+                Some(found) = proxies.recv() => self.kube_proxy(&found),
                 event = routes.recv() => match event {
                     Some(event) => self.host(event),
                     None => return Err(DaemonError::Routes),
@@ -171,13 +197,19 @@ impl Daemon {
     }
 
     /// What load balancers are told from now on (rules 40 and 41).
+    ///
+    /// Before every source has listed, what the agent before said of services stays.
     fn answer_checks(&mut self) {
         let world = self.reconciler.world();
         let stay = world.own_node().map(|node| node.stay).unwrap_or_default();
         let checks = health::service::checks(world);
         let progress = if self.is_synced() { Progress::Done } else { Progress::Pending };
-        self.health.set_checks(checks);
         self.health.set_proxy(progress, stay);
+        if self.awaited == 0 {
+            self.keeper.tell(&checks, self.health.verdict(), clock::seconds());
+        }
+        let problems = self.keeper.problems() + usize::from(self.health.has_problem());
+        self.state.health_problems = u32::try_from(problems).unwrap_or(u32::MAX);
     }
 
     /// Everything that was said is in the tables, or was refused (a conflict stays one however often it is looked at).
@@ -203,6 +235,27 @@ impl Daemon {
             NetEvent::Synced => return self.source_synced(),
         };
         self.reconciler.handle(change, Instant::now());
+    }
+
+    /// Beside kube-proxy, or its rules, what the programs do not know is the stack's.
+    fn kube_proxy(&mut self, found: &kube_proxy::Found) {
+        let state = found.state();
+        match (self.reconciler.world().kube_proxy(), state) {
+            (_, KubeProxy::Present) => tracing::warn!(
+                "kube-proxy is here ({found}): new connections are ours, those that it opened are the kernel's to \
+                 finish; stop it, and once they have ended run `ferroflow cleanup`"
+            ),
+            (KubeProxy::Present, KubeProxy::Absent) => {
+                tracing::info!("kube-proxy is gone ({found}): every connection is ours");
+            }
+            (KubeProxy::Absent, KubeProxy::Absent) if !found.missing.is_empty() => tracing::warn!(
+                missing = %found.missing.join(", "),
+                "whether kube-proxy has rules here cannot be seen: if it has, connections that it opened may end"
+            ),
+            (KubeProxy::Absent, KubeProxy::Absent) => tracing::debug!("no kube-proxy ({found})"),
+        }
+        self.state.kube_proxy = u32::from(state == KubeProxy::Present);
+        self.reconciler.handle(Change::KubeProxy(state), Instant::now());
     }
 
     fn source_synced(&mut self) {
@@ -276,6 +329,8 @@ fn first_words(config: &config::Agent) -> AgentState {
         writes: 0,
         retries: 0,
         rejected: 0,
+        kube_proxy: 0,
+        health_problems: 0,
         reserved: 0,
         version: text(env!("CARGO_PKG_VERSION")),
         node: text(&config.node_name),
@@ -305,6 +360,8 @@ pub enum DaemonError {
     Map(#[from] MapError),
     #[error(transparent)]
     Net(#[from] NetError),
+    #[error("{path}: {source}: name a directory that can be written with --run-dir")]
+    RunDir { path: std::path::PathBuf, source: std::io::Error },
     #[error("the watch of the kernel's routes and addresses ended")]
     Routes,
     #[error("cannot read the programs' log: {0}")]

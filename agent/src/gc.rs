@@ -4,9 +4,13 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ferroflow_common::abi::conntrack::Entry;
+use ferroflow_common::addr::Proto;
+use ferroflow_common::tcp::State;
+
 use crate::clock;
-use crate::maps::MapError;
 use crate::maps::kernel::{KernelMaps, Sweep};
+use crate::maps::{Backends, ConnectionCounts, MapError, Maps as _};
 
 /// Between two sweeps: the shortest lifetime of a flow.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -16,7 +20,7 @@ pub async fn run(maps: PathBuf) {
     loop {
         tokio::time::sleep(INTERVAL).await;
         let dir = maps.clone();
-        match tokio::task::spawn_blocking(move || sweep(&KernelMaps::open(&dir)?)).await {
+        match tokio::task::spawn_blocking(move || sweep(&mut KernelMaps::open(&dir)?)).await {
             Ok(Ok(Sweep { seen, deleted })) => tracing::debug!(seen, deleted, "swept the connection tables"),
             Ok(Err(error)) => tracing::warn!(%error, "cannot sweep the connection tables"),
             Err(error) => tracing::error!(%error, "a sweep ended early"),
@@ -24,13 +28,26 @@ pub async fn run(maps: PathBuf) {
     }
 }
 
-/// Both families once.
+/// Both families once; and what the programs counted of each backend's connections is made true.
 ///
 /// # Errors
 /// The kernel's refusal.
-pub fn sweep(maps: &KernelMaps) -> Result<Sweep, MapError> {
+pub fn sweep(maps: &mut KernelMaps) -> Result<Sweep, MapError> {
     let now = clock::seconds();
-    let v4 = maps.sweep_conntrack::<[u8; 4]>(now)?;
-    let v6 = maps.sweep_conntrack::<[u8; 16]>(now)?;
+    let mut counts = vec![0; maps.len::<ConnectionCounts>() as usize];
+    let mut count = |proto, entry: &Entry| {
+        let serves = maps.read::<Backends>(entry.backend).is_ok_and(|it| it.generation == entry.generation);
+        let closed = proto == Proto::TCP && State(entry.state).closed();
+        if let Some(count) = counts.get_mut(entry.backend as usize).filter(|_| serves && !closed) {
+            *count += 1;
+        }
+    };
+    let v4 = maps.sweep_conntrack::<[u8; 4]>(now, |tuple, entry| count(tuple.proto, entry))?;
+    let v6 = maps.sweep_conntrack::<[u8; 16]>(now, |tuple, entry| count(tuple.proto, entry))?;
+    for (index, count) in (0..).zip(counts) {
+        if maps.read::<ConnectionCounts>(index)? != count {
+            maps.write::<ConnectionCounts>(index, &count)?;
+        }
+    }
     Ok(Sweep { seen: v4.seen + v6.seen, deleted: v4.deleted + v6.deleted })
 }

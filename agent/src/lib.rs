@@ -8,8 +8,8 @@
 //! ```
 //!
 //! `net/` reports the host's own addresses and routes, which are Changes too; `datapath/` loads the programs and attaches
-//! them where the plan says; `daemon` joins the stages in one loop; `health/` answers load balancers; `cli/` reads the
-//! maps without any of these.
+//! them where the plan says; `daemon` joins the stages in one loop; `health/` answers load balancers; `kube_proxy/` finds and
+//! removes what the proxy before left; `cli/` reads the maps without any of these.
 //!
 //! A folder is a stage. What a stage may import (`cargo xtask layers` enforces it):
 //!
@@ -29,6 +29,7 @@ pub mod daemon;
 pub mod datapath;
 pub mod gc;
 pub mod health;
+pub mod kube_proxy;
 pub mod lock;
 pub mod maps;
 pub mod model;

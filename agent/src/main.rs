@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ferroflow::{cli, config, daemon};
+use ferroflow::{cli, config, daemon, health};
 use tracing_subscriber::EnvFilter;
 
 /// The Kubernetes network in Rust and eBPF
@@ -21,6 +21,9 @@ struct Command {
 enum Verb {
     /// Serve a node: load the programs, attach them, and keep the tables in line with the objects
     Agent(config::Agent),
+    /// Answer healthCheckNodePort from a file of the agent, which starts this by itself
+    #[command(hide = true)]
+    Health(health::answering::Options),
     #[command(flatten)]
     Query(cli::Verb),
 }
@@ -28,6 +31,7 @@ enum Verb {
 fn main() -> ExitCode {
     let outcome = match Command::parse().verb {
         Verb::Agent(config) => agent(&config),
+        Verb::Health(options) => health(&options),
         Verb::Query(verb) => cli::run(&verb).map_err(Into::into),
     };
     match outcome {
@@ -41,8 +45,16 @@ fn main() -> ExitCode {
 }
 
 fn agent(config: &config::Agent) -> anyhow::Result<()> {
+    Ok(runtime()?.block_on(daemon::run(config))?)
+}
+
+fn health(options: &health::answering::Options) -> anyhow::Result<()> {
+    Ok(runtime()?.block_on(health::answering::run(options))?)
+}
+
+/// With the log on standard error.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     let filter = EnvFilter::try_from_env("FERROFLOW_LOG").unwrap_or_else(|_unset| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(runtime.block_on(daemon::run(config))?)
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
 }

@@ -39,8 +39,11 @@ impl Agent {
     /// Starts it on the node's manifests, with further arguments.
     pub fn start(node: &Node, more: &[&str]) -> Result<Self> {
         let (manifests, bpffs, cgroup) = (path(&node.manifests)?, path(&node.bpffs)?, path(&node.cgroup)?);
+        let run_dir = node.logs.join(format!("{}-run", node.name));
         let args = [
             "agent",
+            "--run-dir",
+            path(&run_dir)?,
             "--node-name",
             &node.name,
             "--manifests",

@@ -15,10 +15,16 @@ use ferroflow::{
     config::{Bpffs, Xdp},
     datapath::Datapath,
     gc,
-    maps::kernel::{KernelMaps, Sweep},
+    maps::{
+        Backends, ConnectionCounts, Maps as _,
+        kernel::{KernelMaps, Sweep},
+    },
 };
 use ferroflow_common::{
-    abi::conntrack::{Entry, Tuple},
+    abi::{
+        conntrack::{Entry, Tuple},
+        lb::Backend,
+    },
     addr::{Addr, Port, Proto},
 };
 use zerocopy::IntoBytes as _;
@@ -41,11 +47,22 @@ fn a_sweep_deletes_what_expired(sandbox: &Sandbox) -> Result<()> {
         let (key, value) = (tuple.as_bytes().try_into()?, entry.as_bytes().try_into()?);
         table.insert(&key, &value, 0)?;
     }
-    let maps = KernelMaps::open(&bpffs.maps())?;
+    let mut maps = KernelMaps::open(&bpffs.maps())?;
+    // What the programs counted of a backend that serves, and of two that do not: one is another by now.
+    let backend = Backend { flags: Backend::LIVE, generation: 1, ..maps.read::<Backends>(1)? };
+    maps.write::<Backends>(1, &backend)?;
+    maps.write::<Backends>(2, &Backend { generation: 2, ..backend })?;
+    for (index, counted) in [(1, 3), (2, 70_000), (3, 8)] {
+        maps.write::<ConnectionCounts>(index, &counted)?;
+    }
     let expired = u64::from(FLOWS.div_ceil(3));
-    let first = gc::sweep(&maps)?;
+    let first = gc::sweep(&mut maps)?;
     ensure!(first == Sweep { seen: FLOWS.into(), deleted: expired }, "{first:?}");
-    let second = gc::sweep(&maps)?;
+    let counts = [1, 2, 3].map(|index| maps.read::<ConnectionCounts>(index).ok());
+    // Of three in a row one expired, of the other two one is a backend's of another generation.
+    let open = u64::from((0..FLOWS).filter(|number| number % 3 == 1).count() as u32);
+    ensure!(counts == [Some(open), Some(0), Some(0)], "{counts:?}, not {open}");
+    let second = gc::sweep(&mut maps)?;
     ensure!(second == Sweep { seen: u64::from(FLOWS) - expired, deleted: 0 }, "{second:?}");
     let left = maps.conntrack::<[u8; 4]>()?;
     ensure!(left.len() as u64 == u64::from(FLOWS) - expired, "{} are left", left.len());
@@ -73,7 +90,7 @@ fn flow(number: u32, expires: u32) -> (Tuple<[u8; 4]>, Entry) {
         flags: 0,
         reserved: 0,
         service: 1,
-        backend: 1,
+        backend: 1 + number % 3 / 2,
         generation: 1,
         expires,
     };

@@ -43,6 +43,18 @@ impl Addr {
             && u32::from_be_bytes([b[8], b[9], b[10], b[11]]) == 0xffff
     }
 
+    /// In memory order.
+    #[inline(always)]
+    pub const fn words(&self) -> [u32; 4] {
+        let b = &self.bytes;
+        [
+            u32::from_ne_bytes([b[0], b[1], b[2], b[3]]),
+            u32::from_ne_bytes([b[4], b[5], b[6], b[7]]),
+            u32::from_ne_bytes([b[8], b[9], b[10], b[11]]),
+            u32::from_ne_bytes([b[12], b[13], b[14], b[15]]),
+        ]
+    }
+
     pub fn ip(&self) -> IpAddr {
         Ipv6Addr::from(self.bytes).to_canonical()
     }

@@ -10,11 +10,13 @@
 //! | `frontends` | hash | [`abi::lb::FrontendKey`] -> [`abi::lb::Frontend`] | agent | programs, CLI |
 //! | `slots` | array, mmap | slot -> [`abi::lb::Slot`] | agent | programs, CLI |
 //! | `backends` | array, mmap | index -> [`abi::lb::Backend`] | agent | programs, CLI |
+//! | `connections` | array, mmap | backend index -> [`abi::lb::Connections`] | programs, agent | programs |
 //! | `source_ranges` | LPM trie | [`abi::lb::SourceRangeKey`] -> [`abi::lb::SourceRange`] | agent | programs |
 //! | `affinity` | LRU hash | [`abi::lb::AffinityKey`] -> [`abi::lb::Affinity`] | programs | programs |
 //! | `services` | hash | service id -> [`abi::lb::ServiceName`] | agent | agent (restore), CLI |
 //! | `endpoints` | hash | [`addr::Addr`] -> [`abi::endpoint::Endpoint`] | agent | programs, CLI |
 //! | `node_addresses` | hash | [`addr::Addr`] -> [`abi::node::NodeAddress`] | agent | programs |
+//! | `settings` | array, mmap | 0 -> [`abi::node::Settings`] | agent | programs |
 //! | `masquerade` | array, mmap | 0 -> [`abi::node::Masquerade`] | agent | programs |
 //! | `conntrack_v4`, `conntrack_v6` | LRU hash | [`abi::conntrack::Tuple`] -> [`abi::conntrack::Entry`] | programs | programs, CLI; the agent deletes what expired |
 //! | `datagrams` | LRU hash | [`abi::fragment::DatagramKey`] -> [`abi::fragment::Datagram`] | programs | programs |

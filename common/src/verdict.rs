@@ -79,6 +79,8 @@ drop_reasons! {
     NoRoute = 12, "no-route";
     /// A fragment came before the first one of its datagram, and could not be kept until that comes (rule 38).
     EarlyFragment = 13, "fragment-before-first";
+    /// The destination is in a range of cluster IPs and no service has it (rule 19).
+    UnallocatedAddress = 14, "unallocated-service-address";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

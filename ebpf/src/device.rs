@@ -10,7 +10,7 @@ use crate::nat::{self, Ends};
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::route;
-use crate::service::{self, Fate, Origin, Outcome, Way};
+use crate::service::{self, Origin, Outcome, Way};
 use crate::tables::{Datagrams, Tables};
 
 /// A packet from outside the node.
@@ -43,27 +43,27 @@ where
 }
 
 #[inline(always)]
-fn try_arrive<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Fate, DropReason>
+fn try_arrive<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Outcome, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Fate::Rare) };
+    let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Outcome::RARE) };
     match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
         Flow::Known(to) => {
             nat::rewrite(packet, &headers, &to)?;
-            return Ok(Fate::Goes(route::rewritten::<F, T>(tables, &to)));
+            return Ok(Outcome::goes(route::rewritten::<F, T>(tables, &to)));
         }
-        Flow::Halved => return Ok(Fate::Halved),
+        Flow::Halved => return Ok(Outcome::HALVED),
         Flow::Unknown => {}
     }
     let mut key = lb::key::<F>(&headers.tuple);
     if lb::is_service(tables.frontend(&key)) || lb::is_service(lb::node_port(tables, &mut key)) {
-        return Ok(Fate::Opens);
+        return Ok(if service::is_kernels(tables, &headers) { Outcome::STACK } else { Outcome::OPENS });
     }
-    Ok(Fate::Goes(Verdict::Stack))
+    service::stray(tables, &mut key)
 }
 
 #[cfg(test)]

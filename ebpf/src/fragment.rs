@@ -30,7 +30,7 @@ use crate::nat::{self, Rewrite};
 use crate::packet::{L3, Packet};
 use crate::parse::{self, Fragment};
 use crate::route;
-use crate::service::{Fate, Origin, Outcome};
+use crate::service::{Origin, Outcome};
 use crate::tables::{Aligned, Datagrams, Tables};
 
 /// A fragment in one register, so that steps may hand it on: where its identification is, its protocol, and its place.
@@ -86,7 +86,7 @@ pub fn find<F: Errors, P: Packet>(packet: &P) -> Part {
     }
 }
 
-/// A first fragment, before it goes the way of a whole packet: then [`Fate::Rare`]. Until [`remember`] its datagram
+/// A first fragment, before it goes the way of a whole packet: then [`Outcome::RARE`]. Until [`remember`] its datagram
 /// counts as dropped, because it may be.
 #[inline(never)]
 pub fn first<F, P, T>(packet: &mut P, tables: &T, part: Part, origin: Origin) -> Outcome
@@ -99,7 +99,7 @@ where
 }
 
 #[inline(always)]
-fn try_first<F, P, T>(packet: &mut P, tables: &T, part: Part, origin: Origin) -> Result<Fate, DropReason>
+fn try_first<F, P, T>(packet: &mut P, tables: &T, part: Part, origin: Origin) -> Result<Outcome, DropReason>
 where
     F: Errors,
     P: Packet,
@@ -108,7 +108,7 @@ where
     let mut key = part.key::<F, P>(packet).ok_or(DropReason::Truncated)?;
     tables.note(&key);
     if origin == Origin::Node {
-        return Ok(Fate::Rare);
+        return Ok(Outcome::RARE);
     }
     let mut datagram = known(tables, &key, tables.now());
     let judged = datagram.fate == Datagram::PASSES || datagram.fate == Datagram::REWRITTEN;
@@ -123,12 +123,12 @@ where
         if judged {
             key.part = datagram.held;
             let released = tables.release(packet, &key)?;
-            return Ok(Fate::Goes(if released { Verdict::Stack } else { Verdict::Taken }));
+            return Ok(Outcome::goes(if released { Verdict::Stack } else { Verdict::Taken }));
         }
     }
     datagram.fate = Datagram::DROPPED;
     write(tables, &key, &datagram);
-    Ok(Fate::Rare)
+    Ok(Outcome::RARE)
 }
 
 /// Remembers what the noted first fragment has become.
@@ -166,7 +166,7 @@ where
 }
 
 #[inline(always)]
-fn try_later<F, P, T>(packet: &mut P, tables: &T, part: Part, origin: Origin) -> Result<Fate, DropReason>
+fn try_later<F, P, T>(packet: &mut P, tables: &T, part: Part, origin: Origin) -> Result<Outcome, DropReason>
 where
     F: Errors,
     P: Packet,
@@ -178,19 +178,19 @@ where
         return Err(DropReason::Fragment);
     }
     if origin == Origin::Node && datagram.fate != Datagram::REWRITTEN {
-        return Ok(Fate::Goes(Verdict::Stack));
+        return Ok(Outcome::STACK);
     }
     if datagram.fate == Datagram::AWAITED {
         return hold::<F, P, T>(packet, tables, part, (&mut key, &mut datagram));
     }
     if datagram.fate == Datagram::PASSES {
-        return Ok(Fate::Goes(Verdict::Stack));
+        return Ok(Outcome::STACK);
     }
     let ends = [F::bytes(&key.src), F::bytes(&key.dst)];
     let Datagram { src, dst, flags, .. } = datagram;
     let to = Rewrite { addrs: [src, dst], src_port: Port::ZERO, dst_port: Port::ZERO, flags };
     nat::readdress::<F, P>(packet, &ends, &to)?;
-    Ok(Fate::Goes(route::onwards::<F, T>(tables, &to, origin)))
+    Ok(Outcome::goes(route::onwards::<F, T>(tables, &to, origin)))
 }
 
 /// Keeps a fragment until the first one comes. Protocols without ports are of no service, whatever comes.
@@ -200,14 +200,14 @@ fn hold<F, P, T>(
     tables: &T,
     part: Part,
     (key, datagram): (&mut DatagramKey, &mut Datagram),
-) -> Result<Fate, DropReason>
+) -> Result<Outcome, DropReason>
 where
     F: Errors,
     P: Packet,
     T: Tables<F> + Datagrams<P>,
 {
     if !parse::may_have_ports::<F>(part.proto()) {
-        return Ok(Fate::Goes(Verdict::Stack));
+        return Ok(Outcome::STACK);
     }
     if datagram.held >= Datagram::MAX_HELD {
         return Err(DropReason::EarlyFragment);
@@ -223,7 +223,7 @@ where
         // Its first fragment has come this moment on another CPU: what was kept is not waited for, and this one goes on.
         tables.again(packet)?;
     }
-    Ok(Fate::Goes(Verdict::Taken))
+    Ok(Outcome::goes(Verdict::Taken))
 }
 
 /// What is known of a datagram: nothing yet, where another one had its identification long ago.

@@ -204,7 +204,7 @@ impl Frame {
         self.src.ip().is_ipv4()
     }
 
-    pub(crate) fn proto(&self) -> Proto {
+    pub fn proto(&self) -> Proto {
         match self.transport {
             Transport::Tcp { .. } => Proto::TCP,
             Transport::Udp { .. } => Proto::UDP,

@@ -27,7 +27,7 @@ use crate::nat::{self, Ends, Rewrite};
 use crate::packet::{L3, L4Change, Packet};
 use crate::parse::{Fragment, Parse};
 use crate::route;
-use crate::service::{Fate, Origin, Outcome};
+use crate::service::{Origin, Outcome};
 use crate::tables::{Aligned, Tables, Tracked};
 
 /// ICMP's header, in both families.
@@ -158,22 +158,27 @@ where
     Outcome::of(try_deliver::<F, P, T>(packet, tables, quote, origin))
 }
 
-/// [`Fate::Rare`] where the error is about no flow that is known.
+/// [`Outcome::RARE`] where the error is about no flow that is known.
 #[inline(always)]
-fn try_deliver<F, P, T>(packet: &mut P, tables: &T, quote: Quote, origin: Origin) -> Result<Fate, DropReason>
+fn try_deliver<F, P, T>(
+    packet: &mut P,
+    tables: &T,
+    quote: Quote,
+    origin: Origin,
+) -> Result<Outcome, DropReason>
 where
     F: Errors,
     P: Packet,
     T: Tables<F>,
 {
     let quote = quote.parts(packet);
-    let Some(tuple) = quote.tuple::<F, P>(packet) else { return Ok(Fate::Rare) };
-    let Some(Aligned([src, dst])) = F::ends(packet, L3) else { return Ok(Fate::Rare) };
+    let Some(tuple) = quote.tuple::<F, P>(packet) else { return Ok(Outcome::RARE) };
+    let Some(Aligned([src, dst])) = F::ends(packet, L3) else { return Ok(Outcome::RARE) };
     // Sent to another than whose packet it quotes: nobody's.
     if F::words(&tuple.dst) != F::words(&dst) {
-        return Ok(Fate::Rare);
+        return Ok(Outcome::RARE);
     }
-    let Some(row) = flow(tables, &tuple) else { return Ok(Fate::Rare) };
+    let Some(row) = flow(tables, &tuple) else { return Ok(Outcome::RARE) };
     let mut to = Rewrite::of(&row.load());
     if F::words(&src) != F::words(&tuple.src) && F::words(&F::bytes(to.dst())) == F::words(&dst) {
         to.addrs[0] = F::addr(src);
@@ -187,7 +192,7 @@ where
         None => change_checksum(packet, quote.icmp, ends)?,
     }
     F::Bytes::store(packet, L3 + F::SRC_OFF, &to)?;
-    Ok(Fate::Goes(route::onwards::<F, T>(tables, &to, origin)))
+    Ok(Outcome::goes(route::onwards::<F, T>(tables, &to, origin)))
 }
 
 /// How the quoted ends have changed, in one register: the sum of the addresses, and of addresses and ports.

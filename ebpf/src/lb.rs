@@ -94,14 +94,29 @@ pub fn choose<T: Services>(tables: &T, frontend: &Frontend, hash: u32) -> Result
             Err(DropReason::NoLocalEndpoint)
         };
     }
-    let slot = frontend.offset.wrapping_add(hash::slot(hash, frontend.length));
-    let index = tables.slot(slot).ok_or(DropReason::NoBackend)?;
+    let at = |hash| frontend.offset.wrapping_add(hash::slot(hash, frontend.length));
+    let mut index = tables.slot(at(hash)).ok_or(DropReason::NoBackend)?;
+    if frontend.flags & Frontend::LEAST_CONNECTION != 0 {
+        let other = tables.slot(at(second(hash))).ok_or(DropReason::NoBackend)?;
+        if tables.connections(other) < tables.connections(index) {
+            index = other;
+        }
+    }
     let backend = tables.backend(index).ok_or(DropReason::NoBackend)?;
     if backend.flags & Backend::LIVE == 0 {
         return Err(DropReason::NoBackend);
     }
     Ok(Choice::Backend { index, backend })
 }
+
+/// The hash of a flow's second choice: "the power of two choices" keeps the fullest backend close to the others
+/// (Mitzenmacher, IEEE TPDS 2001), where the first alone, or the emptiest of all, would not.
+#[inline(always)]
+const fn second(hash: u32) -> u32 {
+    hash::finish(hash::mix(SECOND, hash as u64))
+}
+
+const SECOND: u64 = 2;
 
 /// A flow's hash: equal for every packet of the flow, on every node, so two CPUs that see the first packets of one
 /// flow choose the same backend.
@@ -129,7 +144,10 @@ pub fn flow_hash<F: Family>(tuple: &Tuple<F::Bytes>) -> u32 {
 mod tests {
     use ferroflow_common::addr::{Port, Proto};
 
+    use std::collections::BTreeMap;
+
     use super::*;
+    use crate::noise::Noise;
     use crate::tables::fake::Fake;
 
     const VIP: Addr = Addr::v4([10, 96, 0, 10]);
@@ -161,6 +179,71 @@ mod tests {
             counts[index as usize - 1] += 1;
         }
         assert!(counts.iter().all(|count| (900..1100).contains(count)), "{counts:?}");
+    }
+
+    /// Connections of very different lengths: by chance alone the fullest of ten backends has many more than its share.
+    #[test]
+    fn least_connection_evens_out_connections_of_unequal_lengths() {
+        let pods: Vec<_> = (0..10).map(|last| (Addr::v4([10, 244, 3, last]), 8080)).collect();
+        let spread = |flags| {
+            let mut fake = Fake::default();
+            fake.service(VIP, 80, Proto::TCP, &pods).flags |= flags;
+            let frontend = lookup(&fake);
+            let (mut ends, mut noise) = (BTreeMap::<u64, Vec<u32>>::new(), Noise(7));
+            let mut worst = 0;
+            for now in 0..30_000u64 {
+                // The sweep: what has closed is taken off, at intervals.
+                if now % 100 == 0 {
+                    let open = ends.split_off(&now);
+                    ends = open;
+                    let mut truth = fake.connections.borrow_mut();
+                    truth.clear();
+                    ends.values().flatten().for_each(|index| *truth.entry(*index).or_insert(0) += 1);
+                }
+                let Ok(Choice::Backend { index, .. }) = choose(&fake, &frontend, noise.number() as u32)
+                else {
+                    panic!("no backend")
+                };
+                fake.connect(index);
+                let length = if noise.percent(2) { 20_000 } else { 50 };
+                ends.entry(now + length).or_default().push(index);
+                if now > 25_000 && now % 100 == 0 {
+                    let counts = fake.connections.borrow();
+                    let all: Vec<_> =
+                        (1..=10).map(|index| counts.get(&index).copied().unwrap_or(0)).collect();
+                    worst = worst.max(all.iter().max().unwrap() - all.iter().min().unwrap());
+                }
+            }
+            worst
+        };
+        let (random, least) = (spread(0), spread(Frontend::LEAST_CONNECTION));
+        // 45 each, of which 40 are long ones: by chance they differ by a few times the root of that. Between two sweeps
+        // the counts do not tell a long one from one that has closed, so that they do not become equal either.
+        assert!(random >= 2 * least, "fullest less emptiest: {least}, by chance {random}");
+    }
+
+    #[test]
+    fn least_connection_takes_the_emptier_of_two_slots_and_every_backend_has_its_turn() {
+        let mut fake = Fake::default();
+        fake.service(VIP, 80, Proto::TCP, &PODS).flags |= Frontend::LEAST_CONNECTION;
+        let frontend = lookup(&fake);
+        let of = |fake: &Fake| {
+            let mut counts = [0; 3];
+            for i in 0..3000u64 {
+                let Ok(Choice::Backend { index, .. }) =
+                    choose(fake, &frontend, hash::finish(hash::mix(1, i)))
+                else {
+                    panic!("no backend")
+                };
+                counts[index as usize - 1] += 1;
+            }
+            counts
+        };
+        assert!(of(&fake).iter().all(|count| (900..1100).contains(count)), "equal: {:?}", of(&fake));
+        fake.connections.borrow_mut().extend([(1, 5), (2, 6), (3, 7)]);
+        // The fullest only where both choices fall on it: 1 in 9; the emptiest wherever it is one of them: 5 in 9.
+        let [emptiest, _, fullest] = of(&fake);
+        assert!((1567..1767).contains(&emptiest) && (283..383).contains(&fullest), "{:?}", of(&fake));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::nat::{self, Ends};
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::route;
-use crate::service::{self, Fate, Origin, Outcome, Way};
+use crate::service::{self, Origin, Outcome, Way};
 use crate::tables::{Datagrams, Tables};
 
 /// A packet that a pod sends, at the host's end of its interface.
@@ -60,32 +60,36 @@ where
 }
 
 #[inline(always)]
-fn try_leave<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Fate, DropReason>
+fn try_leave<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Outcome, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Fate::Rare) };
+    let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Outcome::RARE) };
     match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
         Flow::Known(to) => {
             nat::rewrite(packet, &headers, &to)?;
-            return Ok(Fate::Goes(route::rewritten::<F, T>(tables, &to)));
+            return Ok(Outcome::goes(route::rewritten::<F, T>(tables, &to)));
         }
-        Flow::Halved => return Ok(Fate::Halved),
+        Flow::Halved => return Ok(Outcome::HALVED),
         Flow::Unknown => {}
     }
     let mut key = lb::key::<F>(&headers.tuple);
     if lb::is_service(tables.frontend(&key)) {
-        return Ok(Fate::Opens);
+        return Ok(if service::is_kernels(tables, &headers) { Outcome::STACK } else { Outcome::OPENS });
     }
     // Most packets are for a pod of this node or of another; only what is for neither may be for a NodePort.
     let verdict = route::route::<F, T>(tables, &key.addr);
-    if verdict == Verdict::Stack && lb::is_service(lb::node_port(tables, &mut key)) {
-        return Ok(Fate::Opens);
+    if verdict != Verdict::Stack {
+        // While kube-proxy's rules are there, this may be an answer that the stack has to translate back.
+        return Ok(if service::migrating(tables) { Outcome::STACK } else { Outcome::goes(verdict) });
     }
-    Ok(Fate::Goes(verdict))
+    if lb::is_service(lb::node_port(tables, &mut key)) {
+        return Ok(if service::is_kernels(tables, &headers) { Outcome::STACK } else { Outcome::OPENS });
+    }
+    service::stray(tables, &mut key)
 }
 
 #[inline(never)]
@@ -100,24 +104,26 @@ where
 }
 
 #[inline(always)]
-fn try_enter<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Fate, DropReason>
+fn try_enter<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Outcome, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
     P: Packet,
     T: Tables<F>,
 {
-    let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Fate::Rare) };
+    let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Outcome::RARE) };
     match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
         Flow::Known(to) => nat::rewrite(packet, &headers, &to)?,
-        Flow::Halved => return Ok(Fate::Halved),
+        Flow::Halved => return Ok(Outcome::HALVED),
         Flow::Unknown => {}
     }
-    Ok(Fate::Goes(Verdict::Stack))
+    Ok(Outcome::STACK)
 }
 
 #[cfg(test)]
 mod tests {
+    use ferroflow_common::abi::lb::Frontend;
+    use ferroflow_common::abi::node::{NodeAddress, Settings};
     use ferroflow_common::addr::Addr;
     use ferroflow_common::tcp::{Flags, chunk};
 
@@ -132,6 +138,9 @@ mod tests {
         a_remote_backend_is_the_stacks_and_its_answer_enters,
         a_pod_address_is_no_service,
         rule_14_and_15_without_endpoints,
+        rule_19_a_port_that_a_cluster_ip_has_not_is_refused_and_an_address_that_is_none_dropped,
+        rule_26_where_all_are_masqueraded_pods_are_at_cluster_ips,
+        while_it_migrates_what_the_kernel_opened_is_the_stacks,
         truncated_at_every_length,
         a_datagram_without_checksum_is_served,
         a_slot_without_backend_is_told,
@@ -214,6 +223,82 @@ mod tests {
             assert_eq!(dropped.leave(&fake), Err(DropReason::NoLocalEndpoint));
         }
         assert!(fake.tracked().is_empty(), "a refusal tracks nothing");
+    }
+
+    fn rule_19_a_port_that_a_cluster_ip_has_not_is_refused_and_an_address_that_is_none_dropped<F: Names>() {
+        let mut fake = world();
+        // Outside of the ranges other ports pass untouched (rule 21).
+        for (frame, _) in flows::<F>() {
+            let other = frame.sent_to((F::vip(1), 443));
+            assert_eq!(other.leave(&fake), Ok((Verdict::Stack, other.build())));
+            assert_eq!(other.arrive(&fake), Ok((Verdict::Stack, other.build())));
+        }
+        fake.cluster_ips::<F>(&[1, 9]);
+        for (frame, port) in flows::<F>() {
+            for vip in [1, 9] {
+                let other = frame.clone().sent_to((F::vip(vip), 443));
+                for answered in [other.leave(&fake), other.arrive(&fake)] {
+                    let (verdict, bytes) = answered.unwrap();
+                    assert_eq!(verdict, Verdict::Reply);
+                    assert_eq!(verify(&bytes), Ok(()));
+                }
+            }
+            let nobodys = frame.clone().sent_to((F::vip(77), port));
+            for dropped in [nobodys.leave(&fake), nobodys.arrive(&fake)] {
+                assert_eq!(dropped, Err(DropReason::UnallocatedAddress));
+            }
+            // The node's own address is the node's, also inside a range.
+            fake.node.insert(F::vip(78), NodeAddress { flags: NodeAddress::NODE_PORTS });
+            let own = frame.clone().sent_to((F::vip(78), port));
+            assert_eq!(own.leave(&fake), Ok((Verdict::Stack, own.build())));
+            let remote = frame.clone().sent_to((F::pod(3), port));
+            assert_eq!(remote.leave(&fake), Ok((Verdict::Stack, remote.build())));
+            assert!(frame.leave(&fake).is_ok(), "its own ports serve");
+        }
+        let reset = Frame::tcp((F::pod(1), 4000), (F::vip(1), 443), Flags::RST);
+        assert_eq!(reset.leave(&fake), Err(DropReason::NoEndpoint), "a reset is not answered");
+        let echo = Frame::icmp(F::pod(1), F::vip(1), 8, 0);
+        assert_eq!(echo.leave(&fake), Ok((Verdict::Stack, echo.build())));
+    }
+
+    fn rule_26_where_all_are_masqueraded_pods_are_at_cluster_ips<F: Names>() {
+        for (frame, port) in flows::<F>() {
+            let mut fake = only(F::pod(2));
+            let node = F::vip(200);
+            fake.node.insert(node, NodeAddress { flags: 0 });
+            fake.settings = Some(Settings { flags: Settings::MASQUERADE_ALL, ..Settings::NONE });
+            let (verdict, bytes) = frame.leave(&fake).unwrap();
+            let entry =
+                fake.entry((frame.src, frame.src_port), (frame.dst, frame.dst_port), frame.proto()).unwrap();
+            let there = frame.clone().sent_from((node, entry.src_port.host())).sent_to((F::pod(2), port));
+            assert_eq!((verdict, bytes), (Verdict::Pod { ifindex: 12 }, there.build()));
+            let back = there.answer(SYN | ACK).leave(&fake);
+            assert_eq!(back, Ok((Verdict::Pod { ifindex: 11 }, frame.answer(SYN | ACK).build())));
+            // The external policy says what becomes of other addresses.
+            let mut outer = only(F::pod(2));
+            outer.settings = fake.settings;
+            outer.frontends.values_mut().for_each(|row| row.flags |= Frontend::NORTH_SOUTH);
+            let there = frame.clone().sent_to((F::pod(2), port));
+            assert_eq!(frame.leave(&outer), Ok((Verdict::Pod { ifindex: 12 }, there.build())));
+        }
+    }
+
+    fn while_it_migrates_what_the_kernel_opened_is_the_stacks<F: Names>() {
+        let mut fake = only(F::pod(2));
+        fake.settings = Some(Settings { flags: Settings::MIGRATING, ..Settings::NONE });
+        let (client, vip) = ((F::pod(1), 4000), (F::vip(1), 80));
+        for flags in [ACK, ACK | Flags::FIN, Flags::RST, SYN | ACK] {
+            let middle = Frame::tcp(client, vip, flags);
+            assert_eq!(middle.leave(&fake), Ok((Verdict::Stack, middle.build())));
+            assert_eq!(middle.arrive(&fake), Ok((Verdict::Stack, middle.build())));
+        }
+        let answer = Frame::tcp((F::pod(2), 8080), client, ACK);
+        assert_eq!(answer.leave(&fake), Ok((Verdict::Stack, answer.build())), "it translates that back");
+        assert!(fake.tracked().is_empty());
+        let there = |flags| Frame::tcp(client, (F::pod(2), 8080), flags).build();
+        let pod = Verdict::Pod { ifindex: 12 };
+        assert_eq!(Frame::tcp(client, vip, SYN).leave(&fake), Ok((pod, there(SYN))), "new ones are ours");
+        assert_eq!(Frame::tcp(client, vip, ACK).leave(&fake), Ok((pod, there(ACK))));
     }
 
     fn truncated_at_every_length<F: Names>() {

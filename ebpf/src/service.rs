@@ -1,6 +1,8 @@
 //! The first packet of a flow to a service.
 
-use ferroflow_common::abi::lb::{Frontend, ServiceClient};
+use ferroflow_common::abi::lb::{Frontend, FrontendKey, ServiceClient};
+use ferroflow_common::abi::node::Settings;
+use ferroflow_common::addr::Proto;
 use ferroflow_common::family::Family;
 use ferroflow_common::verdict::{DropReason, Verdict};
 
@@ -8,11 +10,10 @@ use crate::conntrack::{self, Halves};
 use crate::fragment::{self, Part};
 use crate::icmp::{self, Errors, Quote};
 use crate::lb::{self, Choice};
-use crate::nat::Rewrite;
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Headers, Parse};
 use crate::reject::{self, Answer};
-use crate::tables::{Datagrams, Tables};
+use crate::tables::{Datagrams, Services, Tables};
 
 /// Where a packet comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,12 +47,8 @@ impl Way {
 /// What becomes of a packet.
 pub enum Fate {
     Goes(Verdict),
-    /// The first packet of a flow to a service.
-    Opens,
-    /// No whole TCP or UDP packet: an ICMP error or a fragment may still belong to a flow.
-    Rare,
-    /// One direction of its flow is to be entered again.
-    Halved,
+    /// There is a step to come.
+    Unfinished,
 }
 
 /// A step's outcome in one register, every bit of it said. Left to itself the compiler packs an enum into a register
@@ -70,28 +67,40 @@ const DROPPED: u32 = 5;
 const RARE: u32 = 6;
 const TAKEN: u32 = 7;
 const HALVED: u32 = 8;
+const REFUSED: u32 = 9;
 
 impl Outcome {
-    const STACK: Self = Self((STACK as u64) << 32);
-    pub(crate) const FORWARD: Self = Self((FORWARD as u64) << 32);
-    const OPENS: Self = Self((OPENS as u64) << 32);
-    const RARE: Self = Self((RARE as u64) << 32);
-    const HALVED: Self = Self((HALVED as u64) << 32);
+    pub(crate) const STACK: Self = Self::new(STACK, 0);
+    pub(crate) const FORWARD: Self = Self::new(FORWARD, 0);
+    pub(crate) const OPENS: Self = Self::new(OPENS, 0);
+    pub(crate) const RARE: Self = Self::new(RARE, 0);
+    pub(crate) const HALVED: Self = Self::new(HALVED, 0);
+    pub(crate) const REFUSED: Self = Self::new(REFUSED, 0);
 
     #[inline(always)]
-    pub fn of(result: Result<Fate, DropReason>) -> Self {
-        let (kind, number) = match result {
-            Ok(Fate::Goes(Verdict::Stack)) => (STACK, 0),
-            Ok(Fate::Goes(Verdict::Forward)) => (FORWARD, 0),
-            Ok(Fate::Goes(Verdict::Reply)) => (REPLY, 0),
-            Ok(Fate::Goes(Verdict::Pod { ifindex })) => (POD, ifindex),
-            Ok(Fate::Goes(Verdict::Taken)) => (TAKEN, 0),
-            Ok(Fate::Opens) => (OPENS, 0),
-            Ok(Fate::Rare) => (RARE, 0),
-            Ok(Fate::Halved) => (HALVED, 0),
-            Err(reason) => (DROPPED, reason as u32),
-        };
-        Self(u64::from(kind) << 32 | u64::from(number))
+    const fn new(kind: u32, number: u32) -> Self {
+        Self((kind as u64) << 32 | number as u64)
+    }
+
+    #[inline(always)]
+    pub fn goes(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Stack => Self::STACK,
+            Verdict::Forward => Self::FORWARD,
+            Verdict::Reply => Self::new(REPLY, 0),
+            Verdict::Pod { ifindex } => Self::new(POD, ifindex),
+            Verdict::Taken => Self::new(TAKEN, 0),
+        }
+    }
+
+    /// Each way out of a step says its outcome where it ends: what a variant of an enum leaves out would be undefined
+    /// where the ways meet.
+    #[inline(always)]
+    pub fn of(result: Result<Self, DropReason>) -> Self {
+        match result {
+            Ok(outcome) => outcome,
+            Err(reason) => Self::new(DROPPED, reason as u32),
+        }
     }
 
     /// A first fragment without ports is nothing of ours.
@@ -115,10 +124,8 @@ impl Outcome {
             FORWARD => Ok(Fate::Goes(Verdict::Forward)),
             REPLY => Ok(Fate::Goes(Verdict::Reply)),
             POD => Ok(Fate::Goes(Verdict::Pod { ifindex: number })),
-            OPENS => Ok(Fate::Opens),
-            RARE => Ok(Fate::Rare),
-            HALVED => Ok(Fate::Halved),
             TAKEN => Ok(Fate::Goes(Verdict::Taken)),
+            OPENS | RARE | HALVED | REFUSED => Ok(Fate::Unfinished),
             _ => Err(DropReason::from_number(number)),
         }
     }
@@ -163,10 +170,13 @@ where
     }
     let way = Way(packet.forget(way.0));
     if outcome == Outcome::OPENS {
-        if matches!(open::<F, P, T>(packet, tables, origin)?, Opened::Refused) {
-            return refuse::<F, P>(packet);
-        }
-        outcome = known(packet, tables, way);
+        outcome = match open::<F, P, T>(packet, tables, origin)? {
+            Opened::Tracked => known(packet, tables, way),
+            Opened::Refused => Outcome::REFUSED,
+        };
+    }
+    if outcome == Outcome::REFUSED {
+        return refuse::<F, P>(packet);
     }
     if way == Way::FIRST_FRAGMENT && !outcome.is_dropped() {
         fragment::remember::<F, P, T>(packet, tables, outcome, origin);
@@ -174,7 +184,7 @@ where
     match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
         // Another flow took the place of the one that was tracked a moment ago.
-        Fate::Opens | Fate::Rare | Fate::Halved => Err(DropReason::ConntrackInsert),
+        Fate::Unfinished => Err(DropReason::ConntrackInsert),
     }
 }
 
@@ -208,11 +218,11 @@ where
     }
     match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
-        Fate::Opens | Fate::Rare | Fate::Halved => Ok(Verdict::Stack),
+        Fate::Unfinished => Ok(Verdict::Stack),
     }
 }
 
-/// What few packets need. [`Fate::Rare`] where that is to go the way of a whole packet now, as the first fragment that it
+/// What few packets need. [`Outcome::RARE`] where that is to go the way of a whole packet now, as the first fragment that it
 /// is.
 #[inline(always)]
 fn rare<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Outcome
@@ -266,8 +276,38 @@ where
                 Err(reason) => Outcome::of(Err(reason)),
             }
         }
-        Ok(Fate::Opens | Fate::Rare | Fate::Halved) => Outcome::STACK,
+        Ok(Fate::Unfinished) => Outcome::STACK,
         Err(_) => outcome,
+    }
+}
+
+/// Whether rules of kube-proxy may know a packet that we do not.
+#[inline(always)]
+pub fn migrating<T: Services>(tables: &T) -> bool {
+    tables.settings() & Settings::MIGRATING != 0
+}
+
+/// Whether a packet of no known flow is for kube-proxy's rules: a connection in its middle has its backend there.
+#[inline(always)]
+pub fn is_kernels<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> bool {
+    headers.tuple.proto == Proto::TCP && !headers.flags.opens() && migrating(tables)
+}
+
+/// A packet that is for no service and for no pod of this node. The key is its own, or a NodePort's.
+///
+/// # Errors
+/// [`DropReason::UnallocatedAddress`] (rule 19).
+#[inline(always)]
+pub fn stray<T: Services>(tables: &T, key: &mut FrontendKey) -> Result<Outcome, DropReason> {
+    // An address of the node itself stays the node's, whatever the ranges say.
+    if !tables.is_service_address(&key.addr) || tables.node_address(&key.addr).is_some() {
+        return Ok(Outcome::STACK);
+    }
+    *key = FrontendKey::cluster_ip(key.addr);
+    if lb::is_service(tables.frontend(key)) {
+        Ok(Outcome::REFUSED)
+    } else {
+        Err(DropReason::UnallocatedAddress)
     }
 }
 
@@ -305,18 +345,27 @@ where
     lb::keep(tables, &frontend, client, index, now);
     let masquerade = masquerade::<F, T>(tables, &frontend, origin)?;
     conntrack::open(tables, &headers, index, masquerade)?;
+    if frontend.flags & Frontend::LEAST_CONNECTION != 0 {
+        tables.connect(index);
+    }
     Ok(Opened::Tracked)
 }
 
 /// Replies to a client from outside must come back through this node, unless the service's backends are all here
-/// (rule 26). A pod's come back past it anyway.
+/// (rule 26 a and c). A pod's come back past it anyway; it is masqueraded only where all are, at cluster IPs (26 e).
 #[inline(always)]
 fn masquerade<F: Family, T: Tables<F>>(
     tables: &T,
     frontend: &Frontend,
     origin: Origin,
 ) -> Result<Option<F::Bytes>, DropReason> {
-    if origin != Origin::Outside || frontend.flags & Frontend::KEEP_CLIENT != 0 {
+    let keeps = match origin {
+        Origin::Pod | Origin::Node => {
+            frontend.flags & Frontend::NORTH_SOUTH != 0 || tables.settings() & Settings::MASQUERADE_ALL == 0
+        }
+        Origin::Outside => frontend.flags & Frontend::KEEP_CLIENT != 0,
+    };
+    if keeps {
         return Ok(None);
     }
     let own = tables.masquerade();

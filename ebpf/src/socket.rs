@@ -4,6 +4,7 @@
 //! passes or refuses it, with the same answer on every kernel (a cgroup program cannot set an errno before 5.18).
 
 use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey};
+use ferroflow_common::abi::node::Settings;
 use ferroflow_common::abi::socket::Translation;
 use ferroflow_common::addr::{Addr, Port, Proto};
 
@@ -24,8 +25,14 @@ pub fn connect<T: Services>(tables: &T, peer: &Peer, entropy: u32) -> Option<Tra
     let Peer { addr, port, proto } = *peer;
     let mut key = FrontendKey { addr, port, proto, scope: FrontendKey::EXTERNAL };
     let frontend = tables.frontend(&key)?;
-    // Affinity and source ranges go by the client's address, which a socket need not have yet.
-    if frontend.affinity != 0 || frontend.flags & Frontend::SOURCE_RANGES != 0 {
+    // Affinity and source ranges go by the client's address, which a socket need not have yet; and nobody could tell
+    // when a connection that is translated here ends.
+    let by_packet = Frontend::SOURCE_RANGES | Frontend::LEAST_CONNECTION;
+    if frontend.affinity != 0 || frontend.flags & by_packet != 0 {
+        return None;
+    }
+    // A socket cannot stand in for its client (rule 26 e).
+    if tables.settings() & Settings::MASQUERADE_ALL != 0 {
         return None;
     }
     let frontend = lb::internal(tables, frontend, &mut key);
@@ -134,5 +141,16 @@ mod tests {
         let Datagram::New(first) = sendmsg(&fake, &DNS, None, 0) else { panic!("not translated") };
         let other = Peer { port: Port::new(54), ..DNS };
         assert_eq!(sendmsg(&fake, &other, Some(first), 0), Datagram::Leave);
+    }
+
+    #[test]
+    fn what_only_packets_can_tell_is_left_to_the_packet_path() {
+        let mut fake = dns();
+        let flags = |fake: &mut Fake, flags| fake.frontends.values_mut().for_each(|row| row.flags |= flags);
+        flags(&mut fake, Frontend::LEAST_CONNECTION);
+        assert_eq!(connect(&fake, &DNS, 0), None);
+        let mut fake = dns();
+        fake.settings = Some(Settings { flags: Settings::MASQUERADE_ALL, ..Settings::NONE });
+        assert_eq!(connect(&fake, &DNS, 0), None, "rule 26 e");
     }
 }

@@ -60,7 +60,7 @@ where
     };
     match send::<F, P, T::Tracked>(packet, &flow, &addresses).fate()? {
         Fate::Goes(verdict) => Ok(verdict),
-        Fate::Opens | Fate::Rare | Fate::Halved => Ok(Verdict::Stack),
+        Fate::Unfinished => Ok(Verdict::Stack),
     }
 }
 
@@ -99,7 +99,7 @@ where
     P: Packet,
     R: Tracked,
 {
-    Outcome::of(try_send::<F, P, R>(packet, flow, addresses).map(|()| Fate::Goes(Verdict::Reply)))
+    Outcome::of(try_send::<F, P, R>(packet, flow, addresses).map(|()| Outcome::goes(Verdict::Reply)))
 }
 
 #[inline(always)]

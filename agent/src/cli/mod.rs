@@ -1,5 +1,7 @@
-//! The verbs that look into the pinned maps. They need no agent: what they show is what the programs use.
+//! The verbs that look into the pinned maps. They need no agent: what they show is what the programs use. And the one
+//! that clears up after kube-proxy.
 
+mod cleanup;
 mod conntrack;
 mod map;
 mod service;
@@ -8,9 +10,10 @@ mod table;
 
 use std::io::Write;
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 
 use crate::config::{Output, Query};
+use crate::kube_proxy::{Mode, ToolError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
 
@@ -28,6 +31,25 @@ pub enum Verb {
     /// The maps themselves
     #[command(subcommand)]
     Map(MapVerb),
+    /// Remove the rules that kube-proxy left in the kernel, and nothing else
+    ///
+    /// To move a node from kube-proxy without losing a connection: start the agent beside it, stop kube-proxy, wait until
+    /// the connections that it opened have ended (new ones are the agent's), then run this. Connections that still go
+    /// through its rules then lose their way. Removed are the chains of kube-proxy in every iptables table (both kinds,
+    /// IPv4 and IPv6) with the jumps into them, and its nftables tables; the kubelet's own chains stay. It needs root, the
+    /// host's network namespace, and `nft` and `iptables` where their rules are to be found. A second run finds nothing.
+    Cleanup(Cleanup),
+}
+
+#[derive(Args, Debug)]
+pub struct Cleanup {
+    /// Only print what would be removed
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Format of the answer
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    output: Output,
 }
 
 #[derive(Subcommand, Debug)]
@@ -58,13 +80,17 @@ pub enum MapVerb {
 /// # Errors
 /// [`CliError`], in words for the person who asked.
 pub fn run(verb: &Verb) -> Result<(), CliError> {
-    let (query, answer): (&Query, Answer) = match verb {
-        Verb::Status(query) => (query, status::status(query)?),
-        Verb::Service(ServiceVerb::List(query)) => (query, service::list(&open(query)?)?),
-        Verb::Conntrack(ConntrackVerb::List(query)) => (query, conntrack::list(&open(query)?)?),
-        Verb::Map(MapVerb::Dump { name, query }) => (query, map::dump(&open(query)?, name)?),
+    let (output, answer): (Output, Answer) = match verb {
+        Verb::Status(query) => (query.output, status::status(query)?),
+        Verb::Service(ServiceVerb::List(query)) => (query.output, service::list(&open(query)?)?),
+        Verb::Conntrack(ConntrackVerb::List(query)) => (query.output, conntrack::list(&open(query)?)?),
+        Verb::Map(MapVerb::Dump { name, query }) => (query.output, map::dump(&open(query)?, name)?),
+        Verb::Cleanup(Cleanup { dry_run, output }) => {
+            let mode = if *dry_run { Mode::DryRun } else { Mode::Remove };
+            (*output, cleanup::cleanup(mode)?)
+        }
     };
-    let text = match query.output {
+    let text = match output {
         Output::Table => answer.table,
         Output::Json => serde_json::to_string_pretty(&answer.json)?,
     };
@@ -91,6 +117,8 @@ pub enum CliError {
     Map(#[from] MapError),
     #[error("there is no map `{name}`: ask for one of {known}")]
     NoMap { name: String, known: String },
+    #[error(transparent)]
+    Tool(#[from] ToolError),
     #[error(transparent)]
     Json(#[from] serde_json::Error),
     #[error(transparent)]

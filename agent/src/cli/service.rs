@@ -30,7 +30,7 @@ pub(super) fn list(maps: &KernelMaps) -> Result<Answer, CliError> {
         .map(|(id, name)| (id, name.as_str().unwrap_or("(not UTF-8)").to_owned()))
         .collect();
     let mut rows = Vec::new();
-    for (key, frontend) in maps.dump::<Frontends>()? {
+    for (key, frontend) in maps.dump::<Frontends>()?.into_iter().filter(|(key, _)| !key.is_cluster_ip()) {
         rows.push(row(maps, &names, &key, &frontend)?);
     }
     rows.sort_by(|a, b| (&a.service, a.frontend, &a.protocol).cmp(&(&b.service, b.frontend, &b.protocol)));

@@ -41,6 +41,16 @@ struct Agent {
     retries: u64,
     /// Documents that are not served because they are bad.
     rejected: u32,
+    kube_proxy: OtherProxy,
+    /// Ports for health checks that cannot be answered.
+    health_problems: u32,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "lowercase")]
+enum OtherProxy {
+    Absent,
+    Present,
 }
 
 /// Whether it lives now; the programs work without it.
@@ -62,7 +72,7 @@ pub(super) fn status(query: &Query) -> Result<Answer, CliError> {
     let status = Status {
         agent,
         services: maps.dump::<Services>()?.len(),
-        frontends: maps.dump::<Frontends>()?.len(),
+        frontends: maps.dump::<Frontends>()?.iter().filter(|(key, _)| !key.is_cluster_ip()).count(),
         backends: live_backends(&maps)?,
         endpoints: maps.dump::<Endpoints>()?.len(),
         flows: (maps.conntrack::<[u8; 4]>()?.len() + maps.conntrack::<[u8; 16]>()?.len()) / 2,
@@ -72,8 +82,19 @@ pub(super) fn status(query: &Query) -> Result<Answer, CliError> {
 }
 
 fn lines(status: &Status) -> String {
-    let Agent { life: Life { running }, synced, node, version, pid, age, writes, retries, rejected } =
-        &status.agent;
+    let Agent {
+        life: Life { running },
+        synced,
+        node,
+        version,
+        pid,
+        age,
+        writes,
+        retries,
+        rejected,
+        kube_proxy,
+        health_problems,
+    } = &status.agent;
     let running = match (running, synced) {
         (true, true) => format!("running (pid {pid}, for {age} s), in sync"),
         (true, false) => format!("running (pid {pid}, for {age} s), not yet in sync"),
@@ -89,6 +110,16 @@ fn lines(status: &Status) -> String {
         ["rows written".to_owned(), format!("{writes} since the agent's start, {retries} tried again")],
         ["rejected".to_owned(), format!("{rejected} documents")],
     ];
+    if let OtherProxy::Present = kube_proxy {
+        let what =
+            "or its rules are here: what it opened is the kernel's to finish; then `ferroflow cleanup`";
+        lines.push(["kube-proxy".to_owned(), what.to_owned()]);
+    }
+    if *health_problems > 0 {
+        let what =
+            format!("{health_problems} ports cannot be answered: they are another process's (see the log)");
+        lines.push(["health checks".to_owned(), what]);
+    }
     let dropped =
         |drops: &Drops| [format!("dropped: {}", drops.reason), format!("{} packets", drops.packets)];
     lines.extend(status.drops.iter().map(dropped));
@@ -107,6 +138,8 @@ fn agent(maps: &KernelMaps, life: Life) -> Result<Agent, MapError> {
         writes: state.writes,
         retries: state.retries,
         rejected: state.rejected,
+        health_problems: state.health_problems,
+        kube_proxy: if state.kube_proxy == 0 { OtherProxy::Absent } else { OtherProxy::Present },
     })
 }
 

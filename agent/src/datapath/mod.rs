@@ -13,7 +13,7 @@ use aya::programs::links::LinkError;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use crate::config::{Attach, Bpffs, SocketLb, Xdp};
-use crate::maps::{ArrayTable as _, Backends, Slots};
+use crate::maps::{ArrayTable as _, Backends, ConnectionCounts, Slots};
 
 pub use attach::Interface;
 pub use host::{cgroup2_mount, prepare};
@@ -67,6 +67,7 @@ impl Datapath {
         let mut ebpf = EbpfLoader::new()
             .default_map_pin_directory(options.bpffs.maps())
             .map_max_entries(Backends::NAME, options.max_endpoints)
+            .map_max_entries(ConnectionCounts::NAME, options.max_endpoints)
             .map_max_entries(Slots::NAME, slots)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
             .override_global("COARSE_CLOCK", &coarse_clock, true)

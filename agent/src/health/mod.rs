@@ -1,16 +1,22 @@
 //! What load balancers ask: whether this node has endpoints of a service, and whether it serves at all.
 //!
 //! ```text
-//!   World ──checks──▶ Health ──a task a port──▶ hyper ──▶ status, headers, body
-//!   reconcile's progress ──▶ Proxy ──┘
+//!   World ──checks──▶ Keeper ──file──▶ `ferroflow health`: a task a port ──▶ hyper ──▶ status, headers, body
+//!   reconcile's progress ──▶ Proxy ──▶ port 10256, in the agent
 //! ```
 //!
-//! What is answered is decided by pure functions ([`service`], [`proxy`]); [`server`] only listens.
+//! What is answered is decided by pure functions ([`service`], [`proxy`]); [`server`] only listens. Services are answered
+//! by a process of its own, which outlives the agent ([`keeper`], [`answering`]); whether the agent lives is for the agent
+//! to say.
 
+pub mod answering;
+pub mod keeper;
 pub mod proxy;
 pub mod server;
 pub mod service;
+pub mod told;
 
+pub use keeper::Keeper;
 pub use proxy::Proxy;
 pub use server::Health;
 pub use service::Check;

@@ -1,7 +1,8 @@
 //! Listens on port 10256 and on the health check ports of services.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -12,12 +13,14 @@ use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::proxy::{Progress, Stamp};
-use super::{Answer, Check, Proxy};
+use super::told::Told;
+use super::{Answer, Check, Proxy, Verdict};
+use crate::clock;
 use crate::model::{Family, Stay};
 
 /// Where kube-proxy answers.
@@ -29,21 +32,38 @@ const RETRY: Duration = Duration::from_secs(5);
 /// A load balancer asks in one packet; whoever takes longer goes.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a listener waits for somebody before it looks whether it is to end.
+const TURN: Duration = Duration::from_millis(100);
+
+const BACKLOG: u32 = 1024;
+
 /// Connections at once, on each port.
 const CONNECTIONS: usize = 128;
 
-/// The servers; they end with it.
+/// What the agent itself answers; it ends with it.
 #[derive(Debug)]
 pub struct Health {
     state: Arc<Mutex<State>>,
-    proxy: JoinHandle<()>,
+    server: JoinHandle<()>,
+}
+
+/// The health checks of services; they end with it.
+#[derive(Debug, Default)]
+pub struct Services {
+    state: Arc<Mutex<State>>,
     ports: BTreeMap<Port, JoinHandle<()>>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     proxy: Proxy,
+    told: Told,
     checks: BTreeMap<Port, Check>,
+    listening: BTreeSet<Port>,
+    /// Ports that cannot be listened on.
+    problems: BTreeMap<u16, String>,
+    /// Nobody new is to be let in.
+    finished: bool,
 }
 
 /// What is asked for on a port.
@@ -53,16 +73,54 @@ enum Subject {
     Service(Port),
 }
 
+impl State {
+    fn bound(&mut self, subject: Subject, port: u16) {
+        self.problems.remove(&port);
+        if let Subject::Service(port) = subject {
+            self.listening.insert(port);
+        }
+    }
+}
+
 impl Health {
-    /// Starts to answer on `proxy_port`, which is [`PROXY_PORT`] but for tests.
-    pub fn start(proxy_port: u16) -> Self {
+    /// Starts to answer on `port`, which is [`PROXY_PORT`] but for tests.
+    pub fn start(port: u16) -> Self {
         let state = Arc::new(Mutex::new(State::default()));
-        let proxy = tokio::spawn(listen(proxy_port, Subject::Proxy, state.clone()));
-        Self { state, proxy, ports: BTreeMap::new() }
+        let server = tokio::spawn(listen(port, Subject::Proxy, state.clone()));
+        Self { state, server }
     }
 
-    /// Replaces the checks that are answered; ports are opened and closed accordingly.
-    pub fn set_checks(&mut self, checks: BTreeMap<Port, Check>) {
+    /// Whether the tables follow, and whether the node stays.
+    pub fn set_proxy(&self, progress: Progress, node: Stay) {
+        let proxy = &mut lock(&self.state).proxy;
+        proxy.progress(progress, Instant::now(), stamp());
+        proxy.node(node);
+    }
+
+    /// Whether the tables follow fast enough.
+    pub fn verdict(&self) -> Verdict {
+        lock(&self.state).proxy.verdict(Instant::now())
+    }
+
+    /// Whether the port is another's.
+    pub fn has_problem(&self) -> bool {
+        !lock(&self.state).problems.is_empty()
+    }
+}
+
+impl Drop for Health {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl Services {
+    /// Replaces what is answered; ports are opened and closed accordingly.
+    pub fn set(&mut self, told: &Told) {
+        if lock(&self.state).told == *told {
+            return;
+        }
+        let checks = told.checks();
         self.ports.retain(|port, task| {
             let kept = checks.contains_key(port);
             if !kept {
@@ -76,30 +134,52 @@ impl Health {
                 .entry(*port)
                 .or_insert_with(|| tokio::spawn(listen(port.host(), Subject::Service(*port), state.clone())));
         }
-        lock(&self.state).checks = checks;
+        let mut state = lock(&self.state);
+        state.listening.retain(|port| checks.contains_key(port));
+        state.problems.retain(|port, _| checks.contains_key(&Port::new(*port)));
+        (state.checks, state.told) = (checks, told.clone());
     }
 
-    /// Whether the tables follow, and whether the node stays.
-    pub fn set_proxy(&self, progress: Progress, node: Stay) {
-        let proxy = &mut lock(&self.state).proxy;
-        proxy.progress(progress, Instant::now(), stamp());
-        proxy.node(node);
+    /// Whether every port is listened on, or cannot be.
+    pub fn are_ready(&self) -> bool {
+        let state = lock(&self.state);
+        let settled =
+            |port: &Port| state.listening.contains(port) || state.problems.contains_key(&port.host());
+        state.checks.keys().all(settled)
+    }
+
+    pub fn problems(&self) -> BTreeMap<u16, String> {
+        lock(&self.state).problems.clone()
+    }
+
+    /// Answers those who have come, while others already come to the process that takes over.
+    pub async fn finish(mut self) {
+        lock(&self.state).finished = true;
+        for task in std::mem::take(&mut self.ports).into_values() {
+            // One that still waits for its port never ends.
+            let _ended = tokio::time::timeout(PATIENCE, task).await;
+        }
     }
 }
 
-impl Drop for Health {
+impl Drop for Services {
     fn drop(&mut self) {
-        self.proxy.abort();
         self.ports.values().for_each(JoinHandle::abort);
     }
 }
 
 async fn listen(port: u16, subject: Subject, state: Arc<Mutex<State>>) {
-    let listener = bind(port, subject).await;
+    let listener = bind(port, subject, &state).await;
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
+        let finished = lock(&state).finished;
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
-        match listener.accept().await {
+        let accepted = match tokio::time::timeout(TURN, listener.accept()).await {
+            Ok(accepted) => accepted,
+            Err(_) if finished => break,
+            Err(_) => continue,
+        };
+        match accepted {
             Ok((stream, peer)) => {
                 let state = state.clone();
                 tokio::spawn(async move {
@@ -113,30 +193,44 @@ async fn listen(port: u16, subject: Subject, state: Arc<Mutex<State>>) {
             }
         }
     }
+    drop(listener);
+    // All permits are back once everybody has been answered.
+    let _all = permits.acquire_many(CONNECTIONS as u32).await;
 }
 
 /// Tries until the port is free.
-async fn bind(port: u16, subject: Subject) -> TcpListener {
-    let mut said = false;
+async fn bind(port: u16, subject: Subject, state: &Mutex<State>) -> TcpListener {
     loop {
         // Both families, or IPv4 where the host has no IPv6.
-        let mut bound = TcpListener::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))).await;
+        let mut bound = try_bind(TcpSocket::new_v6(), (Ipv6Addr::UNSPECIFIED, port).into(), subject);
         if bound.is_err() {
-            bound = TcpListener::bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))).await;
+            bound = try_bind(TcpSocket::new_v4(), (Ipv4Addr::UNSPECIFIED, port).into(), subject);
         }
         match bound {
-            Ok(listener) => return listener,
-            Err(error) if !said => {
-                tracing::warn!(
-                    ?subject,
-                    "FailedToStartServiceHealthcheck: port {port}: {error}; trying again"
-                );
-                said = true;
+            Ok(listener) => {
+                lock(state).bound(subject, port);
+                return listener;
             }
-            Err(_) => {}
+            Err(error) => {
+                let text = error.to_string();
+                if lock(state).problems.insert(port, text).is_none() {
+                    tracing::warn!(?subject, "cannot answer on port {port}: {error}; trying again");
+                }
+            }
         }
         tokio::time::sleep(RETRY).await;
     }
+}
+
+/// Two processes share the port of a service for a moment, when one takes over from the other.
+fn try_bind(socket: io::Result<TcpSocket>, addr: SocketAddr, subject: Subject) -> io::Result<TcpListener> {
+    let socket = socket?;
+    socket.set_reuseaddr(true)?;
+    if let Subject::Service(_) = subject {
+        socket.set_reuseport(true)?;
+    }
+    socket.bind(addr)?;
+    socket.listen(BACKLOG)
 }
 
 async fn serve(stream: TcpStream, peer: SocketAddr, subject: Subject, state: &Arc<Mutex<State>>) {
@@ -161,7 +255,7 @@ fn answer(state: &State, subject: Subject, peer: IpAddr, path: &str) -> Answer {
     match subject {
         Subject::Service(port) => state.checks.get(&port).map_or_else(none, |check| {
             let family = Family::of(&Addr::from(peer.to_canonical()));
-            check.answer(family, state.proxy.verdict(now))
+            check.answer(family, state.told.verdict(clock::seconds()))
         }),
         Subject::Proxy => match path {
             "/healthz" => state.proxy.healthz(now, stamp()),
@@ -226,7 +320,7 @@ mod tests {
     #[tokio::test]
     async fn rules_40_and_41_ports_are_opened_answered_and_closed() {
         let (proxy_port, port) = (free_port().await, free_port().await);
-        let mut health = Health::start(proxy_port);
+        let health = Health::start(proxy_port);
         let text = eventually(proxy_port, "/healthz", |it| it.is_some()).await.unwrap();
         assert!(text.starts_with("HTTP/1.1 200") && text.contains("\"nodeEligible\":true"), "{text}");
         health.set_proxy(Progress::Done, Stay::Leaves);
@@ -234,11 +328,12 @@ mod tests {
         assert!(ask(proxy_port, "/livez").await.unwrap().starts_with("HTTP/1.1 200"));
         assert!(ask(proxy_port, "/").await.unwrap().starts_with("HTTP/1.1 404"));
 
+        let mut services = Services::default();
         let mut world = World::new("here");
         let mut service = Service::default();
         service.exposure.health_check_port = Some(Port::new(port));
         world.apply(Change::Service(Name::new("shop", "web"), Some(service)));
-        health.set_checks(checks(&world));
+        services.set(&told(&world));
         let text = eventually(port, "/any/path", |it| it.is_some()).await.unwrap();
         assert!(text.starts_with("HTTP/1.1 503") && text.contains("\"localEndpoints\":0"), "{text}");
         let endpoint = Endpoint::new(Addr::v4([10, 0, 0, 1]), Condition::Ready, Place::Local);
@@ -248,12 +343,26 @@ mod tests {
             ..EndpointSlice::default()
         };
         world.apply(Change::EndpointSlice(Name::new("shop", "web-1"), Some(slice)));
-        health.set_checks(checks(&world));
+        services.set(&told(&world));
         let text = ask(port, "/").await.unwrap();
         assert!(text.starts_with("HTTP/1.1 200"), "{text}");
         assert!(text.contains("x-load-balancing-endpoint-weight: 1"), "{text}");
-        health.set_checks(BTreeMap::new());
+        // Two processes share the port, and the one that is to end answers whom it has.
+        let mut next = Services::default();
+        next.set(&told(&world));
+        while !next.are_ready() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        services.finish().await;
+        assert!(ask(port, "/").await.unwrap().starts_with("HTTP/1.1 200"));
+        next.set(&Told::default());
         eventually(port, "/", |it| it.is_none()).await;
+    }
+
+    fn told(world: &World) -> Told {
+        let mut told = Told { stamp: clock::seconds(), healthy: true, ..Told::default() };
+        told.set_checks(&checks(world));
+        told
     }
 
     #[tokio::test]
@@ -266,8 +375,12 @@ mod tests {
             service.exposure.health_check_port = Some(Port::new(port));
             world.apply(Change::Service(Name::new("shop", name), Some(service)));
         }
-        let mut health = Health::start(free_port().await);
-        health.set_checks(checks(&world));
+        let mut services = Services::default();
+        services.set(&told(&world));
         eventually(port, "/", |it| it.is_some()).await;
+        while !services.are_ready() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(services.problems().into_keys().collect::<Vec<_>>(), [taken_port]);
     }
 }

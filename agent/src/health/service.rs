@@ -14,8 +14,8 @@ use crate::model::{Condition, Family, Name, World};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Check {
     pub service: Name,
-    ipv4: usize,
-    ipv6: usize,
+    pub(super) ipv4: usize,
+    pub(super) ipv6: usize,
 }
 
 /// The checks of this node by port. Of two Services with one port the first by name has it.

@@ -8,7 +8,8 @@ use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey, SourceRangeKey};
 use zerocopy::IntoBytes;
 
 use super::{
-    ArrayTable, Backends, Frontends, HashTable, MapError, Maps, Masquerades, Rows, Slots, SourceRanges,
+    ArrayTable, Backends, Frontends, HashTable, MapError, Maps, Masquerades, Rows, SettingsRow, Slots,
+    SourceRanges,
 };
 
 #[derive(Clone, Debug)]
@@ -57,6 +58,7 @@ impl FakeMaps {
     pub fn new(sizes: Sizes, search: Search) -> Self {
         let arrays = [
             (Slots::NAME, vec![0; sizes.slots as usize * size_of::<<Slots as ArrayTable>::Value>()]),
+            (SettingsRow::NAME, vec![0; size_of::<<SettingsRow as ArrayTable>::Value>()]),
             (Masquerades::NAME, vec![0; size_of::<<Masquerades as ArrayTable>::Value>()]),
             (Backends::NAME, vec![0; sizes.backends as usize * size_of::<Backend>()]),
         ];

@@ -19,8 +19,8 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use super::batch;
 use super::{
-    ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Masquerades, NodeAddresses, Plain,
-    Services, Slots, SourceRanges,
+    ArrayTable, Backends, ConnectionCounts, Endpoints, Frontends, HashTable, MapError, Maps, Masquerades,
+    NodeAddresses, Plain, Services, SettingsRow, Slots, SourceRanges,
 };
 
 /// A value whose bytes may go to the kernel and come from it.
@@ -53,7 +53,9 @@ impl KernelMaps {
             hashes.insert(name, Map::HashMap(pinned(dir, name)?));
         }
         let mut arrays = BTreeMap::new();
-        for name in [Slots::NAME, Backends::NAME, Masquerades::NAME] {
+        for name in
+            [Slots::NAME, Backends::NAME, Masquerades::NAME, SettingsRow::NAME, ConnectionCounts::NAME]
+        {
             arrays.insert(name, Rows::map(name, &pinned(dir, name)?)?);
         }
         Ok(Self { dir: dir.to_owned(), hashes, arrays, writes: 0 })
@@ -124,11 +126,15 @@ impl KernelMaps {
     /// `CLOCK_MONOTONIC`), and counts.
     ///
     /// A flow that wakes up between the second look and its deletion, a microsecond, is forgotten and opened anew by
-    /// its next packet.
+    /// its next packet. `open` is called with each flow's entry that lives.
     ///
     /// # Errors
     /// The kernel's refusal; what was deleted stays deleted.
-    pub fn sweep_conntrack<A>(&self, now: u32) -> Result<Sweep, MapError>
+    pub fn sweep_conntrack<A>(
+        &self,
+        now: u32,
+        mut open: impl FnMut(&Tuple<A>, &Entry),
+    ) -> Result<Sweep, MapError>
     where
         Tuple<A>: Plain,
     {
@@ -140,6 +146,8 @@ impl KernelMaps {
             sweep.seen += 1;
             if entry.expires < now {
                 expired.push(*tuple);
+            } else if entry.kind == Entry::FORWARD {
+                open(tuple, entry);
             }
         })
         .map_err(|source| MapError::Kernel { map: name, call: "lookup batch", source })?;

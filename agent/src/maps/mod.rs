@@ -10,9 +10,9 @@ use std::hash::Hash;
 
 use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::lb::{
-    Backend, Frontend, FrontendKey, ServiceName, Slot, SourceRange, SourceRangeKey,
+    Backend, Connections, Frontend, FrontendKey, ServiceName, Slot, SourceRange, SourceRangeKey,
 };
-use ferroflow_common::abi::node::{Masquerade, NodeAddress};
+use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
 use ferroflow_common::addr::Addr;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -59,8 +59,12 @@ tables! { HashTable:
 tables! { ArrayTable:
     Slots = "slots", Value = Slot;
     Backends = "backends", Value = Backend;
+    /// By backend index.
+    ConnectionCounts = "connections", Value = Connections;
     /// One row.
     Masquerades = "masquerade", Value = Masquerade;
+    /// One row.
+    SettingsRow = "settings", Value = Settings;
 }
 
 /// The rows of a hash table, in no order.

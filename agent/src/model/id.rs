@@ -12,6 +12,7 @@ pub enum Kind {
     EndpointSlice,
     Node,
     Pod,
+    ServiceCidr,
 }
 
 /// The identity of one object. What has no namespace is in `default`.
@@ -30,6 +31,7 @@ impl ObjectId {
             Kind::EndpointSlice => Change::EndpointSlice(name, None),
             Kind::Node => Change::Node(name.name, None),
             Kind::Pod => Change::Pod(name, None),
+            Kind::ServiceCidr => Change::ServiceCidr(name.name, None),
         }
     }
 }
@@ -37,7 +39,8 @@ impl ObjectId {
 impl fmt::Display for ObjectId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
-            Kind::Node => write!(f, "{:?} {}", self.kind, self.name.name),
+            Kind::Node => write!(f, "Node {}", self.name.name),
+            Kind::ServiceCidr => write!(f, "ServiceCIDR {}", self.name.name),
             Kind::Service | Kind::EndpointSlice | Kind::Pod => write!(f, "{:?} {}", self.kind, self.name),
         }
     }

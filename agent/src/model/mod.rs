@@ -5,6 +5,7 @@ pub mod id;
 pub mod node;
 pub mod pod;
 pub mod service;
+pub mod weight;
 pub mod world;
 
 use std::fmt;
@@ -46,10 +47,23 @@ pub enum Change {
     EndpointSlice(Name, Option<EndpointSlice>),
     Node(Box<str>, Option<Node>),
     Pod(Name, Option<Pod>),
+    /// Ranges that cluster IPs are taken from (rule 19).
+    ServiceCidr(Box<str>, Option<Box<[Prefix]>>),
+    /// Whether rules of kube-proxy are in this host's kernel.
+    KubeProxy(KubeProxy),
     /// An address behind an interface of this host, and that interface.
     LocalRoute(Addr, Option<u32>),
     /// An address of this host itself, and the interface it is on.
     LocalAddress(Addr, Option<u32>),
+}
+
+/// The service proxy that a node had before, as far as the kernel still has its rules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum KubeProxy {
+    #[default]
+    Absent,
+    /// It may have opened connections that live: they are its to finish.
+    Present,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

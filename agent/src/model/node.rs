@@ -69,6 +69,11 @@ impl Prefix {
         if self.length >= 96 { Family::of(&self.addr) } else { Family::V6 }
     }
 
+    /// Whether it leaves an address of its family out.
+    pub fn is_proper(&self) -> bool {
+        self.length > if self.family() == Family::V4 { 96 } else { 0 }
+    }
+
     pub fn contains(&self, addr: &Addr) -> bool {
         let differing = u128::from_be_bytes(self.addr.bytes) ^ u128::from_be_bytes(addr.bytes);
         differing.leading_zeros() >= u32::from(self.length)

@@ -2,6 +2,7 @@
 
 use ferroflow_common::addr::{Addr, Port, Proto};
 
+use super::weight::{Label, Weights};
 use super::{Family, Name, Prefix};
 
 /// A Service that is ours to serve.
@@ -17,6 +18,7 @@ pub struct Service {
     pub affinity: u32,
     /// As asked for by annotation.
     pub algorithm: Option<Algorithm>,
+    pub weights: Weights,
     /// Seconds since 1970.
     pub created: Option<i64>,
     pub exposure: Exposure,
@@ -51,6 +53,10 @@ pub enum Algorithm {
     Random,
     /// Every node chooses the same endpoint for a flow, and mostly still does when endpoints come and go.
     Maglev,
+    /// In proportion to [`Service::weights`]; from outside by Maglev.
+    Weighted,
+    /// Of two endpoints by chance, the one to which this node has fewer connections open.
+    LeastConnection,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -92,6 +98,9 @@ pub struct Endpoint {
     pub node_hint: NodeHint,
     /// Which of the slice's [`EndpointSlice::zones`] it is for, counted from 1; 0 where it does not say.
     pub zone_hint: u16,
+    /// The node it is on, and that one's zone.
+    pub node: Label,
+    pub zone: Label,
 }
 
 /// For which nodes an endpoint is.
@@ -139,7 +148,8 @@ impl Service {
 
 impl Endpoint {
     pub fn new(addr: Addr, condition: Condition, place: Place) -> Self {
-        Self { addr, condition, place, node_hint: NodeHint::Unsaid, zone_hint: 0 }
+        let (node, zone) = (Label::NONE, Label::NONE);
+        Self { addr, condition, place, node_hint: NodeHint::Unsaid, zone_hint: 0, node, zone }
     }
 }
 

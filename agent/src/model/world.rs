@@ -5,7 +5,7 @@ use std::fmt;
 
 use ferroflow_common::addr::Addr;
 
-use super::{Change, EndpointSlice, Name, Node, Pod, Service};
+use super::{Change, EndpointSlice, KubeProxy, Name, Node, Pod, Prefix, Service};
 
 /// Everything that is known of the cluster. [`World::apply`] is the only way to change it.
 #[derive(Debug, Default)]
@@ -21,6 +21,8 @@ pub struct World {
     /// Of this node only.
     pods: BTreeMap<Name, Pod>,
     pod_addresses: BTreeSet<(Addr, Name)>,
+    service_ranges: BTreeMap<Box<str>, Box<[Prefix]>>,
+    kube_proxy: KubeProxy,
     local_routes: BTreeMap<Addr, u32>,
     local_addresses: BTreeMap<Addr, u32>,
 }
@@ -36,11 +38,11 @@ pub struct Backing {
 /// What has to be planned again after a change.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Touched {
+    /// What the programs know of this node itself. It is planned first: whatever else they know, they use it with this.
+    Node,
     Service(Name),
     /// The local pod that has this address, or had it.
     Endpoint(Addr),
-    /// What the programs know of this node itself.
-    Node,
 }
 
 impl fmt::Display for Touched {
@@ -65,6 +67,17 @@ impl World {
             Change::EndpointSlice(name, slice) => self.apply_slice(name, slice),
             Change::Node(name, node) => self.apply_node(name, node),
             Change::Pod(name, pod) => self.apply_pod(name, pod),
+            Change::ServiceCidr(name, ranges) => {
+                let old = match ranges.clone() {
+                    Some(ranges) => self.service_ranges.insert(name, ranges),
+                    None => self.service_ranges.remove(&name),
+                };
+                if old == ranges { Vec::new() } else { vec![Touched::Node] }
+            }
+            Change::KubeProxy(now) => {
+                let old = std::mem::replace(&mut self.kube_proxy, now);
+                if old == now { Vec::new() } else { vec![Touched::Node] }
+            }
             Change::LocalRoute(addr, ifindex) => {
                 let old = match ifindex {
                     Some(ifindex) => self.local_routes.insert(addr, ifindex),
@@ -114,6 +127,15 @@ impl World {
     /// The interface behind which a local address is.
     pub fn local_route(&self, addr: Addr) -> Option<u32> {
         self.local_routes.get(&addr).copied()
+    }
+
+    /// The ranges that cluster IPs are taken from.
+    pub fn service_ranges(&self) -> impl Iterator<Item = Prefix> {
+        self.service_ranges.values().flatten().copied()
+    }
+
+    pub fn kube_proxy(&self) -> KubeProxy {
+        self.kube_proxy
     }
 
     /// This host's own addresses, and the interface each is on.
@@ -283,8 +305,7 @@ mod tests {
         world.apply(Change::EndpointSlice(Name::new("default", "web-1"), Some(hinted)));
         world.apply(Change::EndpointSlice(Name::new("default", "other-1"), Some(slice("other", 1))));
         let mut guarded = service(3);
-        guarded.exposure.source_ranges =
-            Box::new([crate::model::Prefix::new(Addr::v4([10, 0, 0, 0]), 8).unwrap()]);
+        guarded.exposure.source_ranges = Box::new([Prefix::new(Addr::v4([10, 0, 0, 0]), 8).unwrap()]);
         world.apply(Change::Service(Name::new("default", "guarded"), Some(guarded)));
         let node = |zone: Option<&str>, addresses: &[Addr]| {
             Some(Node { zone: zone.map(Into::into), addresses: addresses.into(), ..Node::default() })

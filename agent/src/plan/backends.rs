@@ -4,6 +4,7 @@ use ferroflow_common::abi::lb::Backend;
 use ferroflow_common::addr::{Addr, Port};
 
 use crate::model::service::{Condition, EndpointSlice, NodeHint, Place, ServicePort};
+use crate::model::weight::Weights;
 use crate::model::{Family, TrafficPolicy};
 
 /// A backend of a service port: it has a row as long as it serves, so that its flows stay (rules 30, 31).
@@ -15,6 +16,8 @@ pub struct Planned {
     /// The sets that it is in: [`Backend::CLUSTER`], [`Backend::LOCAL`], both, or none where it only keeps the flows
     /// that it has.
     pub sets: u8,
+    /// Its share of new flows among those of a set.
+    pub weight: u8,
 }
 
 /// What is asked of [`backends`].
@@ -26,6 +29,7 @@ pub struct Selection<'a> {
     pub policies: &'a [TrafficPolicy],
     /// This node's.
     pub zone: Option<&'a str>,
+    pub weights: &'a Weights,
 }
 
 /// An endpoint at one port, in the slice it was found in.
@@ -36,6 +40,7 @@ struct Found<'a> {
     place: Place,
     node_hint: NodeHint,
     zones: &'a [Box<str>],
+    weight: u8,
 }
 
 /// Which of the ready endpoints are near enough (rule 4).
@@ -59,7 +64,7 @@ pub fn backends<'a>(
     slices: impl Iterator<Item = &'a EndpointSlice>,
     selection: &Selection<'_>,
 ) -> Vec<Planned> {
-    let found = found(port, slices);
+    let found = found(port, slices, selection.weights);
     let mut planned = Vec::with_capacity(found.len());
     for family in Family::ALL.into_iter().filter(|family| selection.families.contains(family)) {
         let half: Vec<&Found<'_>> = found.iter().filter(|it| Family::of(&it.addr) == family).collect();
@@ -69,6 +74,7 @@ pub fn backends<'a>(
             port: it.port,
             condition: it.condition,
             sets: 0,
+            weight: it.weight,
         }));
         for policy in selection.policies {
             let topology = topology(&half, selection.zone);
@@ -89,13 +95,25 @@ pub fn backends<'a>(
                 };
                 planned.sets |= if chosen { set } else { 0 };
             }
+            leave_weightless(&mut planned[start..], set);
         }
     }
     planned
 }
 
+/// Takes those without weight out of a set, unless all of it is.
+fn leave_weightless(planned: &mut [Planned], set: u8) {
+    if planned.iter().any(|it| it.sets & set != 0 && it.weight > 0) {
+        planned.iter_mut().filter(|it| it.weight == 0).for_each(|it| it.sets &= !set);
+    }
+}
+
 /// All endpoints of a port that serve, one of each address and port, in that order.
-fn found<'a>(port: &ServicePort, slices: impl Iterator<Item = &'a EndpointSlice>) -> Vec<Found<'a>> {
+fn found<'a>(
+    port: &ServicePort,
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+    weights: &Weights,
+) -> Vec<Found<'a>> {
     let mut found: Vec<Found<'_>> = Vec::new();
     for slice in slices {
         // Rule 9: by name and protocol; the number is the slice's own.
@@ -108,6 +126,7 @@ fn found<'a>(port: &ServicePort, slices: impl Iterator<Item = &'a EndpointSlice>
                 place: it.place,
                 node_hint: it.node_hint,
                 zones: slice.zones(it),
+                weight: weights.of(&it.addr, it.node, it.zone),
             }));
         }
     }
@@ -161,7 +180,9 @@ mod tests {
     use ferroflow_common::addr::Proto;
 
     use super::*;
+    use crate::model::Prefix;
     use crate::model::service::{Endpoint, SlicePort};
+    use crate::model::weight::Target;
 
     fn addr(text: &str) -> Addr {
         Addr::from(text.parse::<IpAddr>().unwrap())
@@ -184,7 +205,8 @@ mod tests {
 
     /// `addr:port` of the backends in a set, `(addr:port)` of the others.
     fn chosen(slices: &[EndpointSlice], policy: TrafficPolicy, zone: Option<&str>) -> String {
-        let selection = Selection { families: &Family::ALL, policies: &[policy], zone };
+        let selection =
+            Selection { families: &Family::ALL, policies: &[policy], zone, weights: &Weights::default() };
         let texts = backends(&http(), slices.iter(), &selection).into_iter().map(|it| match it.sets {
             0 => format!("({}:{})", it.addr, it.port),
             _ => format!("{}:{}", it.addr, it.port),
@@ -264,7 +286,12 @@ mod tests {
     fn rules_2_and_7_the_sets_of_both_policies_are_decided_apart() {
         let policies = [TrafficPolicy::Cluster, TrafficPolicy::Local];
         let sets = |endpoints: &[&str]| {
-            let selection = Selection { families: &Family::ALL, policies: &policies, zone: None };
+            let selection = Selection {
+                families: &Family::ALL,
+                policies: &policies,
+                zone: None,
+                weights: &Weights::default(),
+            };
             let slice = hinted(endpoints);
             let found = backends(&http(), [&slice].into_iter(), &selection);
             found.iter().map(|it| it.sets).collect::<Vec<_>>()
@@ -330,8 +357,30 @@ mod tests {
         let v4 = slice(80, &[("10.0.0.2", Draining), ("10.0.0.1", Draining)]);
         let v6 = slice(80, &[("fd00::2", Ready), ("fd00::1", Draining)]);
         assert_eq!(planned(&[v6.clone(), v4.clone()]), "10.0.0.1:80 10.0.0.2:80 (fd00::1:80) fd00::2:80");
-        let selection =
-            Selection { families: &[Family::V6], policies: &[TrafficPolicy::Cluster], zone: None };
+        let selection = Selection {
+            families: &[Family::V6],
+            policies: &[TrafficPolicy::Cluster],
+            zone: None,
+            weights: &Weights::default(),
+        };
         assert_eq!(backends(&http(), [v4, v6].iter(), &selection).len(), 2);
+    }
+
+    #[test]
+    fn an_endpoint_without_weight_keeps_its_flows_and_gets_new_ones_only_where_none_has_any() {
+        let sets = |zero: &[u8]| {
+            let target = |last| Target::Range(Prefix::new(Addr::v4([10, 0, 0, last]), 32).unwrap());
+            let weights = Weights::new(zero.iter().map(|last| (target(*last), 0)).collect());
+            let policies = [TrafficPolicy::Cluster, TrafficPolicy::Local];
+            let selection =
+                Selection { families: &Family::ALL, policies: &policies, zone: None, weights: &weights };
+            let slice = hinted(&["r", "Lr", "r"]);
+            let found = backends(&http(), [&slice].into_iter(), &selection);
+            found.iter().map(|it| it.sets).collect::<Vec<_>>()
+        };
+        let (cluster, local) = (Backend::CLUSTER, Backend::LOCAL);
+        assert_eq!(sets(&[1]), [0, cluster | local, cluster]);
+        assert_eq!(sets(&[2]), [cluster, local, cluster], "it is the only one of this node");
+        assert_eq!(sets(&[1, 2, 3]), [cluster, cluster | local, cluster]);
     }
 }

@@ -43,6 +43,12 @@ pub fn frontends(service: &Service, port: &ServicePort, config: &Config) -> Vec<
     planned
 }
 
+/// The rows that say which addresses are cluster IPs: they have no slots, whatever backends there are (rule 19).
+pub fn cluster_ips(service: &Service) -> impl Iterator<Item = PlannedFrontend> + '_ {
+    let row = |addr: &Addr| PlannedFrontend { key: FrontendKey::cluster_ip(*addr), flags: Frontend::REJECT };
+    service.cluster_ips.iter().filter(|_| !service.ports.is_empty()).map(row)
+}
+
 /// Whether the port has this frontend.
 pub fn has(service: &Service, port: &ServicePort, config: &Config, key: &FrontendKey) -> bool {
     key.proto == port.proto
@@ -81,14 +87,20 @@ fn places<'a>(
 fn flags(service: &Service, place: Place, family: Family) -> u32 {
     let exposure = &service.exposure;
     if place == Place::ClusterIp {
-        let maglev = service.algorithm == Some(Algorithm::Maglev);
+        let choice = match service.algorithm {
+            Some(Algorithm::Maglev) => Frontend::MAGLEV,
+            Some(Algorithm::LeastConnection) => Frontend::LEAST_CONNECTION,
+            None | Some(Algorithm::Random | Algorithm::Weighted) => 0,
+        };
         let local = service.internal_policy == TrafficPolicy::Local;
-        return (if maglev { Frontend::MAGLEV } else { 0 }) | (if local { Frontend::LOCAL } else { 0 });
+        return choice | if local { Frontend::LOCAL } else { 0 };
     }
-    let mut flags = Frontend::NORTH_SOUTH;
-    if service.algorithm != Some(Algorithm::Random) {
-        flags |= Frontend::MAGLEV;
-    }
+    let choice = match service.algorithm {
+        None | Some(Algorithm::Maglev | Algorithm::Weighted) => Frontend::MAGLEV,
+        Some(Algorithm::LeastConnection) => Frontend::LEAST_CONNECTION,
+        Some(Algorithm::Random) => 0,
+    };
+    let mut flags = Frontend::NORTH_SOUTH | choice;
     if exposure.policy == TrafficPolicy::Local {
         flags |= Frontend::LOCAL | Frontend::KEEP_CLIENT | Frontend::INTERNAL_ROW;
     }
@@ -108,11 +120,9 @@ mod tests {
     use super::*;
     use crate::model::{Exposure, Prefix};
 
-    const CONFIG: Config = Config {
-        external_ips: ExternalIps::Serve,
-        node_ports: crate::plan::node::NodePortAddresses::Primary,
-        maglev_lengths: &[7],
-    };
+    fn config() -> Config {
+        Config { external_ips: ExternalIps::Serve, maglev_lengths: &[7], ..Config::default() }
+    }
 
     fn addrs(texts: &[&str]) -> Box<[Addr]> {
         texts.iter().map(|text| Addr::from(text.parse::<IpAddr>().unwrap())).collect()
@@ -166,7 +176,7 @@ mod tests {
             "192.0.2.9:80 ns maglev",
             "0.0.0.0:30080 ns maglev",
         ];
-        assert_eq!(said(&service, &CONFIG), expected);
+        assert_eq!(said(&service, &config()), expected);
     }
 
     #[test]
@@ -180,7 +190,7 @@ mod tests {
             "0.0.0.0:30080/internal keep ns maglev",
             "0.0.0.0:30080 local has-internal keep ns maglev",
         ];
-        assert_eq!(said(&exposed(TrafficPolicy::Local), &CONFIG), expected);
+        assert_eq!(said(&exposed(TrafficPolicy::Local), &config()), expected);
     }
 
     #[test]
@@ -197,12 +207,12 @@ mod tests {
             "0.0.0.0:30080 ns maglev",
             ":::30080 ns maglev",
         ];
-        assert_eq!(said(&service, &CONFIG), expected);
+        assert_eq!(said(&service, &config()), expected);
     }
 
     #[test]
     fn external_addresses_are_served_only_where_the_agent_is_told_to() {
-        let config = Config { external_ips: ExternalIps::Ignore, ..CONFIG };
+        let config = Config { external_ips: ExternalIps::Ignore, ..config() };
         assert!(!said(&exposed(TrafficPolicy::Local), &config).concat().contains("192.0.2.9"));
         assert_eq!(Config::default().external_ips, ExternalIps::Ignore);
     }
@@ -212,14 +222,14 @@ mod tests {
         let mut service = exposed(TrafficPolicy::Cluster);
         service.exposure.external_ips = addrs(&["192.0.2.1", "10.96.0.1"]);
         let expected = ["10.96.0.1:80", "192.0.2.1:80 ns maglev", "0.0.0.0:30080 ns maglev"];
-        assert_eq!(said(&service, &CONFIG), expected);
+        assert_eq!(said(&service, &config()), expected);
     }
 
     #[test]
     fn an_annotation_says_how_flows_are_spread() {
         let maglev = |algorithm| {
             let service = Service { algorithm, ..exposed(TrafficPolicy::Cluster) };
-            let planned = frontends(&service, &port(), &CONFIG);
+            let planned = frontends(&service, &port(), &config());
             planned.iter().filter(|it| it.flags & Frontend::MAGLEV != 0).count()
         };
         assert_eq!([None, Some(Algorithm::Random), Some(Algorithm::Maglev)].map(maglev), [3, 0, 4]);

@@ -17,12 +17,13 @@ pub const LENGTHS: &[u32] = &[251, 1021, 4093, 16381];
 const PER_BACKEND: usize = 100;
 
 /// The table of these backends, as positions in `backends`, which must be in an order that all nodes agree on.
-/// `lengths` are primes in ascending order. A single backend needs no table.
-pub fn table(backends: &[(Addr, Port)], lengths: &[u32]) -> Vec<usize> {
+/// `weights` are theirs, none of them 0: who has half of another's has half as many positions. `lengths` are primes in
+/// ascending order. A single backend needs no table.
+pub fn table(backends: &[(Addr, Port)], weights: &[u32], lengths: &[u32]) -> Vec<usize> {
     let wanted = backends.len() * PER_BACKEND;
     let length = lengths.iter().find(|&&length| length as usize >= wanted).or(lengths.last());
     match length {
-        Some(&length) if backends.len() > 1 => populate(backends, length.max(2)),
+        Some(&length) if backends.len() > 1 => populate(backends, weights, length.max(2)),
         Some(_) | None => (0..backends.len()).collect(),
     }
 }
@@ -50,15 +51,23 @@ impl Iterator for Permutation {
     }
 }
 
-fn populate(backends: &[(Addr, Port)], length: u32) -> Vec<usize> {
+/// Who has the most weight claims a position in every round, others in so many rounds as their weight is of that.
+fn populate(backends: &[(Addr, Port)], weights: &[u32], length: u32) -> Vec<usize> {
     const FREE: usize = usize::MAX;
     let mut table = vec![FREE; length as usize];
     let mut permutations: Vec<_> = backends.iter().map(|it| Permutation::new(*it, length)).collect();
+    let most = weights.iter().copied().max().unwrap_or(1);
+    let mut credits = vec![0; backends.len()];
     let mut left = table.len();
     for backend in (0..backends.len()).cycle() {
         if left == 0 {
             break;
         }
+        credits[backend] += weights[backend];
+        if credits[backend] < most {
+            continue;
+        }
+        credits[backend] -= most;
         if let Some(position) = permutations[backend].find(|&position| table[position] == FREE) {
             table[position] = backend;
             left -= 1;
@@ -79,6 +88,10 @@ mod tests {
 
     fn backends(count: u16) -> Vec<(Addr, Port)> {
         (0..count).map(|n| (Addr::v4([10, 244, (n >> 8) as u8, n as u8]), Port::new(8080))).collect()
+    }
+
+    fn table(backends: &[(Addr, Port)], lengths: &[u32]) -> Vec<usize> {
+        super::table(backends, &vec![1; backends.len()], lengths)
     }
 
     /// How many positions each has.

@@ -18,7 +18,7 @@ use ferroflow_common::addr::Proto;
 
 use crate::model::service::{Service, ServicePort, TrafficPolicy};
 use crate::model::world::{Backing, World};
-use crate::model::{Family, Name};
+use crate::model::{Family, Name, Prefix};
 
 pub use backends::Planned;
 pub use frontends::PlannedFrontend;
@@ -29,16 +29,30 @@ pub use sources::Source;
 pub struct Config {
     pub external_ips: ExternalIps,
     pub node_ports: node::NodePortAddresses,
+    /// Ranges of cluster IPs, beside those of `ServiceCIDR` objects (rule 19).
+    pub service_ranges: Box<[Prefix]>,
+    pub masquerade: MasqueradeScope,
     /// The lengths of Maglev tables: [`maglev::LENGTHS`], but for tests.
     pub maglev_lengths: &'static [u32],
 }
 
 /// What becomes of `spec.externalIPs`: whoever may write a Service could take any address with them
 /// (CVE-2020-8554).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum ExternalIps {
+    /// They lead to the Service, by its external traffic policy
     Serve,
+    /// They are not served
     Ignore,
+}
+
+/// Which clients of cluster IPs are masqueraded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MasqueradeScope {
+    /// Those whose replies would not come back through this node (rule 26 c).
+    Outside,
+    /// All of them, pods too (rule 26 e).
+    All,
 }
 
 impl Default for Config {
@@ -46,6 +60,8 @@ impl Default for Config {
         Self {
             external_ips: ExternalIps::Ignore,
             node_ports: node::NodePortAddresses::Primary,
+            service_ranges: Box::default(),
+            masquerade: MasqueradeScope::Outside,
             maglev_lengths: maglev::LENGTHS,
         }
     }
@@ -82,12 +98,19 @@ pub enum PlanError {
 pub fn service<'a>(world: &'a World, name: &Name, config: &Config) -> Result<Desired<'a>, PlanError> {
     let Some(backing) = world.service(name) else { return Ok(Vec::new()) };
     let Some(service) = &backing.service else { return Ok(Vec::new()) };
-    service.ports.iter().map(|port| port_rows(world, (name, service, port), backing, config)).collect()
+    let ports = service.ports.iter().map(|port| port_rows(world, (name, service, port), backing, config));
+    let mut desired: Desired<'a> = ports.collect::<Result<_, _>>()?;
+    // That an address is a cluster IP is the Service's to say, and every row is some port's.
+    if let Some(first) = desired.first_mut() {
+        first.frontends.extend(frontends::cluster_ips(service));
+    }
+    Ok(desired)
 }
 
 /// Whether the Service has this frontend.
 pub fn wants(service: &Service, key: &FrontendKey, config: &Config) -> bool {
-    service.ports.iter().any(|port| frontends::has(service, port, config, key))
+    frontends::cluster_ips(service).any(|it| it.key == *key)
+        || service.ports.iter().any(|port| frontends::has(service, port, config, key))
 }
 
 /// The id's name in the tables: `namespace/name:port`, without the colon where the port has no name.
@@ -119,7 +142,8 @@ fn port_rows<'a>(
         .collect();
     let node = world.own_node();
     let zone = node.and_then(|node| node.zone.as_deref());
-    let selection = backends::Selection { families: &families, policies: &policies, zone };
+    let selection =
+        backends::Selection { families: &families, policies: &policies, zone, weights: &service.weights };
     let backends = backends::backends(port, backing.slices.values(), &selection);
     for frontend in &mut frontends {
         frontend.flags = settle(*frontend, &backends);
@@ -217,7 +241,8 @@ mod tests {
                 let any = desired[0].backends.iter().any(|backend| backend.sets & set != 0);
                 (it.key.addr == FrontendKey::NODE_V4, it.key.scope, any, it.flags & Frontend::REJECT != 0)
             };
-            desired[0].frontends.iter().map(has).collect::<Vec<_>>()
+            let ports = desired[0].frontends.iter().filter(|it| !it.key.is_cluster_ip());
+            ports.map(has).collect::<Vec<_>>()
         };
         let remote = |condition| Endpoint::new(Addr::v4([10, 0, 0, 1]), condition, Place::Remote);
         let (external, internal) = (FrontendKey::EXTERNAL, FrontendKey::INTERNAL);
@@ -236,6 +261,38 @@ mod tests {
                 "dropped from outside, and rule 16 inside"
             );
         }
+    }
+
+    #[test]
+    fn rule_19_a_cluster_ip_is_known_as_such_once_whatever_its_ports_are() {
+        let port = |name: &str, number| ServicePort {
+            name: name.into(),
+            proto: Proto::TCP,
+            port: Port::new(number),
+            node_port: Some(Port::new(30_000 + number)),
+        };
+        let mut object = Service {
+            cluster_ips: Box::new([Addr::v4([10, 96, 0, 1])]),
+            ports: Box::new([port("a", 80), port("b", 81)]),
+            ..Service::default()
+        };
+        object.exposure.load_balancer_ips = Box::new([Addr::v4([192, 0, 2, 1])]);
+        let name = Name::new("default", "web");
+        let rows = |object: &Service| {
+            let world = world(&name, object.clone());
+            let desired = service(&world, &name, &Config::default()).unwrap();
+            let all = desired.iter().flat_map(|rows| rows.frontends.clone());
+            all.filter(|it| it.key.is_cluster_ip()).collect::<Vec<_>>()
+        };
+        let key = FrontendKey::cluster_ip(Addr::v4([10, 96, 0, 1]));
+        assert_eq!(
+            rows(&object),
+            [PlannedFrontend { key, flags: Frontend::REJECT }],
+            "rule 21: no other address"
+        );
+        assert!(wants(&object, &key, &Config::default()));
+        object.ports = Box::default();
+        assert_eq!(rows(&object), []);
     }
 
     #[test]

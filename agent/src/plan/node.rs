@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ferroflow_common::abi::node::{Masquerade, NodeAddress};
+use ferroflow_common::abi::node::{Masquerade, NodeAddress, ServiceRange, Settings};
 use ferroflow_common::addr::Addr;
 
-use crate::model::{Family, Prefix, World};
+use super::{Config, MasqueradeScope};
+use crate::model::{Family, KubeProxy, Prefix, World};
 
 /// Which of the node's addresses serve NodePorts (rule 24).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -23,10 +24,14 @@ pub enum NodePortAddresses {
 pub struct NodeRows {
     pub addresses: BTreeMap<Addr, NodeAddress>,
     pub masquerade: Masquerade,
+    pub settings: Settings,
+    /// Ranges of cluster IPs for which there was no room.
+    pub surplus: Vec<Prefix>,
 }
 
 /// Every address that the host has at present; the Node object alone says nothing of what is configured.
-pub fn rows(world: &World, served: &NodePortAddresses) -> NodeRows {
+pub fn rows(world: &World, config: &Config) -> NodeRows {
+    let served = &config.node_ports;
     let row = |addr: &Addr| {
         let flags = if serves(world, served, addr) { NodeAddress::NODE_PORTS } else { 0 };
         (*addr, NodeAddress { flags })
@@ -35,10 +40,39 @@ pub fn rows(world: &World, served: &NodePortAddresses) -> NodeRows {
         let primary = world.own_node().and_then(|node| node.primary(family));
         primary.filter(|addr| world.local_addresses().contains_key(addr)).unwrap_or(Addr::UNSPECIFIED)
     };
+    let (settings, surplus) = settings(world, config);
     NodeRows {
         addresses: world.local_addresses().keys().map(row).collect(),
         masquerade: Masquerade { v4: own(Family::V4), v6: own(Family::V6) },
+        settings,
+        surplus,
     }
+}
+
+/// What the programs are told, and the ranges that they have no room for.
+fn settings(world: &World, config: &Config) -> (Settings, Vec<Prefix>) {
+    let mut ranges: Vec<Prefix> =
+        config.service_ranges.iter().copied().chain(world.service_ranges()).collect();
+    ranges.sort_unstable_by_key(|it| (it.bits(), *it));
+    let mut apart: Vec<Prefix> = Vec::new();
+    for range in ranges {
+        if !apart.iter().any(|it| it.family() == range.family() && it.contains(&range.addr())) {
+            apart.push(range);
+        }
+    }
+    let surplus = apart.split_off(apart.len().min(Settings::RANGES));
+    let mut settings = Settings::NONE;
+    for (row, range) in settings.ranges.iter_mut().zip(apart) {
+        *row = ServiceRange::new(&range.addr(), range.bits());
+    }
+    settings.flags = match config.masquerade {
+        MasqueradeScope::Outside => 0,
+        MasqueradeScope::All => Settings::MASQUERADE_ALL,
+    } | match world.kube_proxy() {
+        KubeProxy::Absent => 0,
+        KubeProxy::Present => Settings::MIGRATING,
+    };
+    (settings, surplus)
 }
 
 fn serves(world: &World, served: &NodePortAddresses, addr: &Addr) -> bool {
@@ -79,7 +113,7 @@ mod tests {
     }
 
     fn served(world: &World, which: &NodePortAddresses) -> Vec<Addr> {
-        let rows = rows(world, which);
+        let rows = rows(world, &Config { node_ports: which.clone(), ..Config::default() });
         rows.addresses.into_iter().filter(|(_, row)| row.flags != 0).map(|(addr, _)| addr).collect()
     }
 
@@ -100,10 +134,43 @@ mod tests {
     fn rule_25_addresses_come_and_go() {
         let mut world = world();
         assert_eq!(devices(&world), BTreeSet::from([3, 4]));
-        assert_eq!(rows(&world, &NodePortAddresses::Primary).masquerade.v4, PRIMARY);
+        assert_eq!(rows(&world, &Config::default()).masquerade.v4, PRIMARY);
         world.apply(Change::LocalAddress(PRIMARY, None));
         assert_eq!(devices(&world), BTreeSet::from([4]));
-        let gone = rows(&world, &NodePortAddresses::Primary);
+        let gone = rows(&world, &Config::default());
         assert_eq!((gone.addresses.len(), gone.masquerade.v4), (1, Addr::UNSPECIFIED));
+    }
+
+    #[test]
+    fn rule_19_ranges_of_objects_and_of_the_flag_are_told_to_the_programs() {
+        let range = |text: [u8; 4], bits| Prefix::new(Addr::v4(text), bits).unwrap();
+        let mut world = world();
+        let config = Config { service_ranges: Box::new([range([10, 96, 0, 0], 16)]), ..Config::default() };
+        let is = |world: &World, addr| rows(world, &config).settings.is_service_address(&Addr::v4(addr));
+        assert!(is(&world, [10, 96, 1, 1]) && !is(&world, [10, 97, 1, 1]));
+        let more: Box<[Prefix]> = Box::new([range([10, 97, 0, 0], 24), range([10, 96, 7, 0], 24)]);
+        world.apply(Change::ServiceCidr("more".into(), Some(more)));
+        assert!(is(&world, [10, 96, 1, 1]) && is(&world, [10, 97, 0, 1]) && !is(&world, [10, 97, 1, 1]));
+        let used = rows(&world, &config).settings.ranges.iter().filter(|it| it.used == 1).count();
+        assert_eq!(used, 2, "what is in another takes no room");
+        let many: Box<[Prefix]> = (0..9).map(|n| range([10, 200, n, 0], 24)).collect();
+        world.apply(Change::ServiceCidr("many".into(), Some(many)));
+        assert_eq!(rows(&world, &config).surplus.len(), 3, "11 of 8");
+        assert!(is(&world, [10, 97, 0, 1]), "the shortest stay");
+        world.apply(Change::ServiceCidr("many".into(), None));
+        world.apply(Change::ServiceCidr("more".into(), None));
+        assert!(!is(&world, [10, 97, 0, 1]) && rows(&world, &config).surplus.is_empty());
+    }
+
+    #[test]
+    fn flags_and_kube_proxy_are_told_to_the_programs() {
+        let mut world = world();
+        let flags = |world: &World, masquerade| {
+            rows(world, &Config { masquerade, ..Config::default() }).settings.flags
+        };
+        assert_eq!(flags(&world, MasqueradeScope::Outside), 0);
+        assert_eq!(flags(&world, MasqueradeScope::All), Settings::MASQUERADE_ALL, "rule 26 e");
+        world.apply(Change::KubeProxy(KubeProxy::Present));
+        assert_eq!(flags(&world, MasqueradeScope::Outside), Settings::MIGRATING);
     }
 }

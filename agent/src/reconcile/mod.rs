@@ -149,7 +149,7 @@ impl<M: Maps> Reconciler<M> {
         let tables = &self.tables;
         Stats {
             services: tables.owners.len(),
-            frontends: tables.frontends.len(),
+            frontends: tables.frontends.len() - tables.cluster_ips,
             backends: tables.indices.used(),
             slots: tables.ranges.used(),
             endpoints: tables.endpoints.len(),
@@ -190,8 +190,9 @@ impl<M: Maps> Reconciler<M> {
                 Ok(self.tables.apply_endpoint(*addr, desired)?)
             }
             Touched::Node => {
-                let rows = plan::node::rows(&self.world, &self.tables.plan.node_ports);
-                Ok(self.tables.apply_node(&rows)?)
+                let rows = plan::node::rows(&self.world, &self.tables.plan);
+                self.tables.apply_node(&rows)?;
+                if rows.surplus.is_empty() { Ok(()) } else { Err(ServiceError::Ranges(rows.surplus)) }
             }
         }
     }

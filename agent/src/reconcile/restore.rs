@@ -68,6 +68,7 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
         ranges,
         services,
         owners,
+        cluster_ips: frontends.keys().filter(|key| key.is_cluster_ip()).count(),
         frontends,
         endpoints,
         freed: false,

@@ -6,11 +6,12 @@ use std::time::Instant;
 use ferroflow_common::abi::lb::{
     Backend, Frontend, FrontendKey, ServiceClient, Slot, SourceRange, SourceRangeKey,
 };
+use ferroflow_common::abi::node::Settings;
 
 use super::diff::{Step, steps};
 use super::tables::{PortState, Tables, Work, range_of};
 use crate::maps::{ArrayTable as _, Backends, MapError, Maps, Slots};
-use crate::model::{Family, Name, Touched, World};
+use crate::model::{Family, Name, Prefix, Touched, World};
 use crate::plan::ids::Exhausted;
 use crate::plan::ranges::Range;
 use crate::plan::{self, Desired, PlanError, Planned, PlannedFrontend, PortRows, slots};
@@ -29,6 +30,23 @@ pub(super) enum ServiceError {
         Place(.key)
     )]
     Conflict { key: FrontendKey, owner: Name },
+    #[error(
+        "the programs know {} ranges of cluster IPs and these are too many: {}; what is for no service there passes \
+         (merge ranges of --service-cidr and of ServiceCIDR objects)",
+        Settings::RANGES,
+        Listed(.0)
+    )]
+    Ranges(Vec<Prefix>),
+}
+
+struct Listed<'a>(&'a [Prefix]);
+
+impl fmt::Display for Listed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().enumerate().try_for_each(|(index, range)| {
+            if index == 0 { write!(f, "{range}") } else { write!(f, ", {range}") }
+        })
+    }
 }
 
 /// A frontend as users know it.
@@ -39,6 +57,8 @@ impl fmt::Display for Place<'_> {
         let FrontendKey { addr, port, proto, scope: _ } = self.0;
         if [FrontendKey::NODE_V4, FrontendKey::NODE_V6].contains(addr) {
             write!(f, "NodePort {port}/{proto}")
+        } else if self.0.is_cluster_ip() {
+            write!(f, "the cluster IP {addr}")
         } else {
             write!(f, "{addr} port {port}/{proto}")
         }
@@ -59,7 +79,9 @@ const LAYOUT: u32 = Frontend::LOCAL | Frontend::MAGLEV;
 
 impl Group<'_> {
     fn has(&self, frontend: &PlannedFrontend) -> bool {
-        Family::of(&frontend.key.addr) == self.family && frontend.flags & LAYOUT == self.layout
+        !frontend.key.is_cluster_ip()
+            && Family::of(&frontend.key.addr) == self.family
+            && frontend.flags & LAYOUT == self.layout
     }
 }
 
@@ -102,7 +124,10 @@ impl<M: Maps> Tables<M> {
                 let key = FrontendKey { scope: FrontendKey::EXTERNAL, ..it.key };
                 let owner = self.frontends.get(&key).and_then(|row| self.owners.get(&row.service));
                 let owner = owner.filter(|owner| *owner != name && self.goes_first(world, owner, name, &key));
-                if let Some(owner) = owner {
+                // A port says more than the address that it has in common.
+                if let Some(owner) = owner
+                    && (conflict.is_ok() || !key.is_cluster_ip())
+                {
                     conflict = Err(ServiceError::Conflict { key, owner: owner.clone() });
                 }
                 owner.is_none()
@@ -170,8 +195,16 @@ impl<M: Maps> Tables<M> {
     ) -> Result<(), ServiceError> {
         let indices = self.prepare_backends(port, rows, work, now)?;
         prepare_sources(port, rows, work);
+        let (bare, slotted): (Vec<&PlannedFrontend>, Vec<_>) =
+            rows.frontends.iter().partition(|it| it.key.is_cluster_ip());
+        for it in bare {
+            let row = Frontend { service: port.id, offset: 0, length: 0, flags: it.flags, affinity: 0 };
+            if self.frontends.get(&it.key) != Some(&row) {
+                work.frontends.push((it.key, row));
+            }
+        }
         let mut layouts: Vec<(Family, u32)> =
-            rows.frontends.iter().map(|it| (Family::of(&it.key.addr), it.flags & LAYOUT)).collect();
+            slotted.iter().map(|it| (Family::of(&it.key.addr), it.flags & LAYOUT)).collect();
         layouts.sort_unstable();
         layouts.dedup();
         for (family, layout) in layouts {
@@ -213,7 +246,7 @@ impl<M: Maps> Tables<M> {
         let desired = rows.backends.iter().map(|planned| ((planned.addr, planned.port, proto), planned));
         for step in steps(desired, actual) {
             match step {
-                Step::Add(&Planned { addr, port, condition: _, sets }) => {
+                Step::Add(&Planned { addr, port, condition: _, sets, weight: _ }) => {
                     let index = self.indices.take(now)?;
                     let flags = Backend::LIVE | sets;
                     let mut row = Backend { addr, port, proto, flags, generation: 0, service, reserved: 0 };

@@ -8,12 +8,14 @@ use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::lb::{
     Backend, Frontend, FrontendKey, ServiceName, Slot, SourceRange, SourceRangeKey,
 };
+use ferroflow_common::abi::node::Settings;
 use ferroflow_common::addr::Addr;
 
 use super::diff::{Step, steps};
 use super::hold::Hold;
 use crate::maps::{
-    Backends, Endpoints, Frontends, MapError, Maps, Masquerades, NodeAddresses, Services, Slots, SourceRanges,
+    Backends, Endpoints, Frontends, MapError, Maps, Masquerades, NodeAddresses, Services, SettingsRow, Slots,
+    SourceRanges,
 };
 use crate::model::Name;
 use crate::plan;
@@ -34,6 +36,8 @@ pub(super) struct Tables<M> {
     /// Whose an id is.
     pub(super) owners: BTreeMap<u32, Name>,
     pub(super) frontends: BTreeMap<FrontendKey, Frontend>,
+    /// How many of `frontends` only say that an address is a cluster IP.
+    pub(super) cluster_ips: usize,
     pub(super) endpoints: BTreeMap<Addr, Endpoint>,
     /// A frontend was removed since this was last asked.
     pub(super) freed: bool,
@@ -145,6 +149,11 @@ impl<M: Maps> Tables<M> {
         if self.maps.read::<Masquerades>(0)? != rows.masquerade {
             self.maps.write::<Masquerades>(0, &rows.masquerade)?;
         }
+        if self.maps.read::<SettingsRow>(0)? != rows.settings {
+            // Ranges are taken back before they change: a program must not see half of one.
+            self.maps.write::<SettingsRow>(0, &Settings { flags: rows.settings.flags, ..Settings::NONE })?;
+            self.maps.write::<SettingsRow>(0, &rows.settings)?;
+        }
         let mut actual = self.maps.dump::<NodeAddresses>()?;
         actual.sort_unstable_by_key(|(addr, _)| *addr);
         let desired = rows.addresses.iter().map(|(addr, row)| (*addr, (*addr, *row)));
@@ -229,6 +238,9 @@ impl<M: Maps> Tables<M> {
             Some(row) => self.frontends.insert(key, row),
             None => self.frontends.remove(&key),
         };
+        if key.is_cluster_ip() {
+            self.cluster_ips = self.cluster_ips + usize::from(row.is_some()) - usize::from(old.is_some());
+        }
         if let Some(row) = row {
             self.ranges.name(range_of(&row));
         }

@@ -6,11 +6,14 @@ use std::net::IpAddr;
 use ferroflow_common::addr::{Addr, Port, Proto};
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::exposure;
 use super::fault::{Fault, Invalid};
+use super::weights::{self, Spread};
 use crate::model::service::{Place, Zones};
+use crate::model::weight::Label;
 use crate::model::{
     Change, Condition, Endpoint, EndpointSlice, Family, Name, Node, NodeHint, Pod, Prefix, Service,
     ServicePort, SlicePort, Stay,
@@ -34,13 +37,15 @@ pub fn service(object: &core::Service) -> Result<Change> {
         return Ok(Change::Service(name, None));
     }
     let kind = exposure::kind(spec)?;
+    let Spread { algorithm, weights } = weights::spread(&object.metadata)?;
     let service = Service {
         cluster_ips,
         ports: service_ports(spec.ports.as_deref().unwrap_or_default(), kind)?,
         internal_policy: exposure::policy(spec.internal_traffic_policy.as_deref())
             .map_err(|fault| fault.at("spec.internalTrafficPolicy"))?,
         affinity: exposure::affinity(spec)?,
-        algorithm: exposure::algorithm(&object.metadata)?,
+        algorithm,
+        weights,
         created: object.metadata.creation_timestamp.as_ref().map(|time| time.0.as_second()),
         exposure: exposure::exposure(object, spec)?,
     };
@@ -78,6 +83,23 @@ pub fn endpoint_slice(object: &discovery::EndpointSlice, node: &str) -> Result<C
         zones: zones.into(),
     };
     Ok(Change::EndpointSlice(name, Some(slice)))
+}
+
+/// A range that contains every address is none of a cluster: all traffic would be for services.
+///
+/// # Errors
+/// The first field that makes no sense.
+pub fn service_cidr(object: &networking::ServiceCIDR) -> Result<Change> {
+    let name = name_of(&object.metadata, SUBDOMAIN)?.name;
+    let texts = object.spec.iter().flat_map(|spec| spec.cidrs.iter().flatten()).enumerate();
+    let ranges = texts.map(|(index, text)| {
+        prefix(text)
+            .and_then(|it| {
+                it.is_proper().then_some(it).ok_or_else(|| Fault::NotARange { text: text.clone() })
+            })
+            .map_err(|fault| fault.at(format!("spec.cidrs[{index}]")))
+    });
+    Ok(Change::ServiceCidr(name, Some(ranges.collect::<Result<_>>()?)))
 }
 
 /// # Errors
@@ -265,7 +287,9 @@ fn endpoint(object: &discovery::Endpoint, family: Family, node: &str) -> Result<
         Some(_) => NodeHint::Others,
     };
     let condition = condition(object.conditions.as_ref());
-    Ok(Endpoint { addr, condition, place, node_hint, zone_hint: 0 })
+    let label = |name: &Option<String>| name.as_deref().map_or(Label::NONE, Label::of);
+    let (node, zone) = (label(&object.node_name), label(&object.zone));
+    Ok(Endpoint { addr, condition, place, node_hint, zone_hint: 0, node, zone })
 }
 
 /// Which of `known` the endpoint's zones are, counted from 1; new ones are added. More lists than can be counted
@@ -339,7 +363,7 @@ pub(super) fn address(text: &str) -> std::result::Result<Addr, Fault> {
     Err(Fault::SpecialAddress { addr, what })
 }
 
-fn prefix(text: &str) -> std::result::Result<Prefix, Fault> {
+pub(super) fn prefix(text: &str) -> std::result::Result<Prefix, Fault> {
     let parsed = text.split_once('/').and_then(|(addr, length)| {
         let addr = addr.parse::<IpAddr>().ok().filter(|addr| addr.to_canonical() == *addr)?;
         Prefix::new(addr.into(), length.parse().ok()?)
@@ -391,6 +415,28 @@ mod tests {
     #[track_caller]
     fn refused<T: std::fmt::Debug>(result: Result<T>, message: &str) {
         assert_eq!(result.unwrap_err().to_string(), message);
+    }
+
+    #[test]
+    fn rule_19_ranges_of_cluster_ips_convert() {
+        let convert = |cidrs: Value| {
+            let object = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": cidrs}});
+            match service_cidr(&serde_json::from_value(object).unwrap()) {
+                Ok(Change::ServiceCidr(name, Some(ranges))) => {
+                    let texts: Vec<_> = ranges.iter().map(ToString::to_string).collect();
+                    format!("{name}: {}", texts.join(" "))
+                }
+                other => other.unwrap_err().to_string(),
+            }
+        };
+        assert_eq!(convert(json!(["10.96.0.0/12", "fd00::/112"])), "kubernetes: 10.96.0.0/12 fd00::/112");
+        for bad in ["10.96.0.1/12", "0.0.0.0/0", "::/0", "10.96.0.0"] {
+            let message = convert(json!(["fd00::/112", bad]));
+            assert!(
+                message.starts_with(&format!("spec.cidrs[1]: `{bad}` is not an address range")),
+                "{message}"
+            );
+        }
     }
 
     #[test]
@@ -521,13 +567,15 @@ mod tests {
             "addressType": "IPv4",
             "ports": [{"name": "http", "port": 8080}, {"name": "any"}, {"name": "zero", "port": 0}],
             "endpoints": [
-                {"addresses": ["10.0.0.1", "10.9.9.9"], "nodeName": "here"},
+                {"addresses": ["10.0.0.1", "10.9.9.9"], "nodeName": "here", "zone": "east"},
                 {"addresses": ["10.0.0.2"], "nodeName": "there", "conditions": {"ready": false, "serving": false}},
             ],
         }));
         let port = SlicePort { name: "http".into(), proto: Proto::TCP, port: Port::new(8080) };
-        let first = Endpoint::new(Addr::v4([10, 0, 0, 1]), Condition::Ready, Place::Local);
-        let second = Endpoint::new(Addr::v4([10, 0, 0, 2]), Condition::Down, Place::Remote);
+        let mut first = Endpoint::new(Addr::v4([10, 0, 0, 1]), Condition::Ready, Place::Local);
+        (first.node, first.zone) = (Label::of("here"), Label::of("east"));
+        let mut second = Endpoint::new(Addr::v4([10, 0, 0, 2]), Condition::Down, Place::Remote);
+        second.node = Label::of("there");
         let slice = EndpointSlice {
             service: "web".into(),
             ports: Box::new([port]),

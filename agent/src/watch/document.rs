@@ -67,6 +67,7 @@ fn kind_of(version: &str, kind: &str) -> Option<Kind> {
         ("discovery.k8s.io/v1", "EndpointSlice") => Some(Kind::EndpointSlice),
         ("v1", "Node") => Some(Kind::Node),
         ("v1", "Pod") => Some(Kind::Pod),
+        ("networking.k8s.io/v1", "ServiceCIDR") => Some(Kind::ServiceCidr),
         _ => None,
     }
 }
@@ -77,13 +78,14 @@ fn change(kind: Kind, value: Value, node: &str) -> Result<Change, String> {
         Kind::EndpointSlice => typed(value, |object| convert::endpoint_slice(object, node)),
         Kind::Node => typed(value, convert::node),
         Kind::Pod => typed(value, convert::pod),
+        Kind::ServiceCidr => typed(value, convert::service_cidr),
     }
 }
 
 fn name_limit(kind: Kind) -> usize {
     match kind {
         Kind::Service => LABEL,
-        Kind::EndpointSlice | Kind::Node | Kind::Pod => SUBDOMAIN,
+        Kind::EndpointSlice | Kind::Node | Kind::Pod | Kind::ServiceCidr => SUBDOMAIN,
     }
 }
 
@@ -96,7 +98,7 @@ fn service_of(id: &ObjectId, metadata: &Map<String, Value>) -> Option<Name> {
             let name = text_of(labels, "kubernetes.io/service-name");
             (!name.is_empty()).then(|| Name::new(id.name.namespace.clone(), name))
         }
-        Kind::Node | Kind::Pod => None,
+        Kind::Node | Kind::Pod | Kind::ServiceCidr => None,
     }
 }
 
@@ -125,8 +127,8 @@ pub(super) fn item(value: Value, place: &str, node: &str) -> Item {
     if let Some(name) = metadata.get("name").filter(|name| !name.is_string() && !name.is_null()) {
         return bad(&format!("metadata.name: {name} is not text: put it in quotes"));
     }
-    let namespace =
-        Some(text_of(metadata, "namespace")).filter(|text| !text.is_empty() && kind != Kind::Node);
+    let namespace = Some(text_of(metadata, "namespace"))
+        .filter(|text| !text.is_empty() && !matches!(kind, Kind::Node | Kind::ServiceCidr));
     let id = match convert::name(namespace, text_of(metadata, "name"), name_limit(kind)) {
         Ok(name) => ObjectId { kind, name },
         Err(invalid) => return Item::Unknown(problem(place, invalid.to_string())),

@@ -1,19 +1,15 @@
-//! The fields of a Service that say how it is spread and how it is reached from outside.
+//! The fields of a Service that say how it is reached from outside.
 
 use std::net::IpAddr;
 
 use ferroflow_common::addr::{Addr, Port};
 use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::convert::{address, port};
 use super::fault::{Fault, Invalid};
-use crate::model::{Algorithm, Exposure, Prefix, TrafficPolicy};
+use crate::model::{Exposure, Prefix, TrafficPolicy};
 
 type Result<T> = std::result::Result<T, Invalid>;
-
-/// Our annotation on a Service.
-const ALGORITHM: &str = "ferroflow.dev/lb-algorithm";
 
 /// What Kubernetes takes where `ClientIP` names no timeout.
 const AFFINITY_TIMEOUT: i32 = 10_800;
@@ -103,18 +99,6 @@ pub(super) fn affinity(spec: &core::ServiceSpec) -> Result<u32> {
     }
 }
 
-pub(super) fn algorithm(metadata: &ObjectMeta) -> Result<Option<Algorithm>> {
-    let text = metadata.annotations.as_ref().and_then(|annotations| annotations.get(ALGORITHM));
-    let fault = match text.map(|text| text.trim()) {
-        None | Some("") => return Ok(None),
-        Some("random") => return Ok(Some(Algorithm::Random)),
-        Some("maglev") => return Ok(Some(Algorithm::Maglev)),
-        Some(text @ ("weighted" | "least-conn")) => Fault::NoSuchAlgorithm { text: text.into() },
-        Some(text) => Fault::NotOneOf { text: text.into(), values: "random or maglev" },
-    };
-    Err(fault.at(format!("metadata.annotations[{ALGORITHM}]")))
-}
-
 /// The addresses that are served here: not those of a load balancer that is a proxy, and no names (rule 20).
 fn ingress(object: &core::Service) -> Result<Box<[Addr]>> {
     let balancer = object.status.as_ref().and_then(|status| status.load_balancer.as_ref());
@@ -147,8 +131,9 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::super::convert::service;
+    use super::super::weights::ALGORITHM;
     use super::*;
-    use crate::model::{Change, Service};
+    use crate::model::{Algorithm, Change, Service};
 
     fn convert(spec: &Value, more: &Value) -> Result<Service> {
         let mut object = json!({
@@ -290,14 +275,6 @@ mod tests {
             ),
         ] {
             assert_eq!(spec(object).unwrap_err().to_string(), error);
-        }
-        for (text, error) in [
-            ("least-conn", "`least-conn` is not available in this version: use random or maglev"),
-            ("round-robin", "`round-robin` is none of its values: use random or maglev"),
-        ] {
-            let annotated = json!({"metadata": {"name": "web", "annotations": {ALGORITHM: text}}});
-            let error = format!("metadata.annotations[ferroflow.dev/lb-algorithm]: {error}");
-            assert_eq!(convert(&json!({}), &annotated).unwrap_err().to_string(), error);
         }
         let status =
             json!({"status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.1", "ipMode": "Direct"}]}}});

@@ -33,8 +33,11 @@ pub enum Fault {
     NotARange { text: String },
     #[error("`{text}` is none of its values: use {values}")]
     NotOneOf { text: String, values: &'static str },
-    #[error("`{text}` is not available in this version: use random or maglev")]
-    NoSuchAlgorithm { text: String },
+    #[error(
+        "`{text}` is not a weight: write it like node/NAME=3, zone/NAME=2, 10.244.1.5=0 or 10.244.1.0/24=5, from 0 to \
+         {most}"
+    )]
+    NotAWeight { text: String, most: u8 },
     #[error("{value} is not a session affinity timeout: use 1 to 86400 seconds")]
     NotATimeout { value: i32 },
     #[error("`{text}` is not an address type: use IPv4, IPv6 or FQDN")]

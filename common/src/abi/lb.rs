@@ -31,6 +31,18 @@ impl FrontendKey {
     pub const NODE_V4: Addr = Addr::v4([0; 4]);
     /// Stands for the node's IPv6 addresses.
     pub const NODE_V6: Addr = Addr::UNSPECIFIED;
+
+    /// The row that says of a cluster IP that a service has it: for the ports that no service has there, which refuse
+    /// (rule 19). Port and protocol 0 are nobody's.
+    #[inline(always)]
+    pub const fn cluster_ip(addr: Addr) -> Self {
+        Self { addr, port: Port::ZERO, proto: Proto { number: 0 }, scope: Self::EXTERNAL }
+    }
+
+    /// Whether it is a row of [`FrontendKey::cluster_ip`].
+    pub fn is_cluster_ip(&self) -> bool {
+        *self == Self::cluster_ip(self.addr)
+    }
 }
 
 /// Where a frontend's slots are. Replaced as a whole, so a program sees the old range or the new one.
@@ -65,6 +77,8 @@ impl Frontend {
     pub const MAGLEV: u32 = 32;
     /// The slots are the service's endpoints on this node.
     pub const LOCAL: u32 = 64;
+    /// Of two slots by chance the backend with fewer open connections, as `connections` has them, gets a new one.
+    pub const LEAST_CONNECTION: u32 = 128;
 
     /// Whether a backend that a client remembers is still one of those that this frontend chooses among; its
     /// generation is for the caller to compare (rule 29).
@@ -77,6 +91,13 @@ impl Frontend {
 
 /// The index of a backend; 0 is no backend, which is what a fresh array holds.
 pub type Slot = u32;
+
+/// How many connections a backend has open, as far as this node opened them: counted up by the programs as they open
+/// one of a [`Frontend::LEAST_CONNECTION`] service, and set right by the agent each time it sweeps the connection
+/// tables. In between, what closed still counts: the figure is too high by at most what closed since the last sweep. (A
+/// connection that opens during a sweep may be missed, until the next.) A number that served another backend before
+/// starts from that one's figure, until the next sweep.
+pub type Connections = u64;
 
 /// One endpoint of one service port. A row that slots may name never becomes another endpoint's: it is released by a
 /// new generation, rests for a grace period and may then serve another endpoint. A flow that remembers (index,

@@ -17,6 +17,10 @@ pub struct AgentState {
     pub retries: u64,
     /// Documents or objects that are reported as bad and not served.
     pub rejected: u32,
+    /// 1 while kube-proxy or its rules are on the node.
+    pub kube_proxy: u32,
+    /// Ports for health checks that are another process's.
+    pub health_problems: u32,
     pub reserved: u32,
     /// The agent's version, ended by zeros.
     pub version: [u8; 32],

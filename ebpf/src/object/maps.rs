@@ -1,5 +1,7 @@
 //! Every map, and the library's view of them. Sizes here are defaults: the agent sets them when it loads.
 
+use core::arch::asm;
+
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
 use aya_ebpf::btf_maps::lpm_trie::Key;
@@ -10,10 +12,10 @@ use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::fragment::{Datagram, DatagramKey, HeldFragment};
 use ferroflow_common::abi::lb::{
-    Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient, ServiceName, SourceRange,
-    SourceRangeKey,
+    Affinity, AffinityKey, Backend, Connections, Frontend, FrontendKey, ServiceClient, ServiceName,
+    SourceRange, SourceRangeKey,
 };
-use ferroflow_common::abi::node::{Masquerade, NodeAddress};
+use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
 use ferroflow_common::abi::socket::Translation;
 use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::addr::Addr;
@@ -47,6 +49,9 @@ static SLOTS: Array<u32, 524_288, MMAP> = Array::new();
 #[btf_map(name = "backends", pin_by_name)]
 static BACKENDS: Array<Backend, 131_072, MMAP> = Array::new();
 
+#[btf_map(name = "connections", pin_by_name)]
+static CONNECTIONS: Array<Connections, 131_072, MMAP> = Array::new();
+
 #[btf_map(name = "services", pin_by_name)]
 static SERVICES: HashMap<u32, ServiceName, 131_072, ON_DEMAND> = HashMap::new();
 
@@ -58,6 +63,9 @@ static NODE_ADDRESSES: HashMap<Addr, NodeAddress, 1_024, ON_DEMAND> = HashMap::n
 
 #[btf_map(name = "masquerade", pin_by_name)]
 static MASQUERADE: Array<Masquerade, 1, MMAP> = Array::new();
+
+#[btf_map(name = "settings", pin_by_name)]
+static SETTINGS: Array<Settings, 1, MMAP> = Array::new();
 
 #[btf_map(name = "conntrack_v4", pin_by_name)]
 static CONNTRACK_V4: LruHashMap<Tuple<[u8; 4]>, Entry, 262_144> = LruHashMap::new();
@@ -114,6 +122,16 @@ impl Services for Kernel {
     }
 
     #[inline(always)]
+    fn is_service_address(&self, addr: &Addr) -> bool {
+        SETTINGS.get(0).is_some_and(|settings| settings.is_service_address(addr))
+    }
+
+    #[inline(always)]
+    fn settings(&self) -> u32 {
+        SETTINGS.get(0).map_or(0, |settings| settings.flags)
+    }
+
+    #[inline(always)]
     fn allows(&self, client: &ServiceClient) -> bool {
         SOURCE_RANGES
             .get(&Key::new(SourceRangeKey::EVERY_BIT, *client))
@@ -140,6 +158,19 @@ impl Services for Kernel {
     #[inline(always)]
     fn backend(&self, index: u32) -> Option<Backend> {
         BACKENDS.get(index).copied()
+    }
+
+    #[inline(always)]
+    fn connections(&self, index: u32) -> Connections {
+        CONNECTIONS.get(index).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn connect(&self, index: u32) {
+        if let Some(count) = CONNECTIONS.get_ptr_mut(index) {
+            // SAFETY: a row of the array, which lives as long as the program; the addition is atomic.
+            unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) count, in(reg) 1u64, options(nostack)) };
+        }
     }
 }
 

@@ -7,8 +7,10 @@ use std::rc::Rc;
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::fragment::{Datagram, DatagramKey, HeldFragment};
-use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
-use ferroflow_common::abi::node::NodeAddress;
+use ferroflow_common::abi::lb::{
+    Affinity, AffinityKey, Backend, Connections, Frontend, FrontendKey, ServiceClient,
+};
+use ferroflow_common::abi::node::{NodeAddress, ServiceRange, Settings};
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::DropReason;
@@ -21,6 +23,9 @@ pub struct Fake {
     pub frontends: HashMap<FrontendKey, Frontend>,
     /// This node's own addresses; the first of a family masquerades.
     pub node: BTreeMap<Addr, NodeAddress>,
+    pub settings: Option<Settings>,
+    /// Open connections by backend index.
+    pub connections: RefCell<HashMap<u32, Connections>>,
     /// Who is admitted where ranges say so, one by one.
     pub ranges: Vec<ServiceClient>,
     pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
@@ -73,6 +78,21 @@ impl Fake {
     /// A pod of this node.
     pub fn local(&mut self, addr: Addr, ifindex: u32) {
         self.endpoints.insert(addr, Endpoint { ifindex });
+    }
+
+    /// These have the cluster IPs `F::vip` of the numbers, and all of `F::vip` is a range of such.
+    pub fn cluster_ips<F: crate::frame::Names>(&mut self, numbers: &[u8]) {
+        let range = ServiceRange::new(&F::vip(0), 120);
+        let settings = self.settings.get_or_insert(Settings::NONE);
+        if let Some(free) = settings.ranges.iter_mut().find(|it| it.used == 0) {
+            *free = range;
+        }
+        for number in numbers {
+            let key = FrontendKey::cluster_ip(F::vip(*number));
+            let (flags, service) = (Frontend::REJECT, u32::from(*number));
+            let row = Frontend { service, offset: 0, length: 0, flags, affinity: 0 };
+            self.frontends.insert(key, row);
+        }
     }
 
     /// The entry that a packet with these ends finds.
@@ -165,6 +185,16 @@ impl Services for Fake {
         self.node.get(addr).copied()
     }
 
+    fn is_service_address(&self, addr: &Addr) -> bool {
+        self.count_array();
+        self.settings.is_some_and(|settings| settings.is_service_address(addr))
+    }
+
+    fn settings(&self) -> u32 {
+        self.count_array();
+        self.settings.map_or(0, |settings| settings.flags)
+    }
+
     fn allows(&self, client: &ServiceClient) -> bool {
         self.ranges.contains(client)
     }
@@ -185,6 +215,16 @@ impl Services for Fake {
     fn backend(&self, index: u32) -> Option<Backend> {
         self.count_array();
         self.backends.get(index as usize).copied()
+    }
+
+    fn connections(&self, index: u32) -> Connections {
+        self.count_array();
+        self.connections.borrow().get(&index).copied().unwrap_or(0)
+    }
+
+    fn connect(&self, index: u32) {
+        self.count_array();
+        *self.connections.borrow_mut().entry(index).or_insert(0) += 1;
     }
 }
 

@@ -5,7 +5,9 @@ use core::ops::Deref;
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::fragment::{Datagram, DatagramKey};
-use ferroflow_common::abi::lb::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, ServiceClient};
+use ferroflow_common::abi::lb::{
+    Affinity, AffinityKey, Backend, Connections, Frontend, FrontendKey, ServiceClient,
+};
 use ferroflow_common::abi::node::NodeAddress;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::Family;
@@ -31,6 +33,10 @@ pub trait Services {
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend>;
     /// This node's own address, if it is one.
     fn node_address(&self, addr: &Addr) -> Option<NodeAddress>;
+    /// Whether the address is in a range of cluster IPs (rule 19).
+    fn is_service_address(&self, addr: &Addr) -> bool;
+    /// The bits of [`Settings::flags`](ferroflow_common::abi::node::Settings::flags).
+    fn settings(&self) -> u32;
     /// Whether a range that the service admits has the client (rule 22).
     fn allows(&self, client: &ServiceClient) -> bool;
     fn remembered(&self, key: &AffinityKey) -> Option<Affinity>;
@@ -39,6 +45,10 @@ pub trait Services {
     fn slot(&self, slot: u32) -> Option<u32>;
     /// `None` past the end of the array; a row that was never used is all zeros.
     fn backend(&self, index: u32) -> Option<Backend>;
+    /// How many connections the backend has open; 0 past the end of the array.
+    fn connections(&self, index: u32) -> Connections;
+    /// Counts one more.
+    fn connect(&self, index: u32);
 }
 
 /// A live entry of the connection table. Two CPUs may write it at once: both write what they saw, each field is one

@@ -245,6 +245,10 @@ impl Naive {
         view
     }
 
+    fn cluster_ips(&self) -> BTreeSet<Addr> {
+        self.services.values().flat_map(|it| it.ips.clone()).collect()
+    }
+
     /// Services that another one goes before somewhere.
     fn losers(&self) -> BTreeSet<String> {
         let claims = self.claims();
@@ -373,6 +377,7 @@ fn random_lives_agree_with_a_naive_model() {
             let failing: BTreeSet<_> = run.it.failing().map(|(key, _)| key.to_string()).collect();
             assert_eq!(failing, naive.losers(), "seed {seed}, step {step}");
             assert_eq!(run.view(), naive.view(), "seed {seed}, step {step}");
+            assert_eq!(cluster_ips(&run), naive.cluster_ips(), "rule 19, seed {seed}, step {step}");
             assert_eq!(live(run.it.maps()), naive.live(), "seed {seed}, step {step}");
             assert_eq!(run.stats().backends, naive.live().len(), "seed {seed}, step {step}: no index leaks");
             conflicts += failing.len();
@@ -387,11 +392,20 @@ fn random_lives_agree_with_a_naive_model() {
     assert!(conflicts > 100, "{conflicts}");
 }
 
+fn cluster_ips(run: &Run) -> BTreeSet<Addr> {
+    let rows = run.it.maps().dump::<Frontends>().unwrap();
+    rows.into_iter().filter(|(key, _)| key.is_cluster_ip()).map(|(key, _)| key.addr).collect()
+}
+
 fn key(change: &Change) -> String {
     match change {
         Change::Service(name, _) => format!("s {name}"),
         Change::EndpointSlice(name, _) => format!("e {name}"),
         Change::Node(name, _) => format!("n {name}"),
-        Change::Pod(..) | Change::LocalRoute(..) | Change::LocalAddress(..) => unreachable!("not generated"),
+        Change::Pod(..)
+        | Change::ServiceCidr(..)
+        | Change::KubeProxy(..)
+        | Change::LocalRoute(..)
+        | Change::LocalAddress(..) => unreachable!("not generated"),
     }
 }
