@@ -162,6 +162,13 @@ impl Inside {
         self.request(request.execute()).with_context(|| format!("add {} to {dev}", prefix.addr))
     }
 
+    /// Takes an address from whichever interface has it.
+    pub fn take_address(&self, addr: IpAddr) -> Result<()> {
+        let found = self.netlink.address().get().set_address_filter(addr).execute();
+        let message = self.request(found.try_next())?.with_context(|| format!("no interface has {addr}"))?;
+        self.request(self.netlink.address().del(message).execute()).with_context(|| format!("take {addr}"))
+    }
+
     pub fn route(&self, route: Route<'_>) -> Result<()> {
         let (len, out) = (route.to.len, index(route.dev)?);
         let message = match (route.to.addr, route.via) {

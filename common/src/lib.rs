@@ -17,7 +17,8 @@
 //! | `node_addresses` | hash | [`addr::Addr`] -> [`abi::node::NodeAddress`] | agent | programs |
 //! | `masquerade` | array, mmap | 0 -> [`abi::node::Masquerade`] | agent | programs |
 //! | `conntrack_v4`, `conntrack_v6` | LRU hash | [`abi::conntrack::Tuple`] -> [`abi::conntrack::Entry`] | programs | programs, CLI; the agent deletes what expired |
-//! | `sockets` | socket storage | socket -> [`abi::socket::Translation`] | programs | programs |
+//! | `sockets` | socket storage | stream socket -> [`abi::socket::Translation`] | programs | programs |
+//! | `datagrams` | socket storage | datagram socket -> [`abi::socket::Translations`] | programs | programs |
 //! | `drops` | per-CPU array | [`verdict::DropReason`] -> packets | programs | CLI |
 //! | `agent` | array | 0 -> [`abi::state::AgentState`] | agent | CLI |
 #![no_std]

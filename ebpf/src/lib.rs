@@ -13,8 +13,8 @@
 //!                |  (TC egress on the host's end: pod::entering)
 //!   parse -> conntrack -- reply of a service flow -> nat -> pod's eth0
 //!
-//!            connect(2)
-//!                |  (cgroup programs: socket)
+//!            connect(2), sendmsg(2)
+//!                |  (cgroup programs: socket, datagram)
 //!                +-- lb: frontend -> slot -> backend -> the socket's destination
 //! ```
 //!
@@ -25,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 pub mod conntrack;
+pub mod datagram;
 pub mod device;
 #[cfg(not(target_arch = "bpf"))]
 pub mod frame;

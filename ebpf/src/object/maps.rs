@@ -13,7 +13,7 @@ use ferroflow_common::abi::lb::{
     SourceRangeKey,
 };
 use ferroflow_common::abi::node::{Masquerade, NodeAddress};
-use ferroflow_common::abi::socket::Translation;
+use ferroflow_common::abi::socket::{Translation, Translations};
 use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::{Family, V4, V6};
@@ -65,6 +65,9 @@ static CONNTRACK_V6: LruHashMap<Tuple<[u8; 16]>, Entry, 131_072> = LruHashMap::n
 #[btf_map(name = "sockets", pin_by_name)]
 pub(crate) static SOCKETS: SkStorage<Translation> = SkStorage::new();
 
+#[btf_map(name = "datagrams", pin_by_name)]
+pub(crate) static DATAGRAMS: SkStorage<Translations> = SkStorage::new();
+
 #[btf_map(name = "drops", pin_by_name)]
 static DROPS: PerCpuArray<u64, DROP_ROWS> = PerCpuArray::new();
 
@@ -73,11 +76,11 @@ static DROPS: PerCpuArray<u64, DROP_ROWS> = PerCpuArray::new();
 #[btf_map(name = "agent", pin_by_name)]
 static AGENT: Array<AgentState, 1> = Array::new();
 
-/// Counts a dropped packet.
+/// Counts a dropped packet, or a system call that fails for the same reason.
 #[inline(always)]
 pub(crate) fn count(reason: DropReason) {
     if let Some(count) = DROPS.get_ptr_mut(reason as u32) {
-        // SAFETY: the row is this CPU's own, and a program is not interrupted by another one of its kind.
+        // SAFETY: the row is this CPU's own; where one program interrupts another a count may be lost.
         unsafe { *count += 1 };
     }
 }
