@@ -15,6 +15,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
+use futures_util::TryStreamExt as _;
 use nix::{
     net::if_::if_nametoindex,
     sched::{CloneFlags, unshare},
@@ -164,7 +165,7 @@ impl Inside {
 
     /// Takes an address from whichever interface has it.
     pub fn take_address(&self, addr: IpAddr) -> Result<()> {
-        let found = self.netlink.address().get().set_address_filter(addr).execute();
+        let mut found = Box::pin(self.netlink.address().get().set_address_filter(addr).execute());
         let message = self.request(found.try_next())?.with_context(|| format!("no interface has {addr}"))?;
         self.request(self.netlink.address().del(message).execute()).with_context(|| format!("take {addr}"))
     }

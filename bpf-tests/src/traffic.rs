@@ -65,7 +65,17 @@ impl Ask {
     pub fn new(protocol: Protocol, target: SocketAddr) -> Self {
         let (interval, timeout) = (Duration::ZERO, Duration::from_secs(2));
         let also = Vec::new();
-        Self { protocol, target, count: 1, interval, timeout, source: None, source_port: 0, also, strict: false }
+        Self {
+            protocol,
+            target,
+            count: 1,
+            interval,
+            timeout,
+            source: None,
+            source_port: 0,
+            also,
+            strict: false,
+        }
     }
 
     pub fn http(target: SocketAddr) -> Self {

@@ -48,12 +48,7 @@ impl Outside {
         web.more = more.to_owned();
         let manifests = cluster.manifests();
         manifests.write_cluster(&cluster)?;
-        let yaml = web
-            .yaml()
-            .replace("type: ClusterIP", "type: NodePort")
-            .replace("    port: 80\n", "    port: 80\n    nodePort: 30080\n")
-            .replace("    port: 53\n", "    port: 53\n    nodePort: 30053\n");
-        ensure!(yaml.contains("30080") && yaml.contains("30053"), "no NodePort in\n{yaml}");
+        let yaml = web.exposed("NodePort", &[(80, 30080), (53, 30053)]);
         manifests.write("service-web", &yaml)?;
         manifests.write_endpoints(&web, &Endpoint::ready(backends.iter().map(|name| cluster.pod(name))))?;
         let mut agents = Vec::new();

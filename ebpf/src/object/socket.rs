@@ -1,6 +1,6 @@
 //! The cgroup programs: they change where a socket goes, and show it the service it asked for.
 
-use aya_ebpf::bindings::bpf_sock_addr;
+use aya_ebpf::bindings::{BPF_TCP_ESTABLISHED, bpf_sock_addr};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
 use aya_ebpf::macros::cgroup_sock_addr;
@@ -164,6 +164,14 @@ fn is_hosts(ctx: &SockAddrContext) -> bool {
 }
 
 #[inline(always)]
+fn is_connected(ctx: &SockAddrContext) -> bool {
+    // SAFETY: the context is the running program's own.
+    let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+    // SAFETY: not null: the kernel's socket, which lives as long as the program runs.
+    !sk.is_null() && unsafe { (*sk).state } == BPF_TCP_ESTABLISHED
+}
+
+#[inline(always)]
 fn decide<F: SockAddr>(ctx: &SockAddrContext, peer: &Peer, known: Option<Translation>) -> Decision {
     if is_hosts(ctx) {
         // SAFETY: the context is the running program's own, of this family.
@@ -202,6 +210,8 @@ fn sendmsg<F: SockAddr>(ctx: &SockAddrContext) -> i32 {
     let known = memory(ctx).and_then(|memory| datagram::known(memory, &peer));
     let Decision { verb, number } = decide::<F>(ctx, &peer, known);
     match verb {
+        // The kernel also asks for a connected IPv6 socket whose peer is IPv4, and names the backend.
+        Verb::Leave if is_connected(ctx) => {}
         Verb::Leave => forget(ctx, &peer),
         Verb::Translate => return translate::<F>(ctx, &peer, number),
         Verb::Refuse => return FAIL,
