@@ -183,6 +183,13 @@ impl Node {
         self.client(&ask.clone().count(0))
     }
 
+    /// The servers of a pod, but of the host itself and under this name; ready.
+    pub fn serve(&self, name: &str) -> Result<Client<Ready>> {
+        let server = start(&self.netns, &self.host_cgroup, &["serve", "--name", name].map(str::to_owned))?;
+        server.wait_until(Duration::from_secs(5), |lines: &[Ready]| !lines.is_empty())?;
+        Ok(server)
+    }
+
     fn client(&self, ask: &Ask) -> Result<Client<Outcome>> {
         start(&self.netns, &self.host_cgroup, &ask.args())
     }
