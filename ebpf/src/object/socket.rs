@@ -150,9 +150,16 @@ fn redirect<F: SockAddr>(ctx: &SockAddrContext, addr: &Addr, port: Port) {
     unsafe { field.write_volatile(port) };
 }
 
-/// Whether the socket is of one of the host's own processes, by its network namespace.
+/// Whose socket a program may translate.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Host,
+    Pod,
+}
+
+/// `None` where the packet path serves it.
 #[inline(always)]
-fn is_hosts(ctx: &SockAddrContext) -> bool {
+fn owner(ctx: &SockAddrContext, proto: Proto) -> Option<Owner> {
     // SAFETY: the context is the running program's own.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let host = match HOST_NETNS.load() {
@@ -160,7 +167,11 @@ fn is_hosts(ctx: &SockAddrContext) -> bool {
         0 => unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) },
         host => host,
     };
-    cookie == host
+    if cookie == host {
+        return Some(Owner::Host);
+    }
+    let of_pods = if proto == Proto::TCP { POD_TCP.load() } else { POD_UDP.load() };
+    (of_pods != 0).then_some(Owner::Pod)
 }
 
 #[inline(always)]
@@ -172,14 +183,20 @@ fn is_connected(ctx: &SockAddrContext) -> bool {
 }
 
 #[inline(always)]
-fn decide<F: SockAddr>(ctx: &SockAddrContext, peer: &Peer, known: Option<Translation>) -> Decision {
-    if is_hosts(ctx) {
-        // SAFETY: the context is the running program's own, of this family.
-        let bound = unsafe { F::bound(ctx.sock_addr) };
-        return socket::host(&Kernel, peer, bound, known, entropy());
+fn decide<F: SockAddr>(
+    ctx: &SockAddrContext,
+    owner: Owner,
+    peer: &Peer,
+    known: Option<Translation>,
+) -> Decision {
+    match owner {
+        Owner::Host => {
+            // SAFETY: the context is the running program's own, of this family.
+            let bound = unsafe { F::bound(ctx.sock_addr) };
+            socket::host(&Kernel, peer, bound, known, entropy())
+        }
+        Owner::Pod => socket::pod(&Kernel, peer, known, entropy()),
     }
-    let of_pods = if peer.proto == Proto::TCP { POD_TCP.load() } else { POD_UDP.load() };
-    if of_pods == 0 { Decision::LEAVE } else { socket::pod(&Kernel, peer, known, entropy()) }
 }
 
 #[inline(always)]
@@ -191,10 +208,11 @@ fn entropy() -> u32 {
 #[inline(always)]
 fn connect<F: SockAddr>(ctx: &SockAddrContext) -> i32 {
     let peer = peer::<F>(ctx);
-    let Decision { verb, number } = decide::<F>(ctx, &peer, None);
+    let Some(owner) = owner(ctx, peer.proto) else { return PROCEED };
+    let Decision { verb, number } = decide::<F>(ctx, owner, &peer, None);
     match verb {
         Verb::Leave => forget(ctx, &peer),
-        Verb::Translate => return translate::<F>(ctx, &peer, number),
+        Verb::Translate => return translate::<F>(ctx, owner, &peer, number),
         Verb::Refuse => {
             let own = if peer.addr.is_v4() { Addr::v4([127, 0, 0, 1]) } else { LOOPBACK_V6 };
             redirect::<F>(ctx, &own, Port::ZERO);
@@ -207,30 +225,30 @@ fn connect<F: SockAddr>(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 fn sendmsg<F: SockAddr>(ctx: &SockAddrContext) -> i32 {
     let peer = peer::<F>(ctx);
+    let Some(owner) = owner(ctx, peer.proto) else { return PROCEED };
     let known = memory(ctx).and_then(|memory| datagram::known(memory, &peer));
-    let Decision { verb, number } = decide::<F>(ctx, &peer, known);
+    let Decision { verb, number } = decide::<F>(ctx, owner, &peer, known);
     match verb {
         // The kernel also asks for a connected IPv6 socket whose peer is IPv4, and names the backend.
         Verb::Leave if is_connected(ctx) => {}
         Verb::Leave => forget(ctx, &peer),
-        Verb::Translate => return translate::<F>(ctx, &peer, number),
+        Verb::Translate => return translate::<F>(ctx, owner, &peer, number),
         Verb::Refuse => return FAIL,
         Verb::Deny => return deny(DropReason::from_number(number)),
     }
     PROCEED
 }
 
-/// Sends the socket to the backend, and remembers that; where the kernel has no memory for it, the system call fails
-/// rather than show its caller an address that it does not know.
+/// Sends the socket to the backend, and remembers that. Where the kernel has no memory for it, a pod's socket is left to
+/// the packet path; one of the host's goes all the same, and is shown the backend's address.
 #[inline(always)]
-fn translate<F: SockAddr>(ctx: &SockAddrContext, peer: &Peer, backend: u32) -> i32 {
+fn translate<F: SockAddr>(ctx: &SockAddrContext, owner: Owner, peer: &Peer, backend: u32) -> i32 {
     let Some(translation) = socket::translation(&Kernel, peer, backend) else {
         return deny(DropReason::NoBackend);
     };
-    if !remember(ctx, peer, &translation) {
-        return FAIL;
+    if remember(ctx, peer, &translation) || owner == Owner::Host {
+        redirect::<F>(ctx, &translation.backend, translation.backend_port);
     }
-    redirect::<F>(ctx, &translation.backend, translation.backend_port);
     PROCEED
 }
 
