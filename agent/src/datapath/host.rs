@@ -61,7 +61,7 @@ pub(super) fn kernel_is_at_least(major: u32, minor: u32) -> bool {
     release.and_then(version).is_some_and(|running| running >= (major, minor))
 }
 
-/// The socket option that names a socket's network namespace (5.14, commit e8b9eab99232).
+/// The socket option that names a socket's network namespace (5.14).
 #[derive(Clone, Copy, Debug)]
 struct NetnsCookie;
 

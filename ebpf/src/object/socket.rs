@@ -1,6 +1,6 @@
 //! The cgroup programs: they change where a socket goes, and show it the service it asked for.
 
-use aya_ebpf::bindings::{BPF_TCP_ESTABLISHED, bpf_sock_addr};
+use aya_ebpf::bindings::{BPF_TCP_ESTABLISHED, bpf_sock, bpf_sock_addr};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
 use aya_ebpf::macros::cgroup_sock_addr;
@@ -30,7 +30,7 @@ static POD_UDP: Global<u8> = Global::new(0);
 
 /// The system call goes on.
 const PROCEED: i32 = 1;
-/// The system call fails with EPERM: no other errno can be said before 6.1.
+/// The system call fails with EPERM: older kernels let a program say no other errno.
 const FAIL: i32 = 0;
 
 /// ::1. Nothing listens on port 0: on every kernel, who connects there is told at once that the connection is refused.
@@ -72,7 +72,7 @@ impl SockAddr for V4 {
     #[inline(always)]
     unsafe fn bound(ctx: *mut bpf_sock_addr) -> Addr {
         // SAFETY: the caller's promise.
-        let sk = unsafe { (*ctx).__bindgen_anon_1.sk };
+        let sk = unsafe { kernel_socket(ctx) };
         if sk.is_null() {
             return Addr::v4([0; 4]);
         }
@@ -110,7 +110,7 @@ impl SockAddr for V6 {
     #[inline(always)]
     unsafe fn bound(ctx: *mut bpf_sock_addr) -> Addr {
         // SAFETY: the caller's promise.
-        let sk = unsafe { (*ctx).__bindgen_anon_1.sk };
+        let sk = unsafe { kernel_socket(ctx) };
         if sk.is_null() {
             return Addr::UNSPECIFIED;
         }
@@ -123,6 +123,18 @@ impl SockAddr for V6 {
         }
         Addr::v6(bytes)
     }
+}
+
+/// The kernel's socket.
+///
+/// # Safety
+/// `ctx` is the context of a running program.
+#[inline(always)]
+unsafe fn kernel_socket(ctx: *mut bpf_sock_addr) -> *mut bpf_sock {
+    // SAFETY: the caller's promise.
+    let field = unsafe { &raw const (*ctx).__bindgen_anon_1.sk };
+    // SAFETY: as above.
+    unsafe { field.read_volatile() }
 }
 
 /// The peer that the system call names.
@@ -177,7 +189,7 @@ fn owner(ctx: &SockAddrContext, proto: Proto) -> Option<Owner> {
 #[inline(always)]
 fn is_connected(ctx: &SockAddrContext) -> bool {
     // SAFETY: the context is the running program's own.
-    let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+    let sk = unsafe { kernel_socket(ctx.sock_addr) };
     // SAFETY: not null: the kernel's socket, which lives as long as the program runs.
     !sk.is_null() && unsafe { (*sk).state } == BPF_TCP_ESTABLISHED
 }
