@@ -53,7 +53,8 @@ pub struct Agent {
     #[arg(long, env = "FERROFLOW_CGROUP", value_name = "DIR")]
     pub cgroup: Option<PathBuf>,
 
-    /// Which sockets are translated when they connect; the others are served on the packet path
+    /// Which sockets of pods are translated when they name their peer; the others are served on the packet path. Those
+    /// of the host's own processes always are, TCP and UDP, by the network namespace that the agent runs in
     #[arg(long, env = "FERROFLOW_SOCKET_LB", value_enum, default_value_t = SocketLb::Tcp)]
     pub socket_lb: SocketLb,
 
@@ -108,7 +109,7 @@ pub struct Agent {
     pub log_drops: bool,
 }
 
-/// Which sockets are translated when they name their peer.
+/// Which sockets of pods are translated when they name their peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SocketLb {
     /// TCP connections

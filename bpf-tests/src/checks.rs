@@ -43,6 +43,7 @@ pub const WEB_PORT: u16 = 80;
 pub const DNS_SERVICE_PORT: u16 = 53;
 pub const ECHO_SERVICE_PORT: u16 = 7;
 
+const DEMO_NODE_PORT: u16 = 30080;
 const BACKENDS: [&str; 2] = ["a2", "b2"];
 /// A backend of two is missed by chance once in a million million.
 const REQUESTS: u32 = 40;
@@ -103,6 +104,25 @@ impl World {
             .and_then(|by| every_backend(&by));
         let step = format!("{protocol} over {}", family_name(family));
         Check { step, from: from.into(), to: target.to_string(), expected: "a2 and b2 answer".into(), seen }
+    }
+
+    /// A NodePort of `web` on the loopback answers the host of the first node; the service gets it now.
+    pub fn loopback(&self, family: Family) -> Check {
+        let target = SocketAddr::new(loopback(family), DEMO_NODE_PORT);
+        let step = format!("NodePort over {}", family_name(family));
+        let (from, expected) = ("host a".into(), "a2 and b2 answer".into());
+        Check { step, from, to: target.to_string(), expected, seen: self.ask_loopback(target) }
+    }
+
+    fn ask_loopback(&self, target: SocketAddr) -> Result<String> {
+        let yaml = self.web.exposed("NodePort", &[(WEB_PORT, DEMO_NODE_PORT)]);
+        self.cluster.manifests().write("service-web", &yaml)?;
+        let node = self.cluster.node("a");
+        let waiting = node.keep_asking(&Ask::http(target).interval(Duration::from_millis(10)))?;
+        let answers = |outcomes: &[Outcome]| outcomes.last().is_some_and(|it| it.answer().is_some());
+        waiting.wait_until(Duration::from_secs(5), answers)?;
+        let outcomes = node.ask(&Ask::http(target).count(REQUESTS).strict())?;
+        every_backend(&tally(&outcomes, target, node.ip(Family::of(target.ip())))?)
     }
 
     /// A service without endpoints refuses, and does not let its client wait.
@@ -182,7 +202,7 @@ pub fn service(name: &str, number: u8) -> Service {
 pub fn target(service: &Service, protocol: Protocol, family: Family) -> SocketAddr {
     let port = match protocol {
         Protocol::Http => WEB_PORT,
-        Protocol::Dns | Protocol::DnsUnconnected => DNS_SERVICE_PORT,
+        Protocol::Dns | Protocol::DnsUnconnected | Protocol::DnsOneSocket => DNS_SERVICE_PORT,
     };
     SocketAddr::new(service.ip(family), port)
 }
@@ -191,7 +211,7 @@ pub fn target(service: &Service, protocol: Protocol, family: Family) -> SocketAd
 pub fn pod_target(pod: &Pod, protocol: Protocol, family: Family) -> SocketAddr {
     let port = match protocol {
         Protocol::Http => HTTP_PORT,
-        Protocol::Dns | Protocol::DnsUnconnected => DNS_PORT,
+        Protocol::Dns | Protocol::DnsUnconnected | Protocol::DnsOneSocket => DNS_PORT,
     };
     SocketAddr::new(pod.ip(family), port)
 }
@@ -252,6 +272,13 @@ fn drained(outcomes: &[Outcome], gone: &str, removed: SystemTime) -> Result<Stri
     let last = of_gone().filter_map(after).max().unwrap_or_default();
     ensure!(last < REMOVAL_LIMIT, "{gone} still answered {last:?} after it was removed");
     Ok(format!("{}, b2 idle in {} ms", failures(outcomes), last.as_millis()))
+}
+
+fn loopback(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::LOCALHOST.into(),
+        Family::V6 => Ipv6Addr::LOCALHOST.into(),
+    }
 }
 
 fn family_name(family: Family) -> &'static str {

@@ -11,7 +11,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -50,8 +50,9 @@ pub struct Node {
     pub v4: Ipv4Addr,
     pub v6: Ipv6Addr,
     pub pods: Vec<Pod>,
-    /// Holds the cgroups of its pods, and nothing else.
+    /// Holds the cgroups of its pods and of the host's own processes, and nothing else.
     pub cgroup: PathBuf,
+    host_cgroup: PathBuf,
     /// Of its agent: not below `cgroup`.
     pub agent_cgroup: PathBuf,
     pub bpffs: PathBuf,
@@ -187,6 +188,35 @@ impl Node {
         Prefix { addr: pod_v6(self.number, 0).into(), len: 64 }
     }
 
+    /// Of the address family.
+    pub fn ip(&self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => self.v4.into(),
+            Family::V6 => self.v6.into(),
+        }
+    }
+
+    /// As [`Pod::ask`], from a process of the host itself.
+    pub fn ask(&self, ask: &Ask) -> Result<Vec<Outcome>> {
+        self.client(ask)?.finish(ask.limit())
+    }
+
+    /// As [`Pod::keep_asking`], from a process of the host itself.
+    pub fn keep_asking(&self, ask: &Ask) -> Result<Client<Outcome>> {
+        self.client(&ask.clone().count(0))
+    }
+
+    /// The servers of a pod, but of the host itself and under this name; ready.
+    pub fn serve(&self, name: &str) -> Result<Client<Ready>> {
+        let server = start(&self.netns, &self.host_cgroup, &["serve", "--name", name].map(str::to_owned))?;
+        server.wait_until(Duration::from_secs(5), |lines: &[Ready]| !lines.is_empty())?;
+        Ok(server)
+    }
+
+    fn client(&self, ask: &Ask) -> Result<Client<Outcome>> {
+        start(&self.netns, &self.host_cgroup, &ask.args())
+    }
+
     fn new(short: &str, number: u8, directories: Directories<'_>) -> Result<Self> {
         let Directories { place, processes, manifests } = directories;
         let name = node_name(short);
@@ -201,6 +231,7 @@ impl Node {
             v6: Ipv6Addr::new(0xfd50, 0, 0, 0, 0, 0, 0, number.into()),
             pods: Vec::new(),
             cgroup: processes.child(&name)?,
+            host_cgroup: processes.child(format!("{name}/host"))?,
             agent_cgroup: processes.child(format!("agents/{name}"))?,
             bpffs,
             manifests: manifests.path().to_owned(),
@@ -340,10 +371,18 @@ impl Pod {
         &self,
         args: &[String],
     ) -> Result<Client<T>> {
-        let mut command = pod_command();
-        command.arg("--cgroup").arg(&self.cgroup).args(args);
-        Client::start(command, |command| self.netns.spawn(command))
+        start(&self.netns, &self.cgroup, args)
     }
+}
+
+fn start<T: serde::de::DeserializeOwned + Clone + Send + 'static>(
+    netns: &Netns,
+    cgroup: &Path,
+    args: &[String],
+) -> Result<Client<T>> {
+    let mut command = pod_command();
+    command.arg("--cgroup").arg(cgroup).args(args);
+    Client::start(command, |command| netns.spawn(command))
 }
 
 /// Of addresses: most tests run once for each.

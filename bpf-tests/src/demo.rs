@@ -77,6 +77,9 @@ fn steps() -> Vec<Step> {
             steps.push(Box::new(move |world| world.refusal("a1", protocol, family)));
         }
     }
+    for family in Family::BOTH {
+        steps.push(Box::new(move |world| world.loopback(family)));
+    }
     steps.push(Box::new(World::scale_down));
     steps
 }

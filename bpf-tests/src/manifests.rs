@@ -133,6 +133,20 @@ spec:
         )
     }
 
+    /// As [`Self::yaml`], of another type and with these NodePorts, each after the port that it is of.
+    ///
+    /// # Panics
+    /// If there is no such port: the test is wrong.
+    pub fn exposed(&self, kind: &str, node_ports: &[(u16, u16)]) -> String {
+        let mut yaml = self.yaml().replace("type: ClusterIP", &format!("type: {kind}"));
+        for (port, node_port) in node_ports {
+            let line = format!("    port: {port}\n");
+            assert!(yaml.contains(&line), "no port {port} in\n{yaml}");
+            yaml = yaml.replace(&line, &format!("{line}    nodePort: {node_port}\n"));
+        }
+        yaml
+    }
+
     pub fn slices(&self, endpoints: &[Endpoint<'_>]) -> String {
         Family::BOTH.map(|family| self.slice(family, endpoints)).concat()
     }

@@ -188,6 +188,13 @@ impl Inside {
         self.request(request.execute()).with_context(|| format!("add {} to {dev}", prefix.addr))
     }
 
+    /// Takes an address from whichever interface has it.
+    pub fn take_address(&self, addr: IpAddr) -> Result<()> {
+        let mut found = Box::pin(self.netlink.address().get().set_address_filter(addr).execute());
+        let message = self.request(found.try_next())?.with_context(|| format!("no interface has {addr}"))?;
+        self.request(self.netlink.address().del(message).execute()).with_context(|| format!("take {addr}"))
+    }
+
     pub fn route(&self, route: Route<'_>) -> Result<()> {
         let message = route.message()?;
         self.request(self.netlink.route().add(message).execute()).with_context(|| format!("add {route:?}"))

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     io::{BufRead as _, BufReader},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     process::{self, Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
@@ -23,7 +23,9 @@ pub struct Ask {
     count: u32,
     interval: Duration,
     timeout: Duration,
+    source: Option<IpAddr>,
     source_port: u16,
+    also: Vec<SocketAddr>,
     strict: bool,
 }
 
@@ -33,6 +35,8 @@ pub enum Protocol {
     Dns,
     /// DNS over a socket that is not connected.
     DnsUnconnected,
+    /// The same, and all questions from one socket.
+    DnsOneSocket,
 }
 
 /// A process that writes one line of JSON per result. Dropping it kills the process.
@@ -60,7 +64,18 @@ struct Read<T> {
 impl Ask {
     pub fn new(protocol: Protocol, target: SocketAddr) -> Self {
         let (interval, timeout) = (Duration::ZERO, Duration::from_secs(2));
-        Self { protocol, target, count: 1, interval, timeout, source_port: 0, strict: false }
+        let also = Vec::new();
+        Self {
+            protocol,
+            target,
+            count: 1,
+            interval,
+            timeout,
+            source: None,
+            source_port: 0,
+            also,
+            strict: false,
+        }
     }
 
     pub fn http(target: SocketAddr) -> Self {
@@ -83,6 +98,16 @@ impl Ask {
         Self { timeout, ..self }
     }
 
+    /// The address to bind to.
+    pub fn source(self, source: IpAddr) -> Self {
+        Self { source: Some(source), ..self }
+    }
+
+    /// Further targets, which [`Protocol::DnsOneSocket`] asks in turn.
+    pub fn also(self, also: &[SocketAddr]) -> Self {
+        Self { also: also.to_owned(), ..self }
+    }
+
     pub fn source_port(self, source_port: u16) -> Self {
         Self { source_port, ..self }
     }
@@ -102,6 +127,7 @@ impl Ask {
             Protocol::Http => &["http"],
             Protocol::Dns => &["dns"],
             Protocol::DnsUnconnected => &["dns", "--unconnected"],
+            Protocol::DnsOneSocket => &["resolver"],
         };
         let mut args: Vec<_> = verb.iter().map(|&arg| arg.to_owned()).collect();
         args.push(self.target.to_string());
@@ -113,6 +139,8 @@ impl Ask {
         ] {
             args.extend([name.to_owned(), value]);
         }
+        args.extend(self.source.iter().flat_map(|source| ["--source-ip".to_owned(), source.to_string()]));
+        args.extend(self.also.iter().flat_map(|target| ["--also".to_owned(), target.to_string()]));
         args.extend(self.strict.then(|| "--strict".to_owned()));
         args
     }
@@ -124,6 +152,7 @@ impl fmt::Display for Protocol {
             Self::Http => "HTTP",
             Self::Dns => "DNS",
             Self::DnsUnconnected => "DNS (unconnected)",
+            Self::DnsOneSocket => "DNS (one socket)",
         })
     }
 }

@@ -4,18 +4,19 @@
 use std::{
     collections::BTreeSet,
     fs,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
     agent::Agent,
     checks,
     cluster::{Cluster, Family},
     manifests::{Endpoint, Service},
-    pod::{Outcome, Progress},
+    netns::{Prefix, Route},
+    pod::{HTTP_PORT, Outcome, Progress},
     runner,
     sandbox::Sandbox,
     traffic::{Ask, Client, Protocol},
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         ("rules_15_and_26_with_the_policy_local_clients_keep_their_address", clients_keep_their_address),
         ("rule_14_a_node_port_without_endpoints_refuses", a_node_port_without_endpoints_refuses),
         ("rule_16_pods_reach_their_nodes_port", pods_reach_their_nodes_port),
+        ("rule_21_a_balancers_address_is_taken_port_by_port_on_every_node", an_address_is_taken_port_by_port),
         ("rule_29_a_client_keeps_its_backend", a_client_keeps_its_backend),
         ("xdp_sends_known_flows_on_by_itself", xdp_sends_known_flows_on),
     ])
@@ -51,13 +53,7 @@ impl Outside {
         web.more = more.to_owned();
         let manifests = cluster.manifests();
         manifests.write_cluster(&cluster)?;
-        let yaml = web
-            .yaml()
-            .replace("type: ClusterIP", "type: NodePort")
-            .replace("    port: 80\n", "    port: 80\n    nodePort: 30080\n")
-            .replace("    port: 53\n", "    port: 53\n    nodePort: 30053\n")
-            .replace("    port: 7\n", "    port: 7\n    nodePort: 30007\n");
-        ensure!(yaml.contains("30080") && yaml.contains("30053"), "no NodePort in\n{yaml}");
+        let yaml = web.exposed("NodePort", &[(80, 30080), (53, 30053), (7, ECHO_NODE_PORT)]);
         manifests.write("service-web", &yaml)?;
         manifests.write_endpoints(&web, &Endpoint::ready(backends.iter().map(|name| cluster.pod(name))))?;
         let mut agents = Vec::new();
@@ -197,6 +193,50 @@ fn a_client_keeps_its_backend(sandbox: &Sandbox) -> Result<()> {
     })
 }
 
+/// A balancer sends to node a, which also has the address, and to node b, which has not. A third address is on the link
+/// of all nodes: none may say that it is there.
+fn an_address_is_taken_port_by_port(sandbox: &Sandbox) -> Result<()> {
+    Outside::test(sandbox, "", &["a1"], |outside| {
+        let addresses: Vec<_> = Family::BOTH.into_iter().flat_map(balancers).collect();
+        let ingress: String = addresses.iter().map(|addr| format!("    - ip: \"{addr}\"\n")).collect();
+        let yaml = outside.web.exposed("LoadBalancer", &[]);
+        let status = format!("status:\n  loadBalancer:\n    ingress:\n{ingress}");
+        outside.cluster.manifests().write("service-web", &format!("{yaml}{status}"))?;
+        let _host = outside.cluster.node("a").serve("host-a")?;
+        for family in Family::BOTH {
+            let [at_a, at_b, nowhere] = balancers(family);
+            outside.cluster.node("a").netns.run(move |inside| inside.address("lo", alone(at_a)))??;
+            let routes = [
+                (at_a, Some(outside.node("a", family))),
+                (at_b, Some(outside.node("b", family))),
+                (nowhere, None),
+            ];
+            outside.cluster.node("c").netns.run(move |inside| {
+                routes
+                    .into_iter()
+                    .try_for_each(|(to, via)| inside.route(Route { to: alone(to), via, dev: "eth0" }))
+            })??;
+            for (protocol, port) in [(Protocol::Http, 80), (Protocol::Dns, 53)] {
+                for addr in [at_a, at_b] {
+                    answered(outside, protocol, SocketAddr::new(addr, port), "a1")?;
+                }
+                let ask = Ask::new(protocol, SocketAddr::new(nowhere, port)).timeout(Duration::from_secs(1));
+                let to_nobody = outside.cluster.pod("c1").ask(&ask)?;
+                ensure!(
+                    to_nobody.iter().all(|it| it.answer().is_none()),
+                    "{nowhere} is nobody's: {to_nobody:?}"
+                );
+            }
+            // A port of the node's own server, which the service leaves to it.
+            let target = SocketAddr::new(at_a, HTTP_PORT);
+            let outcome = answered(outside, Protocol::Http, target, "host-a")?;
+            let client = outcome.answer().map(|answer| answer.client.ip());
+            ensure!(client == Some(outside.cluster.pod("c1").ip(family)), "{outcome:?}");
+        }
+        Ok(())
+    })
+}
+
 /// With the TC program taken from the device, whatever still arrives has come through the driver.
 fn xdp_sends_known_flows_on(sandbox: &Sandbox) -> Result<()> {
     let outside = Outside::new(sandbox, "", &["b1"], &["--xdp", "native"])?;
@@ -240,4 +280,27 @@ fn xdp_sends_known_flows_on(sandbox: &Sandbox) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// Soon `by` answers: the agents may not have read of it yet.
+fn answered(outside: &Outside, protocol: Protocol, target: SocketAddr, by: &str) -> Result<Outcome> {
+    let ask =
+        Ask::new(protocol, target).interval(Duration::from_millis(10)).timeout(Duration::from_millis(500));
+    let client = outside.cluster.pod("c1").keep_asking(&ask)?;
+    let seen = client.wait_until(Duration::from_secs(10), |outcomes| {
+        outcomes.last().and_then(Outcome::answer).is_some_and(|it| it.by == by && it.server == target)
+    });
+    let seen = seen.with_context(|| format!("{protocol} {target} is not answered by {by}"))?;
+    seen.last().cloned().context("no outcome")
+}
+
+fn balancers(family: Family) -> [IpAddr; 3] {
+    [1, 2, 3].map(|number| match family {
+        Family::V4 => Ipv4Addr::new(192, 0, 2, number).into(),
+        Family::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, number.into()).into(),
+    })
+}
+
+fn alone(addr: IpAddr) -> Prefix {
+    Prefix { addr, len: if addr.is_ipv4() { 32 } else { 128 } }
 }

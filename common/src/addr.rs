@@ -55,6 +55,26 @@ impl Addr {
         ]
     }
 
+    /// Whether it is in 127.0.0.0/8, or ::1 (RFC 1122 section 3.2.1.3, RFC 4291 section 2.5.3).
+    #[inline(always)]
+    pub const fn is_loopback(&self) -> bool {
+        let b = &self.bytes;
+        if self.is_v4() {
+            return b[12] == 127;
+        }
+        u64::from_ne_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) == 0
+            && u64::from_be_bytes([b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]]) == 1
+    }
+
+    /// Whether it is 0.0.0.0 or ::, which stand for any address.
+    #[inline(always)]
+    pub const fn is_unspecified(&self) -> bool {
+        let b = &self.bytes;
+        let (high, low) = ([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]], self.v4_bytes());
+        let middle = u32::from_be_bytes([b[8], b[9], b[10], b[11]]);
+        u64::from_ne_bytes(high) == 0 && u32::from_ne_bytes(low) == 0 && (middle == 0 || middle == 0xffff)
+    }
+
     pub fn ip(&self) -> IpAddr {
         Ipv6Addr::from(self.bytes).to_canonical()
     }
@@ -182,6 +202,25 @@ mod tests {
             assert_eq!(Addr::from(ip).ip(), ip);
         }
         assert_eq!(Addr::v4([1, 2, 3, 4]).v4_bytes(), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn loopback_and_unspecified_addresses_are_told_from_others() {
+        for (text, loopback, unspecified) in [
+            ("127.0.0.1", true, false),
+            ("127.255.255.255", true, false),
+            ("128.0.0.1", false, false),
+            ("::1", true, false),
+            ("::2", false, false),
+            ("fd00::1", false, false),
+            ("0.0.0.0", false, true),
+            ("0.0.0.1", false, false),
+            ("::", false, true),
+            ("::1:0:0", false, false),
+        ] {
+            let addr = Addr::from(text.parse::<IpAddr>().unwrap());
+            assert_eq!((addr.is_loopback(), addr.is_unspecified()), (loopback, unspecified), "{text}");
+        }
     }
 
     #[test]

@@ -23,7 +23,8 @@
 //! | `held_fragments` | LRU hash | [`abi::fragment::DatagramKey`] -> [`abi::fragment::HeldFragment`] | programs | programs |
 //! | `noted_datagram` | per-CPU array | 0 -> [`abi::fragment::DatagramKey`] of the packet under way | programs | programs |
 //! | `held_buffer` | per-CPU array | 0 -> [`abi::fragment::HeldFragment`] on its way into `held_fragments` | programs | programs |
-//! | `sockets` | socket storage | socket -> [`abi::socket::Translation`] | programs | programs |
+//! | `sockets` | socket storage | stream socket -> [`abi::socket::Translation`] | programs | programs |
+//! | `datagram_sockets` | socket storage | datagram socket -> [`abi::socket::Translations`] | programs | programs |
 //! | `drops` | per-CPU array | [`verdict::DropReason`] -> packets | programs | CLI |
 //! | `agent` | array | 0 -> [`abi::state::AgentState`] | agent | CLI |
 #![no_std]

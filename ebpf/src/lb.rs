@@ -42,6 +42,12 @@ pub fn node_port<T: Services>(tables: &T, key: &mut FrontendKey) -> Option<Front
     if tables.node_address(&key.addr)?.flags & NodeAddress::NODE_PORTS == 0 {
         return None;
     }
+    node_row(tables, key)
+}
+
+/// The NodePort on an address that is known to serve them; the key is then its.
+#[inline(always)]
+pub fn node_row<T: Services>(tables: &T, key: &mut FrontendKey) -> Option<Frontend> {
     key.addr = if key.addr.is_v4() { FrontendKey::NODE_V4 } else { FrontendKey::NODE_V6 };
     tables.frontend(key)
 }
@@ -78,6 +84,30 @@ pub fn keep<T: Services>(tables: &T, frontend: &Frontend, client: Addr, index: u
         let choice = Affinity { backend: index, generation, last_used: now };
         tables.remember(&AffinityKey { client, service: frontend.service }, &choice);
     }
+}
+
+/// The backend of a client's new flow: the one that it has kept, or else the one that its hash chooses; `None` where
+/// the frontend rejects (rule 14).
+///
+/// # Errors
+/// As for [`choose`].
+#[inline(always)]
+pub fn kept_or_chosen<T: Services>(
+    tables: &T,
+    frontend: &Frontend,
+    client: Addr,
+    now: u32,
+    hash: impl FnOnce() -> u32,
+) -> Result<Option<u32>, DropReason> {
+    let index = match kept(tables, frontend, client, now) {
+        Some(index) => index,
+        None => match choose(tables, frontend, hash())? {
+            Choice::Backend { index, .. } => index,
+            Choice::Reject => return Ok(None),
+        },
+    };
+    keep(tables, frontend, client, index, now);
+    Ok(Some(index))
 }
 
 /// The backend that `hash` chooses among the frontend's slots.

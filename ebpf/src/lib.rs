@@ -18,8 +18,8 @@
 //!                |  (XDP, where it is on: xdp) a known flow that leaves by the same device -> nat -> back out
 //!                |  (TC ingress: device::arriving) all else: conntrack, service, nat, route; TC egress as a pod's
 //!
-//!            connect(2)
-//!                |  (cgroup programs: socket)
+//!            connect(2), sendmsg(2)
+//!                |  (cgroup programs: socket, datagram)
 //!                +-- lb: frontend -> slot -> backend -> the socket's destination
 //! ```
 //!
@@ -30,6 +30,7 @@
 #![forbid(unsafe_code)]
 
 pub mod conntrack;
+pub mod datagram;
 pub mod device;
 pub mod fragment;
 #[cfg(not(target_arch = "bpf"))]

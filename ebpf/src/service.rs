@@ -9,7 +9,7 @@ use ferroflow_common::verdict::{DropReason, Verdict};
 use crate::conntrack::{self, Halves};
 use crate::fragment::{self, Part};
 use crate::icmp::{self, Errors, Quote};
-use crate::lb::{self, Choice};
+use crate::lb;
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Headers, Parse};
 use crate::reject::{self, Answer};
@@ -335,14 +335,10 @@ where
     {
         return Err(DropReason::SourceRange);
     }
-    let index = match lb::kept(tables, &frontend, client, now) {
-        Some(index) => index,
-        None => match lb::choose(tables, &frontend, lb::flow_hash::<F>(tuple))? {
-            Choice::Backend { index, .. } => index,
-            Choice::Reject => return Ok(Opened::Refused),
-        },
+    let hash = || lb::flow_hash::<F>(tuple);
+    let Some(index) = lb::kept_or_chosen(tables, &frontend, client, now, hash)? else {
+        return Ok(Opened::Refused);
     };
-    lb::keep(tables, &frontend, client, index, now);
     let masquerade = masquerade::<F, T>(tables, &frontend, origin)?;
     conntrack::open(tables, &headers, index, masquerade)?;
     if frontend.flags & Frontend::LEAST_CONNECTION != 0 {

@@ -13,7 +13,7 @@ use aya::programs::{
 use aya::sys::{NetlinkError, SyscallError};
 
 use super::{Causes, Datapath, DatapathError};
-use crate::config::{Attach, SocketLb, Xdp};
+use crate::config::{Attach, Xdp};
 
 /// Whose interface it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,8 +41,8 @@ impl Interface {
 /// The program in a device's driver.
 const XDP: &str = "device_xdp";
 
-const CONNECT: [&str; 4] = ["connect4", "connect6", "getpeername4", "getpeername6"];
-const DATAGRAM: [&str; 4] = ["sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6"];
+const SOCKET: [&str; 8] =
+    ["connect4", "connect6", "getpeername4", "getpeername6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6"];
 
 /// One fixed place for our filter on a clsact qdisc, so that the next agent finds and replaces it.
 const FILTER: NlOptions = NlOptions { priority: 1, handle: TcHandle::new(0, 1), classid: None };
@@ -58,27 +58,15 @@ pub(super) fn load(program: &mut Program) -> Result<(), ProgramError> {
 }
 
 impl Datapath {
-    /// Attaches the socket programs that the options ask for to a cgroup and detaches the others.
+    /// Attaches the socket programs to a cgroup.
     ///
     /// # Errors
     /// What the kernel refuses, with the cgroup.
     pub fn attach_cgroup(&mut self, cgroup: &Path) -> Result<(), DatapathError> {
-        let (connect, datagram) = match self.options.socket_lb {
-            SocketLb::Off => (false, false),
-            SocketLb::Tcp => (true, false),
-            SocketLb::All => (true, true),
-        };
-        for (hooks, wanted) in [(CONNECT, connect), (DATAGRAM, datagram)] {
-            for hook in hooks {
-                let pin = self.options.bpffs.links().join(hook);
-                if wanted {
-                    self.attach_socket(hook, cgroup, &pin)?;
-                } else {
-                    remove(&pin)?;
-                }
-            }
-        }
-        Ok(())
+        SOCKET.iter().try_for_each(|hook| {
+            let pin = self.options.bpffs.links().join(hook);
+            self.attach_socket(hook, cgroup, &pin)
+        })
     }
 
     fn attach_socket(&mut self, hook: &'static str, cgroup: &Path, pin: &Path) -> Result<(), DatapathError> {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socket, sockopt};
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 
 use super::DatapathError;
@@ -60,6 +61,29 @@ pub(super) fn kernel_is_at_least(major: u32, minor: u32) -> bool {
     release.and_then(version).is_some_and(|running| running >= (major, minor))
 }
 
+/// The socket option that names a socket's network namespace (5.14).
+#[derive(Clone, Copy, Debug)]
+struct NetnsCookie;
+
+nix::getsockopt_impl!(NetnsCookie, libc::SOL_SOCKET, SO_NETNS_COOKIE, u64, sockopt::GetStruct<u64>);
+
+/// As `asm-generic/socket.h` has it, which all 64-bit targets of this agent use; libc does not have it yet.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
+/// The cookie of the network namespace that this process is in, which is the host's: its sockets and those of every
+/// other process in it are told from the sockets of pods by this. 0, which is no cookie and stands for the initial
+/// namespace, on kernels that do not say: there the agent must not run in another one.
+pub(super) fn netns_cookie() -> u64 {
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None);
+    match socket.and_then(|socket| getsockopt(&socket, NetnsCookie)) {
+        Ok(cookie) => cookie,
+        Err(errno) => {
+            tracing::info!(%errno, "the kernel does not name network namespaces: the host's is taken to be the initial one");
+            0
+        }
+    }
+}
+
 /// `6.18.44-fc` is 6.18.
 fn version(release: &str) -> Option<(u32, u32)> {
     let (major, rest) = release.split_once('.')?;
@@ -113,6 +137,12 @@ mod tests {
         assert_eq!(version("6.18-rc1"), Some((6, 18)));
         assert_eq!(version("unknown"), None);
         assert!(kernel_is_at_least(4, 0));
+    }
+
+    #[test]
+    fn a_network_namespace_has_one_cookie() {
+        assert_eq!(netns_cookie(), netns_cookie());
+        assert_eq!(netns_cookie() != 0, kernel_is_at_least(5, 14));
     }
 
     #[test]

@@ -61,7 +61,9 @@ impl Datapath {
         host::raise_memlock_limit();
         // aya's levels: 0 compiles every log statement out, 3 is `info`, which dropped packets are logged at.
         let log_level: u8 = if options.log_drops { 3 } else { 0 };
-        let socket_udp = u8::from(options.socket_lb == SocketLb::All);
+        let pod_tcp = u8::from(options.socket_lb != SocketLb::Off);
+        let pod_udp = u8::from(options.socket_lb == SocketLb::All);
+        let host_netns = host::netns_cookie();
         let coarse_clock = u8::from(host::kernel_is_at_least(5, 11));
         let slots = options.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
         let mut ebpf = EbpfLoader::new()
@@ -71,7 +73,9 @@ impl Datapath {
             .map_max_entries(Slots::NAME, slots)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
             .override_global("COARSE_CLOCK", &coarse_clock, true)
-            .override_global("SOCKET_UDP", &socket_udp, true)
+            .override_global("HOST_NETNS", &host_netns, true)
+            .override_global("POD_TCP", &pod_tcp, true)
+            .override_global("POD_UDP", &pod_udp, true)
             .load(object)?;
         for (name, program) in ebpf.programs_mut() {
             attach::load(program)

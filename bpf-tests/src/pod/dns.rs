@@ -1,8 +1,9 @@
 //! DNS, as much as a test needs: one question, one TXT record with who answered and whom it saw.
 
 use std::{
+    io,
     net::SocketAddr,
-    sync::atomic::{AtomicU16, Ordering},
+    sync::atomic::{AtomicU16, AtomicUsize, Ordering},
 };
 
 use tokio::net::UdpSocket;
@@ -32,7 +33,32 @@ pub(super) async fn ask_connected(requests: Requests) -> Result<Answer, Failure>
 }
 
 pub(super) async fn ask_unconnected(requests: Requests) -> Result<Answer, Failure> {
-    let socket = UdpSocket::bind(requests.source()).await?;
+    ask_from(&UdpSocket::bind(requests.source()).await?, requests).await
+}
+
+/// One socket for all questions.
+pub(super) struct Resolver {
+    socket: UdpSocket,
+    targets: Vec<SocketAddr>,
+    asked: AtomicUsize,
+}
+
+impl Resolver {
+    pub(super) async fn new(requests: &Requests, also: &[SocketAddr]) -> io::Result<Self> {
+        let socket = UdpSocket::bind(requests.source()).await?;
+        let targets = [&[requests.target], also].concat();
+        Ok(Self { socket, targets, asked: AtomicUsize::new(0) })
+    }
+
+    /// Asks the target whose turn it is.
+    pub(super) async fn ask(&self, requests: Requests) -> Result<Answer, Failure> {
+        let turn = self.asked.fetch_add(1, Ordering::Relaxed) % self.targets.len();
+        let target = self.targets.get(turn).copied().unwrap_or(requests.target);
+        ask_from(&self.socket, Requests { target, ..requests }).await
+    }
+}
+
+async fn ask_from(socket: &UdpSocket, requests: Requests) -> Result<Answer, Failure> {
     let id = next_id();
     socket.send_to(&question(id), requests.target).await?;
     let mut packet = [0; 512];

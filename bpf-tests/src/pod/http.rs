@@ -36,7 +36,7 @@ async fn connect(requests: &Requests) -> Result<TcpStream, Failure> {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
-    if requests.source_port != 0 {
+    if requests.names_source() {
         // The port may be in TIME_WAIT from the request before.
         socket.set_reuseaddr(true)?;
         socket.bind(requests.source())?;

@@ -136,6 +136,14 @@ enum Verb {
         #[arg(long)]
         unconnected: bool,
     },
+    /// DNS questions to each target in turn, all from one socket that is not connected.
+    Resolver {
+        #[command(flatten)]
+        requests: Requests,
+        /// Another target.
+        #[arg(long)]
+        also: Vec<SocketAddr>,
+    },
     /// One long connection that is echoed and compared byte for byte.
     Stream { target: SocketAddr },
     /// Load for measurements.
@@ -161,6 +169,8 @@ struct Requests {
     interval_ms: u64,
     #[arg(long, default_value_t = 2000)]
     timeout_ms: u64,
+    #[arg(long)]
+    source_ip: Option<IpAddr>,
     #[arg(long, default_value_t = 0)]
     source_port: u16,
     /// End at the first failure.
@@ -198,6 +208,10 @@ impl Cli {
                 Verb::Dns { requests, unconnected: true } => {
                     repeat(&requests, &closed, dns::ask_unconnected).await
                 }
+                Verb::Resolver { requests, also } => {
+                    let resolver = dns::Resolver::new(&requests, &also).await?;
+                    repeat(&requests, &closed, |requests| resolver.ask(requests)).await
+                }
                 Verb::Stream { target } => stream::run(target, &closed).await,
                 Verb::Load { .. } | Verb::Exec { .. } => Ok(()),
             }
@@ -210,13 +224,18 @@ impl Requests {
         Duration::from_millis(self.timeout_ms)
     }
 
-    /// What to bind to for the asked source port.
+    /// What to bind to for the asked source.
     fn source(&self) -> SocketAddr {
         let any = match self.target {
             SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         };
-        SocketAddr::new(any, self.source_port)
+        SocketAddr::new(self.source_ip.unwrap_or(any), self.source_port)
+    }
+
+    /// Whether a source was asked for.
+    fn names_source(&self) -> bool {
+        self.source_ip.is_some() || self.source_port != 0
     }
 }
 

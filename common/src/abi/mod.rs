@@ -26,4 +26,7 @@ const _: () = {
     assert!(size_of::<conntrack::Entry>() == 56);
     assert!(size_of::<fragment::DatagramKey>() == 40);
     assert!(size_of::<fragment::Datagram>() == 40);
+    assert!(size_of::<socket::Translation>() == 44);
+    assert!(size_of::<socket::Translations>() == 180);
+    assert!(socket::Translations::ROWS.is_power_of_two());
 };

@@ -16,7 +16,7 @@ use ferroflow_common::abi::lb::{
     SourceRange, SourceRangeKey,
 };
 use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
-use ferroflow_common::abi::socket::Translation;
+use ferroflow_common::abi::socket::{Translation, Translations};
 use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::{Family, V4, V6};
@@ -88,6 +88,9 @@ static HELD_BUFFER: PerCpuArray<HeldFragment, 1> = PerCpuArray::new();
 #[btf_map(name = "sockets", pin_by_name)]
 pub(crate) static SOCKETS: SkStorage<Translation> = SkStorage::new();
 
+#[btf_map(name = "datagram_sockets", pin_by_name)]
+pub(crate) static DATAGRAM_SOCKETS: SkStorage<Translations> = SkStorage::new();
+
 #[btf_map(name = "drops", pin_by_name)]
 static DROPS: PerCpuArray<u64, DROP_ROWS> = PerCpuArray::new();
 
@@ -96,11 +99,11 @@ static DROPS: PerCpuArray<u64, DROP_ROWS> = PerCpuArray::new();
 #[btf_map(name = "agent", pin_by_name)]
 static AGENT: Array<AgentState, 1> = Array::new();
 
-/// Counts a dropped packet.
+/// Counts a dropped packet, or a system call that fails for the same reason.
 #[inline(always)]
 pub(crate) fn count(reason: DropReason) {
     if let Some(count) = DROPS.get_ptr_mut(reason as u32) {
-        // SAFETY: the row is this CPU's own, and a program is not interrupted by another one of its kind.
+        // SAFETY: the row is this CPU's own; where one program interrupts another a count may be lost.
         unsafe { *count += 1 };
     }
 }

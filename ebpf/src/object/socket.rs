@@ -1,24 +1,40 @@
 //! The cgroup programs: they change where a socket goes, and show it the service it asked for.
 
-use aya_ebpf::Global;
-use aya_ebpf::bindings::bpf_sock_addr;
+use aya_ebpf::bindings::{BPF_TCP_ESTABLISHED, bpf_sock, bpf_sock_addr};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
+use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use ferroflow_common::abi::socket::Translation;
+use aya_ebpf::{EbpfContext as _, Global};
+use ferroflow_common::abi::socket::{Translation, Translations};
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::{V4, V6};
-use ferroflow_ebpf::socket::{self, Datagram, Peer};
+use ferroflow_common::verdict::DropReason;
+use ferroflow_ebpf::datagram;
+use ferroflow_ebpf::socket::{self, Decision, Peer, Verb};
 
-use crate::maps::{Kernel, SOCKETS};
+use crate::maps::{DATAGRAM_SOCKETS, Kernel, SOCKETS, count};
 
-/// Whether datagram sockets are translated here too. Off by default: the packet path serves them and moves a flow at
-/// its next packet, also for sockets that were connected before.
+/// The cookie of the host's network namespace; 0, which is no cookie: it is the initial one.
 #[unsafe(no_mangle)]
-static SOCKET_UDP: Global<u8> = Global::new(0);
+static HOST_NETNS: Global<u64> = Global::new(0);
 
-/// Every program here only ever changes an address: it never refuses the system call.
+/// Whether the stream sockets of pods are translated here. What the host's own processes open always is.
+#[unsafe(no_mangle)]
+static POD_TCP: Global<u8> = Global::new(1);
+
+/// Whether their datagram sockets are, too. Off by default: the packet path serves them and moves a flow at its next
+/// packet, also for sockets that were connected before.
+#[unsafe(no_mangle)]
+static POD_UDP: Global<u8> = Global::new(0);
+
+/// The system call goes on.
 const PROCEED: i32 = 1;
+/// The system call fails with EPERM: older kernels let a program say no other errno.
+const FAIL: i32 = 0;
+
+/// ::1. Nothing listens on port 0: on every kernel, who connects there is told at once that the connection is refused.
+const LOOPBACK_V6: Addr = Addr::v6([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
 
 /// Where each family keeps its address in `bpf_sock_addr`.
 trait SockAddr {
@@ -28,6 +44,11 @@ trait SockAddr {
     /// # Safety
     /// `ctx` is the context of a running program of this family.
     unsafe fn set_addr(ctx: *mut bpf_sock_addr, addr: &Addr);
+    /// The address that the socket is bound to; unspecified where it is to none.
+    ///
+    /// # Safety
+    /// `ctx` is the context of a running program of this family.
+    unsafe fn bound(ctx: *mut bpf_sock_addr) -> Addr;
 }
 
 impl SockAddr for V4 {
@@ -46,6 +67,19 @@ impl SockAddr for V4 {
         let field = unsafe { &raw mut (*ctx).user_ip4 };
         // SAFETY: as above.
         unsafe { field.write_volatile(word) };
+    }
+
+    #[inline(always)]
+    unsafe fn bound(ctx: *mut bpf_sock_addr) -> Addr {
+        // SAFETY: the caller's promise.
+        let sk = unsafe { kernel_socket(ctx) };
+        if sk.is_null() {
+            return Addr::v4([0; 4]);
+        }
+        // SAFETY: the kernel's socket, which lives as long as the program runs.
+        let field = unsafe { &raw const (*sk).src_ip4 };
+        // SAFETY: as above; volatile keeps it one 32-bit access, all that the kernel allows here.
+        Addr::v4(unsafe { field.read_volatile() }.to_ne_bytes())
     }
 }
 
@@ -72,6 +106,35 @@ impl SockAddr for V6 {
             unsafe { field.write_volatile(word) };
         }
     }
+
+    #[inline(always)]
+    unsafe fn bound(ctx: *mut bpf_sock_addr) -> Addr {
+        // SAFETY: the caller's promise.
+        let sk = unsafe { kernel_socket(ctx) };
+        if sk.is_null() {
+            return Addr::UNSPECIFIED;
+        }
+        let mut bytes = [0; 16];
+        for (index, chunk) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            // SAFETY: the kernel's socket, which lives as long as the program runs; the field has four words.
+            let field = unsafe { &raw const (*sk).src_ip6[index] };
+            // SAFETY: as above.
+            *chunk = unsafe { field.read_volatile() }.to_ne_bytes();
+        }
+        Addr::v6(bytes)
+    }
+}
+
+/// The kernel's socket.
+///
+/// # Safety
+/// `ctx` is the context of a running program.
+#[inline(always)]
+unsafe fn kernel_socket(ctx: *mut bpf_sock_addr) -> *mut bpf_sock {
+    // SAFETY: the caller's promise.
+    let field = unsafe { &raw const (*ctx).__bindgen_anon_1.sk };
+    // SAFETY: as above.
+    unsafe { field.read_volatile() }
 }
 
 /// The peer that the system call names.
@@ -99,24 +162,52 @@ fn redirect<F: SockAddr>(ctx: &SockAddrContext, addr: &Addr, port: Port) {
     unsafe { field.write_volatile(port) };
 }
 
-#[inline(always)]
-fn remembered(ctx: &SockAddrContext) -> Option<Translation> {
-    let value = SOCKETS.get_ptr_mut(ctx);
-    // SAFETY: null or the socket's own storage, which lives as long as the socket.
-    unsafe { value.as_ref() }.copied()
+/// Whose socket a program may translate.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Host,
+    Pod,
 }
 
-/// Keeps the translation in the socket; `false` where the kernel has no memory for it.
+/// `None` where the packet path serves it.
 #[inline(always)]
-fn remember(ctx: &SockAddrContext, mut translation: Translation) -> bool {
-    let value = SOCKETS.get_or_insert_ptr_mut(ctx, Some(&mut translation));
-    // SAFETY: null or the socket's own storage; it may hold an earlier connection's translation.
-    match unsafe { value.as_mut() } {
-        Some(value) => {
-            *value = translation;
-            true
+fn owner(ctx: &SockAddrContext, proto: Proto) -> Option<Owner> {
+    // SAFETY: the context is the running program's own.
+    let cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let host = match HOST_NETNS.load() {
+        // SAFETY: without a context the helper answers for the initial namespace.
+        0 => unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) },
+        host => host,
+    };
+    if cookie == host {
+        return Some(Owner::Host);
+    }
+    let of_pods = if proto == Proto::TCP { POD_TCP.load() } else { POD_UDP.load() };
+    (of_pods != 0).then_some(Owner::Pod)
+}
+
+#[inline(always)]
+fn is_connected(ctx: &SockAddrContext) -> bool {
+    // SAFETY: the context is the running program's own.
+    let sk = unsafe { kernel_socket(ctx.sock_addr) };
+    // SAFETY: not null: the kernel's socket, which lives as long as the program runs.
+    !sk.is_null() && unsafe { (*sk).state } == BPF_TCP_ESTABLISHED
+}
+
+#[inline(always)]
+fn decide<F: SockAddr>(
+    ctx: &SockAddrContext,
+    owner: Owner,
+    peer: &Peer,
+    known: Option<Translation>,
+) -> Decision {
+    match owner {
+        Owner::Host => {
+            // SAFETY: the context is the running program's own, of this family.
+            let bound = unsafe { F::bound(ctx.sock_addr) };
+            socket::host(&Kernel, peer, bound, known, entropy())
         }
-        None => false,
+        Owner::Pod => socket::pod(&Kernel, peer, known, entropy()),
     }
 }
 
@@ -129,40 +220,106 @@ fn entropy() -> u32 {
 #[inline(always)]
 fn connect<F: SockAddr>(ctx: &SockAddrContext) -> i32 {
     let peer = peer::<F>(ctx);
-    if peer.proto != Proto::TCP && SOCKET_UDP.load() == 0 {
-        return PROCEED;
-    }
-    if let Some(translation) = socket::connect(&Kernel, &peer, entropy())
-        && remember(ctx, translation)
-    {
-        redirect::<F>(ctx, &translation.backend, translation.backend_port);
+    let Some(owner) = owner(ctx, peer.proto) else { return PROCEED };
+    let Decision { verb, number } = decide::<F>(ctx, owner, &peer, None);
+    match verb {
+        Verb::Leave => forget(ctx, &peer),
+        Verb::Translate => return translate::<F>(ctx, owner, &peer, number),
+        Verb::Refuse => {
+            let own = if peer.addr.is_v4() { Addr::v4([127, 0, 0, 1]) } else { LOOPBACK_V6 };
+            redirect::<F>(ctx, &own, Port::ZERO);
+        }
+        Verb::Deny => return deny(DropReason::from_number(number)),
     }
     PROCEED
 }
 
 #[inline(always)]
 fn sendmsg<F: SockAddr>(ctx: &SockAddrContext) -> i32 {
-    if SOCKET_UDP.load() == 0 {
-        return PROCEED;
-    }
-    let known = match socket::sendmsg(&Kernel, &peer::<F>(ctx), remembered(ctx), entropy()) {
-        Datagram::Same(known) => Some(known),
-        Datagram::New(new) if remember(ctx, new) => Some(new),
-        Datagram::New(_) | Datagram::Leave => None,
-    };
-    if let Some(known) = known {
-        redirect::<F>(ctx, &known.backend, known.backend_port);
+    let peer = peer::<F>(ctx);
+    let Some(owner) = owner(ctx, peer.proto) else { return PROCEED };
+    let known = memory(ctx).and_then(|memory| datagram::known(memory, &peer));
+    let Decision { verb, number } = decide::<F>(ctx, owner, &peer, known);
+    match verb {
+        // The kernel also asks for a connected IPv6 socket whose peer is IPv4, and names the backend.
+        Verb::Leave if is_connected(ctx) => {}
+        Verb::Leave => forget(ctx, &peer),
+        Verb::Translate => return translate::<F>(ctx, owner, &peer, number),
+        Verb::Refuse => return FAIL,
+        Verb::Deny => return deny(DropReason::from_number(number)),
     }
     PROCEED
+}
+
+/// Sends the socket to the backend, and remembers that. Where the kernel has no memory for it, a pod's socket is left to
+/// the packet path; one of the host's goes all the same, and is shown the backend's address.
+#[inline(always)]
+fn translate<F: SockAddr>(ctx: &SockAddrContext, owner: Owner, peer: &Peer, backend: u32) -> i32 {
+    let Some(translation) = socket::translation(&Kernel, peer, backend) else {
+        return deny(DropReason::NoBackend);
+    };
+    if remember(ctx, peer, &translation) || owner == Owner::Host {
+        redirect::<F>(ctx, &translation.backend, translation.backend_port);
+    }
+    PROCEED
+}
+
+#[inline(always)]
+fn deny(reason: DropReason) -> i32 {
+    count(reason);
+    FAIL
+}
+
+/// What a datagram socket remembers, if anything.
+#[inline(always)]
+fn memory<'a>(ctx: &SockAddrContext) -> Option<&'a mut Translations> {
+    // SAFETY: null or the socket's own storage, which lives as long as the socket; system calls on a socket that run
+    // programs do so one after the other.
+    unsafe { DATAGRAM_SOCKETS.get_ptr_mut(ctx).as_mut() }
+}
+
+/// As [`memory`], of a stream socket.
+#[inline(always)]
+fn connection<'a>(ctx: &SockAddrContext) -> Option<&'a mut Translation> {
+    // SAFETY: as above.
+    unsafe { SOCKETS.get_ptr_mut(ctx).as_mut() }
+}
+
+/// `false` where the kernel has no memory for it.
+#[inline(always)]
+fn remember(ctx: &SockAddrContext, peer: &Peer, translation: &Translation) -> bool {
+    if peer.proto == Proto::TCP {
+        // SAFETY: null or the socket's own storage; it may hold what the socket was connected to before.
+        let value = unsafe { SOCKETS.get_or_insert_ptr_mut(ctx, None).as_mut() };
+        return value.map(|value| *value = *translation).is_some();
+    }
+    // SAFETY: as above.
+    let memory = unsafe { DATAGRAM_SOCKETS.get_or_insert_ptr_mut(ctx, None).as_mut() };
+    memory.map(|memory| datagram::keep(memory, translation)).is_some()
+}
+
+/// The socket goes to the peer that it named, whatever it was translated to before.
+#[inline(always)]
+fn forget(ctx: &SockAddrContext, peer: &Peer) {
+    if peer.proto == Proto::TCP {
+        if let Some(known) = connection(ctx) {
+            known.index = 0;
+        }
+    } else if let Some(memory) = memory(ctx) {
+        datagram::forget(memory, peer.addr, peer.port);
+    }
 }
 
 /// getpeername and recvmsg: the address that the application is about to see.
 #[inline(always)]
 fn show<F: SockAddr>(ctx: &SockAddrContext) -> i32 {
     let peer = peer::<F>(ctx);
-    if let Some(known) = remembered(ctx)
-        && let Some((addr, port)) = socket::seen(&known, peer.addr, peer.port)
-    {
+    let seen = if peer.proto == Proto::TCP {
+        connection(ctx).and_then(|known| socket::seen(known, peer.addr, peer.port))
+    } else {
+        memory(ctx).and_then(|memory| datagram::seen(memory, peer.addr, peer.port))
+    };
+    if let Some((addr, port)) = seen {
         redirect::<F>(ctx, &addr, port);
     }
     PROCEED
