@@ -1,15 +1,22 @@
 //! `ferroflow agent`: the loop that joins the stages. All decisions are in them; here is only who is told what, when.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aya_log::EbpfLogger;
 use ferroflow_common::abi::state::AgentState;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc::{self, Receiver};
+use tokio::sync::mpsc::{self, Receiver, UnboundedReceiver, UnboundedSender};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 
 use crate::clock;
+use crate::cni;
+use crate::cni::server::StartError;
+use crate::cni::server::conflist::Conflist;
+use crate::cni::server::order::{Order, Place, Readiness, View};
 use crate::config;
 use crate::datapath::{self, Datapath, DatapathError, Interface};
 use crate::gc;
@@ -63,7 +70,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     if config.log_drops {
         log_drops(&mut datapath)?;
     }
-    let reconciler = restore(config)?;
+    let mut reconciler = restore(config)?;
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "started");
 
     let (events, objects) = mpsc::channel(QUEUE);
@@ -75,14 +82,46 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let attachments =
         Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };
     let health = Health::start(config.health_port);
+    let (orders, asked) = mpsc::unbounded_channel();
+    let attaching = match &config.cni {
+        cni if cni.enabled => Some(tokio::spawn(attach_pods(cni, orders, &mut reconciler).await?.run())),
+        _ => None,
+    };
     let state = first_words(config);
-    Daemon { datapath, reconciler, attachments, health, said: None, state, awaited: 2 }
-        .serve(objects, routes)
-        .await?;
+    let daemon = Daemon {
+        datapath,
+        reconciler,
+        attachments,
+        health,
+        unserved: Vec::new(),
+        said: None,
+        state,
+        awaited: 2,
+    };
+    daemon.serve(objects, routes, asked).await?;
+    attaching.inspect(JoinHandle::abort);
     watching.abort();
     sweeping.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
+}
+
+/// Starts to attach pods; those that are attached are known before anything is written.
+async fn attach_pods(
+    config: &config::Cni,
+    orders: UnboundedSender<Order>,
+    reconciler: &mut Reconciler<KernelMaps>,
+) -> Result<cni::server::Server, StartError> {
+    let options = cni::server::Options {
+        socket: config.socket.clone(),
+        state_dir: config.state_dir.clone(),
+        conflist: Conflist { dir: config.conf_dir.clone(), name: config.conf_name.clone() },
+    };
+    let (server, attached) = cni::server::Server::start(options, Arc::new(net::veth::Kernel), orders).await?;
+    for (addr, ifindex) in attached {
+        reconciler.handle(Change::Attachment(addr, Some(ifindex)), Instant::now());
+    }
+    Ok(server)
 }
 
 fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
@@ -115,6 +154,8 @@ struct Daemon {
     reconciler: Reconciler<KernelMaps>,
     attachments: Attachments,
     health: Health,
+    /// Pods whose rows and programs are being made, and who waits for it.
+    unserved: Vec<(Place, oneshot::Sender<()>)>,
     /// What was last said where `ferroflow status` finds it; nothing yet.
     said: Option<AgentState>,
     state: AgentState,
@@ -137,6 +178,7 @@ impl Daemon {
         mut self,
         mut objects: Receiver<Event>,
         mut routes: Receiver<NetEvent>,
+        mut orders: UnboundedReceiver<Order>,
     ) -> Result<(), DaemonError> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -151,6 +193,7 @@ impl Daemon {
                     Some(event) => self.host(event),
                     None => return Err(DaemonError::Routes),
                 },
+                Some(order) = orders.recv() => self.order(order),
                 () = sleep_until(due.unwrap_or_else(far_away).into()), if due.is_some() => {}
             }
             // What has queued up meanwhile goes in before anything is written.
@@ -160,10 +203,14 @@ impl Daemon {
             while let Ok(event) = routes.try_recv() {
                 self.host(event);
             }
+            while let Ok(order) = orders.try_recv() {
+                self.order(order);
+            }
             self.reconciler.tick(Instant::now());
             if self.awaited == 0 {
                 self.attach();
             }
+            self.tell_served();
             self.answer_checks();
             self.report()?;
         }
@@ -202,6 +249,53 @@ impl Daemon {
             NetEvent::Synced => return self.source_synced(),
         };
         self.reconciler.handle(change, Instant::now());
+    }
+
+    /// What the CNI server asks. Where nobody waits for an answer any longer there is none.
+    fn order(&mut self, order: Order) {
+        match order {
+            Order::Look(answer) => drop(answer.send(self.view())),
+            Order::Serve { place, served } => {
+                for &addr in &place.addresses {
+                    self.reconciler.handle(Change::Attachment(addr, Some(place.ifindex)), Instant::now());
+                }
+                self.unserved.push((place, served));
+            }
+            Order::IsServed { place, answer } => drop(answer.send(self.is_served(&place))),
+            Order::Withdraw { addresses } => {
+                for addr in addresses {
+                    self.reconciler.handle(Change::Attachment(addr, None), Instant::now());
+                }
+            }
+        }
+    }
+
+    fn view(&self) -> View {
+        let world = self.reconciler.world();
+        View {
+            readiness: if self.awaited == 0 { Readiness::Ready } else { Readiness::Starting },
+            ranges: world.own_node().map(|node| node.pod_cidrs.to_vec()).unwrap_or_default(),
+            reserved: world.local_addresses().keys().chain(world.local_routes()).copied().collect(),
+            devices: plan::node::devices(world).into_iter().collect(),
+        }
+    }
+
+    /// Every address has its row, and the interface its programs.
+    fn is_served(&self, place: &Place) -> bool {
+        let mut addresses = place.addresses.iter();
+        self.attachments.renewed.contains(&(Interface::Pod, place.ifindex))
+            && addresses.all(|addr| self.reconciler.served_by(*addr) == Some(place.ifindex))
+    }
+
+    fn tell_served(&mut self) {
+        let (served, unserved) =
+            std::mem::take(&mut self.unserved).into_iter().partition(|(place, _)| self.is_served(place));
+        self.unserved = unserved;
+        self.unserved.retain(|(_, waiting)| !waiting.is_closed());
+        for (_place, waiting) in served {
+            // Who gave up has undone it.
+            let _gone = waiting.send(());
+        }
     }
 
     fn source_synced(&mut self) {
@@ -304,6 +398,8 @@ pub enum DaemonError {
     Map(#[from] MapError),
     #[error(transparent)]
     Net(#[from] NetError),
+    #[error("cannot serve the CNI plugin: {0}")]
+    Cni(#[from] StartError),
     #[error("the watch of the kernel's routes and addresses ended")]
     Routes,
     #[error("cannot read the programs' log: {0}")]
