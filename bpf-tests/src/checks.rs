@@ -12,13 +12,14 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use crate::{
     agent::Agent,
     cluster::{Cluster, Family, Pod},
+    cni::Runtime,
     manifests::{Endpoint, Port, Service},
     pod::{DNS_PORT, ECHO_PORT, FailureKind, HTTP_PORT, Outcome},
     sandbox::Sandbox,
     traffic::{Ask, Protocol},
 };
 
-/// Two nodes with an agent each, a service with a backend on each node, and a service without any.
+/// Two nodes with an agent each that attached their pods, a service with a backend on each node, and a service without any.
 #[derive(Debug)]
 pub struct World {
     pub agents: Vec<Agent>,
@@ -46,6 +47,7 @@ pub const ECHO_SERVICE_PORT: u16 = 7;
 const BACKENDS: [&str; 2] = ["a2", "b2"];
 /// A backend of two is missed by chance once in a million million.
 const REQUESTS: u32 = 40;
+const PODS_PER_NODE: u32 = 2;
 const REFUSAL_LIMIT: Duration = Duration::from_millis(200);
 const REMOVAL_LIMIT: Duration = Duration::from_secs(2);
 
@@ -54,7 +56,15 @@ impl World {
     pub fn new(sandbox: &Sandbox, agent_args: &[&str]) -> Result<Self> {
         // Before anything is built: it may not be set.
         crate::agent::binary()?;
-        let cluster = Cluster::new(sandbox, &["a", "b"])?;
+        let mut cluster = Cluster::with_pods(sandbox, &["a", "b"], 0)?;
+        cluster.manifests().write_cluster(&cluster)?;
+        let (agents, runtimes) = start_agents(&cluster, agent_args)?;
+        for (node, runtime) in ["a", "b"].into_iter().zip(&runtimes) {
+            runtime.wait_ready()?;
+            for number in 1..=PODS_PER_NODE {
+                cluster.attach(node, &format!("{node}{number}"), runtime)?;
+            }
+        }
         let (web, empty) = (service("web", 10), service("empty", 99));
         let manifests = cluster.manifests();
         manifests.write_cluster(&cluster)?;
@@ -62,8 +72,6 @@ impl World {
         manifests.write_endpoints(&web, &Endpoint::ready(BACKENDS.map(|name| cluster.pod(name))))?;
         manifests.write_service(&empty)?;
         manifests.write_endpoints(&empty, &[])?;
-        let agents =
-            cluster.nodes().iter().map(|node| Agent::start(node, agent_args)).collect::<Result<_>>()?;
         let mut world = Self { agents, web, empty, cluster };
         world.wait_synced()?;
         Ok(world)
@@ -150,6 +158,17 @@ impl World {
         }
         drained(&outcomes, "b2", removed)
     }
+}
+
+/// An agent on each node that attaches pods, and the runtime that asks it to.
+fn start_agents(cluster: &Cluster, more: &[&str]) -> Result<(Vec<Agent>, Vec<Runtime>)> {
+    let start = |node| {
+        let runtime = Runtime::new(node)?;
+        let args = runtime.agent_args();
+        let args: Vec<_> = args.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        Ok((Agent::start(node, &args)?, runtime))
+    };
+    cluster.nodes().iter().map(start).collect()
 }
 
 impl Check {

@@ -8,7 +8,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferroflow_common::addr::Addr;
 use tokio::sync::mpsc::UnboundedSender;
@@ -59,6 +59,7 @@ impl Attachments {
     /// Rule 54: what the pod may send and get is decided when this returns.
     pub(super) async fn add(&self, attachment: &Attachment) -> Result<Attached> {
         let owner = &attachment.owner;
+        let start = Instant::now();
         let Some(_claim) = self.busy.claim(owner) else {
             return Err(CniError::new(Code::TRY_AGAIN_LATER, "another command for this attachment runs"));
         };
@@ -80,6 +81,7 @@ impl Attachments {
             Err(error) => return Err(self.undo(owner, unwritten(&error)).await),
         };
         die::behind(Step::Leased);
+        tracing::debug!(container = %owner.container_id, took = ?start.elapsed(), addresses = ?lease.addresses, "leased");
         match self.connect(attachment, &lease, view.devices).await {
             Ok(attached) => Ok(attached),
             Err(error) => Err(self.undo(owner, error).await),
@@ -199,8 +201,11 @@ impl Attachments {
             netlink.forward(&families)?;
             netlink.attach(&link)
         });
+        let start = Instant::now();
         let Wired { ifindex, mtu } = wired.await.map_err(|error| wiring(&error))?;
         die::behind(Step::Wired);
+        tracing::debug!(interface = %host.name, took = ?start.elapsed(), "wired");
+        let start = Instant::now();
         let place = place(lease, ifindex);
         let serving = self.ask(|served| Order::Serve { place, served });
         let late = |_elapsed| {
@@ -212,6 +217,7 @@ impl Attachments {
         };
         tokio::time::timeout(SERVE_LIMIT, serving).await.map_err(late)??;
         die::behind(Step::Served);
+        tracing::debug!(interface = %host.name, took = ?start.elapsed(), "served");
         Ok(Attached {
             host_interface: host.name,
             host_mac: host.mac.to_string().into(),

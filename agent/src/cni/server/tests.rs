@@ -21,8 +21,7 @@ struct Node {
     netlink: Arc<Fake>,
     rows: Arc<Mutex<BTreeMap<Addr, u32>>>,
     view: View,
-    /// Whether pods get their rows.
-    serving: bool,
+    serving: Serving,
 }
 
 impl Node {
@@ -40,7 +39,7 @@ impl Node {
                 ranges: ranges.iter().map(range).collect(),
                 ..View::default()
             },
-            serving: true,
+            serving: Serving::AtOnce,
         }
     }
 
@@ -75,17 +74,24 @@ impl Node {
     }
 }
 
+/// When pods get their rows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Serving {
+    AtOnce,
+    Never,
+}
+
 async fn daemon(
     mut asked: UnboundedReceiver<Order>,
     view: View,
     rows: Arc<Mutex<BTreeMap<Addr, u32>>>,
-    serving: bool,
+    serving: Serving,
 ) {
     let mut waiting = Vec::new();
     while let Some(order) = asked.recv().await {
         match order {
             Order::Look(answer) => drop(answer.send(view.clone())),
-            Order::Serve { place, served } if serving => {
+            Order::Serve { place, served } if serving == Serving::AtOnce => {
                 rows.lock().unwrap().extend(place.addresses.iter().map(|addr| (*addr, place.ifindex)));
                 let _gone = served.send(());
             }
@@ -135,7 +141,7 @@ async fn rule_54_add_answers_when_the_pod_is_served_and_del_leaves_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn rule_54_a_pod_that_is_not_served_is_not_attached() {
-    let node = Node { serving: false, ..Node::new(&RANGES) };
+    let node = Node { serving: Serving::Never, ..Node::new(&RANGES) };
     let agent = node.agent();
     let error = agent.add(&node.pod("a")).await.unwrap_err();
     assert_eq!(error.code, Code::TRY_AGAIN_LATER);
