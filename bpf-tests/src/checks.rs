@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     thread,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -48,6 +48,7 @@ const BACKENDS: [&str; 2] = ["a2", "b2"];
 /// A backend of two is missed by chance once in a million million.
 const REQUESTS: u32 = 40;
 const PODS_PER_NODE: u32 = 2;
+const PROGRAM_LIMIT: Duration = Duration::from_secs(20);
 const REFUSAL_LIMIT: Duration = Duration::from_millis(200);
 const REMOVAL_LIMIT: Duration = Duration::from_secs(2);
 
@@ -73,8 +74,34 @@ impl World {
         manifests.write_service(&empty)?;
         manifests.write_endpoints(&empty, &[])?;
         let mut world = Self { agents, web, empty, cluster };
+        world.wait_programmed()?;
         world.wait_synced()?;
         Ok(world)
+    }
+
+    /// Until the agents, which were in sync before there were services, have them.
+    fn wait_programmed(&self) -> Result<()> {
+        let backends = BACKENDS.map(|name| self.cluster.pod(name));
+        let services = [&self.web, &self.empty];
+        let addresses: Vec<_> = Family::BOTH
+            .into_iter()
+            .flat_map(|family| {
+                let of_pods = backends.map(|pod| pod.ip(family));
+                of_pods.into_iter().chain(services.map(|service| service.ip(family)))
+            })
+            .map(|addr| addr.to_string())
+            .collect();
+        let deadline = Instant::now() + PROGRAM_LIMIT;
+        for agent in &self.agents {
+            loop {
+                let listed = agent.verb(&["service", "list"])?;
+                let missing = addresses.iter().find(|addr| !listed.contains(*addr));
+                let Some(missing) = missing else { break };
+                ensure!(Instant::now() < deadline, "{missing} is not in\n{listed}\n{}", self.logs());
+                thread::sleep(Duration::from_millis(10));
+            }
+        }
+        Ok(())
     }
 
     /// Runs a test in a new world; a failure comes with the agents' logs.

@@ -254,16 +254,25 @@ fn an_agent_that_dies_at_any_step_leaks_nothing(sandbox: &Sandbox) -> Result<()>
     })
 }
 
-/// One ADD in which the agent dies. What is left is gone when the runtime removes the pod, or only its namespace.
-fn dies_in_add(it: &mut Fixture, step: &str, removed: bool) -> Result<()> {
+/// What becomes of a pod that could not be attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// By the runtime, with DEL.
+    Removed,
+    /// Its namespace is gone, and nobody says so.
+    Vanished,
+}
+
+/// One ADD in which the agent dies.
+fn dies_in_add(it: &mut Fixture, step: &str, end: End) -> Result<()> {
     it.agent().kill9()?;
     it.agent().restart_with(&[("FERROFLOW_DIE_AT", step)])?;
     it.agent().wait_synced()?;
-    let pod = Sandboxed::new(&format!("dies-{step}-{removed}"))?;
+    let pod = Sandboxed::new(&format!("dies-{step}-{end:?}"))?;
     let answer = it.runtime().command("ADD", pod.container()?, json!({}))?;
     ensure!(answer.code()? == 11, "{answer:?}");
     it.agent().wait_ended()?;
-    if removed {
+    if end == End::Removed {
         it.runtime().del(pod.container()?)?;
         ensure!(it.runtime().spooled() == 1, "DEL is not in the spool");
     }
@@ -304,7 +313,7 @@ fn a_hundred_pods_at_once(sandbox: &Sandbox) -> Result<()> {
         thread::scope(|scope| {
             let removals: Vec<_> =
                 pods.iter().map(|pod| scope.spawn(|| runtime.del(pod.container()?))).collect();
-            removals.into_iter().try_for_each(|it| it.join().map_err(|_| anyhow!("DEL panicked"))?)
+            removals.into_iter().try_for_each(|it| it.join().map_err(|_panic| anyhow!("DEL panicked"))?)
         })?;
         it.wait_left([0, 0, 0, 0])
     })
