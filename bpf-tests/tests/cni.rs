@@ -225,10 +225,9 @@ fn an_agent_that_dies_at_any_step_leaks_nothing(sandbox: &Sandbox) -> Result<()>
         let result = it.runtime().add(kept.container()?)?;
         let mut given: BTreeSet<_> = cni::addresses(&result).into_iter().map(str::to_owned).collect();
         for step in ["requested", "leased", "wired", "served"] {
-            for removed in [true, false] {
-                dies_in_add(it, step, removed)
-                    .with_context(|| format!("died when {step}, removed: {removed}"))?;
-                let next = Sandboxed::new(&format!("next-{step}-{removed}"))?;
+            for end in [End::Removed, End::Vanished] {
+                dies_in_add(it, step, end).with_context(|| format!("died when {step}, {end:?}"))?;
+                let next = Sandboxed::new(&format!("next-{step}-{end:?}"))?;
                 let added = it.runtime().add(next.container()?)?;
                 for addr in cni::addresses(&added) {
                     ensure!(given.insert(addr.to_owned()), "{addr} was given before, with hundreds unused");
