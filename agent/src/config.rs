@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use crate::cni::protocol;
 use crate::model::Prefix;
 use crate::plan::node::NodePortAddresses;
 use crate::plan::{ExternalIps, MasqueradeScope};
@@ -104,9 +105,44 @@ pub struct Agent {
         default_missing_value = "true", hide_default_value = true, value_parser = masquerade_all)]
     pub masquerade: MasqueradeScope,
 
+    #[command(flatten)]
+    pub cni: Cni,
+
     /// Log packets that the programs drop (slow; for debugging)
     #[arg(long, env = "FERROFLOW_LOG_DROPS")]
     pub log_drops: bool,
+}
+
+/// Whether and how the agent attaches pods to the network.
+#[derive(Args, Clone, Debug)]
+pub struct Cni {
+    /// Attach the pods of this node to the network: serve the CNI plugin (`ferroflow cni`), give addresses out of
+    /// spec.podCIDRs of the Node object
+    #[arg(long = "cni", env = "FERROFLOW_CNI")]
+    pub enabled: bool,
+
+    /// Where the plugin finds the agent; root alone may connect
+    #[arg(long = "cni-socket", env = "FERROFLOW_CNI_SOCKET", value_name = "PATH", default_value = protocol::SOCKET)]
+    pub socket: PathBuf,
+
+    /// Directory for what must outlive the agent and the machine: which pod has which address
+    #[arg(long, env = "FERROFLOW_STATE_DIR", value_name = "DIR", default_value = protocol::STATE_DIR)]
+    pub state_dir: PathBuf,
+
+    /// Directory in which container runtimes look for network configurations; one is written as soon as pods can be
+    /// attached, and stays when the agent ends
+    #[arg(
+        long = "cni-conf-dir",
+        env = "FERROFLOW_CNI_CONF_DIR",
+        value_name = "DIR",
+        default_value = "/etc/cni/net.d"
+    )]
+    pub conf_dir: PathBuf,
+
+    /// Name of that configuration: runtimes take the first of the directory
+    #[arg(long = "cni-conf-name", env = "FERROFLOW_CNI_CONF_NAME", value_name = "NAME",
+        default_value = "05-ferroflow.conflist", value_parser = conf_name)]
+    pub conf_name: String,
 }
 
 /// Which sockets of pods are translated when they name their peer.
@@ -140,6 +176,11 @@ pub enum Attach {
     Tcx,
     /// Filters on a clsact qdisc
     Clsact,
+}
+
+fn conf_name(text: &str) -> Result<String, String> {
+    let whole = !text.contains('/') && !text.starts_with('.') && text.ends_with(".conflist");
+    whole.then(|| text.to_owned()).ok_or_else(|| "write it like 05-ferroflow.conflist".into())
 }
 
 fn node_port_addresses(text: &str) -> Result<NodePortAddresses, String> {

@@ -1,15 +1,22 @@
 //! `ferroflow agent`: the loop that joins the stages. All decisions are in them; here is only who is told what, when.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aya_log::EbpfLogger;
 use ferroflow_common::abi::state::AgentState;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc::{self, Receiver};
+use tokio::sync::mpsc::{self, Receiver, UnboundedReceiver, UnboundedSender};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 
 use crate::clock;
+use crate::cni;
+use crate::cni::server::StartError;
+use crate::cni::server::conflist::Conflist;
+use crate::cni::server::order::{Order, Place, Readiness, View};
 use crate::config;
 use crate::datapath::{self, Datapath, DatapathError, Interface};
 use crate::gc;
@@ -70,7 +77,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     if config.log_drops {
         log_drops(&mut datapath)?;
     }
-    let reconciler = restore(config)?;
+    let mut reconciler = restore(config)?;
     let kube_proxy = looking.await.unwrap_or_default();
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "started");
 
@@ -89,16 +96,49 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let own_cgroup = config.cgroup.is_none().then(|| cgroup.clone());
     let keeper = Keeper::new(&config.run_dir, own_cgroup)
         .map_err(|source| DaemonError::RunDir { path: config.run_dir.clone(), source })?;
+    let (orders, asked) = mpsc::unbounded_channel();
+    let attaching = match &config.cni {
+        cni if cni.enabled => Some(tokio::spawn(attach_pods(cni, orders, &mut reconciler).await?.run())),
+        _ => None,
+    };
     let state = first_words(config);
-    let mut daemon =
-        Daemon { datapath, reconciler, attachments, health, keeper, said: None, state, awaited: 2 };
+    let mut daemon = Daemon {
+        datapath,
+        reconciler,
+        attachments,
+        health,
+        keeper,
+        unserved: Vec::new(),
+        said: None,
+        state,
+        awaited: 2,
+    };
     daemon.kube_proxy(&kube_proxy);
-    daemon.serve(objects, routes, proxies).await?;
+    daemon.serve(objects, routes, proxies, asked).await?;
+    attaching.inspect(JoinHandle::abort);
     watching.abort();
     searching.abort();
     sweeping.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
+}
+
+/// Starts to attach pods; those that are attached are known before anything is written.
+async fn attach_pods(
+    config: &config::Cni,
+    orders: UnboundedSender<Order>,
+    reconciler: &mut Reconciler<KernelMaps>,
+) -> Result<cni::server::Server, StartError> {
+    let options = cni::server::Options {
+        socket: config.socket.clone(),
+        state_dir: config.state_dir.clone(),
+        conflist: Conflist { dir: config.conf_dir.clone(), name: config.conf_name.clone() },
+    };
+    let (server, attached) = cni::server::Server::start(options, Arc::new(net::veth::Kernel), orders).await?;
+    for (addr, ifindex) in attached {
+        reconciler.handle(Change::Attachment(addr, Some(ifindex)), Instant::now());
+    }
+    Ok(server)
 }
 
 fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
@@ -138,6 +178,8 @@ struct Daemon {
     attachments: Attachments,
     health: Health,
     keeper: Keeper,
+    /// Pods whose rows and programs are being made, and who waits for it.
+    unserved: Vec<(Place, oneshot::Sender<()>)>,
     /// What was last said where `ferroflow status` finds it; nothing yet.
     said: Option<AgentState>,
     state: AgentState,
@@ -161,6 +203,7 @@ impl Daemon {
         mut objects: Receiver<Event>,
         mut routes: Receiver<NetEvent>,
         mut proxies: Receiver<kube_proxy::Found>,
+        mut orders: UnboundedReceiver<Order>,
     ) -> Result<(), DaemonError> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -178,6 +221,7 @@ impl Daemon {
                     Some(event) => self.host(event),
                     None => return Err(DaemonError::Routes),
                 },
+                Some(order) = orders.recv() => self.order(order),
                 () = sleep_until(due.unwrap_or_else(far_away).into()), if due.is_some() => {}
             }
             // What has queued up meanwhile goes in before anything is written.
@@ -187,10 +231,14 @@ impl Daemon {
             while let Ok(event) = routes.try_recv() {
                 self.host(event);
             }
+            while let Ok(order) = orders.try_recv() {
+                self.order(order);
+            }
             self.reconciler.tick(Instant::now());
             if self.awaited == 0 {
                 self.attach();
             }
+            self.tell_served();
             self.answer_checks();
             self.report()?;
         }
@@ -256,6 +304,53 @@ impl Daemon {
         }
         self.state.kube_proxy = u32::from(state == KubeProxy::Present);
         self.reconciler.handle(Change::KubeProxy(state), Instant::now());
+    }
+
+    /// What the CNI server asks. Where nobody waits for an answer any longer there is none.
+    fn order(&mut self, order: Order) {
+        match order {
+            Order::Look(answer) => drop(answer.send(self.view())),
+            Order::Serve { place, served } => {
+                for &addr in &place.addresses {
+                    self.reconciler.handle(Change::Attachment(addr, Some(place.ifindex)), Instant::now());
+                }
+                self.unserved.push((place, served));
+            }
+            Order::IsServed { place, answer } => drop(answer.send(self.is_served(&place))),
+            Order::Withdraw { addresses } => {
+                for addr in addresses {
+                    self.reconciler.handle(Change::Attachment(addr, None), Instant::now());
+                }
+            }
+        }
+    }
+
+    fn view(&self) -> View {
+        let world = self.reconciler.world();
+        View {
+            readiness: if self.awaited == 0 { Readiness::Ready } else { Readiness::Starting },
+            ranges: world.own_node().map(|node| node.pod_cidrs.to_vec()).unwrap_or_default(),
+            reserved: world.local_addresses().keys().chain(world.local_routes()).copied().collect(),
+            devices: plan::node::devices(world).into_iter().collect(),
+        }
+    }
+
+    /// Every address has its row, and the interface its programs.
+    fn is_served(&self, place: &Place) -> bool {
+        let mut addresses = place.addresses.iter();
+        self.attachments.renewed.contains(&(Interface::Pod, place.ifindex))
+            && addresses.all(|addr| self.reconciler.served_by(*addr) == Some(place.ifindex))
+    }
+
+    fn tell_served(&mut self) {
+        let (served, unserved) =
+            std::mem::take(&mut self.unserved).into_iter().partition(|(place, _)| self.is_served(place));
+        self.unserved = unserved;
+        self.unserved.retain(|(_, waiting)| !waiting.is_closed());
+        for (_place, waiting) in served {
+            // Who gave up has undone it.
+            let _gone = waiting.send(());
+        }
     }
 
     fn source_synced(&mut self) {
@@ -362,6 +457,8 @@ pub enum DaemonError {
     Net(#[from] NetError),
     #[error("{path}: {source}: name a directory that can be written with --run-dir")]
     RunDir { path: std::path::PathBuf, source: std::io::Error },
+    #[error("cannot serve the CNI plugin: {0}")]
+    Cni(#[from] StartError),
     #[error("the watch of the kernel's routes and addresses ended")]
     Routes,
     #[error("cannot read the programs' log: {0}")]

@@ -7,9 +7,10 @@
 //!   Kubernetes API      of the cluster                                                 endpoints
 //! ```
 //!
-//! `net/` reports the host's own addresses and routes, which are Changes too; `datapath/` loads the programs and attaches
-//! them where the plan says; `daemon` joins the stages in one loop; `health/` answers load balancers; `kube_proxy/` finds and
-//! removes what the proxy before left; `cli/` reads the maps without any of these.
+//! `cni/` attaches pods to the network: it has addresses from `ipam/` and links from `net/`, and answers when their rows
+//! are in the tables. `net/` also reports the host's own addresses and routes, which are Changes too; `datapath/` loads
+//! the programs and attaches them where the plan says; `daemon` joins the stages in one loop; `health/` answers load
+//! balancers; `kube_proxy/` finds and removes what the proxy before left; `cli/` reads the maps without any of these.
 //!
 //! A folder is a stage. What a stage may import (`cargo xtask layers` enforces it):
 //!
@@ -21,14 +22,18 @@
 //! | `reconcile` | `model`, `plan`, `maps` | `watch`, Kubernetes types, aya |
 //! | `maps` | `common`, aya in `kernel` only | `model`, `plan` |
 //! | `health` | `model` | `maps`, `reconcile`, aya |
+//! | `cni`, `ipam`, `net` | `model` | `maps`, aya |
 
 pub mod cli;
 pub mod clock;
+pub mod cni;
 pub mod config;
 pub mod daemon;
 pub mod datapath;
+pub mod durable;
 pub mod gc;
 pub mod health;
+pub mod ipam;
 pub mod kube_proxy;
 pub mod lock;
 pub mod maps;

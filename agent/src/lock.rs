@@ -36,7 +36,9 @@ impl Lock {
 
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    #[error("another agent is running on {path}: give each agent a --bpffs of its own")]
+    #[error(
+        "another agent is running on {path}: give each agent directories of its own (--bpffs, --state-dir)"
+    )]
     Held { path: PathBuf },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },

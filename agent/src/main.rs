@@ -1,8 +1,10 @@
 //! The one binary, `ferroflow`.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use ferroflow::cni::plugin;
 use ferroflow::{cli, config, daemon, health};
 use tracing_subscriber::EnvFilter;
 
@@ -24,14 +26,25 @@ enum Verb {
     /// Answer healthCheckNodePort from a file of the agent, which starts this by itself
     #[command(hide = true)]
     Health(health::answering::Options),
+    /// Attach a pod to the network: what container runtimes run (CNI specification 1.1.0)
+    ///
+    /// The command is in the environment (CNI_COMMAND: ADD, DEL, CHECK, GC, STATUS or VERSION), the network
+    /// configuration on standard input. The result, or an error with its code, is JSON on standard output. The same
+    /// binary under the name `ferroflow-cni` does this without the verb.
+    Cni,
     #[command(flatten)]
     Query(cli::Verb),
 }
 
 fn main() -> ExitCode {
+    let called = std::env::args_os().next();
+    if called.is_some_and(|path| Path::new(&path).file_name().is_some_and(|name| name == plugin::NAME)) {
+        return plugin::main();
+    }
     let outcome = match Command::parse().verb {
         Verb::Agent(config) => agent(&config),
         Verb::Health(options) => health(&options),
+        Verb::Cni => return plugin::main(),
         Verb::Query(verb) => cli::run(&verb).map_err(Into::into),
     };
     match outcome {

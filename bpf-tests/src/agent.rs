@@ -63,7 +63,7 @@ impl Agent {
             netns: node.netns.clone(),
             child: None,
         };
-        agent.spawn()?;
+        agent.spawn(&[])?;
         Ok(agent)
     }
 
@@ -158,10 +158,30 @@ impl Agent {
 
     /// After `kill9` or `stop`, with the same arguments; the log goes on.
     pub fn restart(&mut self) -> Result<()> {
+        self.restart_with(&[])
+    }
+
+    /// The same, with environment variables of its own.
+    pub fn restart_with(&mut self, env: &[(&str, &str)]) -> Result<()> {
         if self.child.is_some() {
             bail!("the agent of {} still runs", self.node);
         }
-        self.spawn()
+        self.spawn(env)
+    }
+
+    /// Until it has ended by itself.
+    pub fn wait_ended(&mut self) -> Result<ExitStatus> {
+        let deadline = Instant::now() + SYNC_LIMIT;
+        loop {
+            if let Some(ended) = self.ended()? {
+                self.child = None;
+                return Ok(ended);
+            }
+            if Instant::now() > deadline {
+                bail!("the agent of {} has not ended\n{}", self.node, self.log_tail());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// The last lines of its log, for messages of failures.
@@ -180,10 +200,11 @@ impl Agent {
         Ok(line.trim().trim_end_matches(" kB").parse()?)
     }
 
-    fn spawn(&mut self) -> Result<()> {
+    fn spawn(&mut self, env: &[(&str, &str)]) -> Result<()> {
         let log = File::options().create(true).append(true).open(&self.log)?;
         let mut command = pod_command();
         command.arg("--cgroup").arg(&self.cgroup).args(["exec", "--"]).arg(&self.binary).args(&self.args);
+        command.envs(env.iter().copied());
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.child = Some(self.netns.spawn(command)?);
         Ok(())

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     thread,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -12,13 +12,14 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use crate::{
     agent::Agent,
     cluster::{Cluster, Family, Pod},
+    cni::Runtime,
     manifests::{Endpoint, Port, Service},
     pod::{DNS_PORT, ECHO_PORT, FailureKind, HTTP_PORT, Outcome},
     sandbox::Sandbox,
     traffic::{Ask, Protocol},
 };
 
-/// Two nodes with an agent each, a service with a backend on each node, and a service without any.
+/// Two nodes with an agent each that attached their pods, a service with a backend on each node, and a service without any.
 #[derive(Debug)]
 pub struct World {
     pub agents: Vec<Agent>,
@@ -47,6 +48,8 @@ const DEMO_NODE_PORT: u16 = 30080;
 const BACKENDS: [&str; 2] = ["a2", "b2"];
 /// A backend of two is missed by chance once in a million million.
 const REQUESTS: u32 = 40;
+const PODS_PER_NODE: u32 = 2;
+const PROGRAM_LIMIT: Duration = Duration::from_secs(20);
 const REFUSAL_LIMIT: Duration = Duration::from_millis(200);
 const REMOVAL_LIMIT: Duration = Duration::from_secs(2);
 
@@ -55,7 +58,15 @@ impl World {
     pub fn new(sandbox: &Sandbox, agent_args: &[&str]) -> Result<Self> {
         // Before anything is built: it may not be set.
         crate::agent::binary()?;
-        let cluster = Cluster::new(sandbox, &["a", "b"])?;
+        let mut cluster = Cluster::with_pods(sandbox, &["a", "b"], 0)?;
+        cluster.manifests().write_cluster(&cluster)?;
+        let (agents, runtimes) = start_agents(&cluster, agent_args)?;
+        for (node, runtime) in ["a", "b"].into_iter().zip(&runtimes) {
+            runtime.wait_ready()?;
+            for number in 1..=PODS_PER_NODE {
+                cluster.attach(node, &format!("{node}{number}"), runtime)?;
+            }
+        }
         let (web, empty) = (service("web", 10), service("empty", 99));
         let manifests = cluster.manifests();
         manifests.write_cluster(&cluster)?;
@@ -63,11 +74,35 @@ impl World {
         manifests.write_endpoints(&web, &Endpoint::ready(BACKENDS.map(|name| cluster.pod(name))))?;
         manifests.write_service(&empty)?;
         manifests.write_endpoints(&empty, &[])?;
-        let agents =
-            cluster.nodes().iter().map(|node| Agent::start(node, agent_args)).collect::<Result<_>>()?;
         let mut world = Self { agents, web, empty, cluster };
+        world.wait_programmed()?;
         world.wait_synced()?;
         Ok(world)
+    }
+
+    /// Until the agents, which were in sync before there were services, have them.
+    fn wait_programmed(&self) -> Result<()> {
+        let backends = BACKENDS.map(|name| self.cluster.pod(name));
+        let services = [&self.web, &self.empty];
+        let addresses: Vec<_> = Family::BOTH
+            .into_iter()
+            .flat_map(|family| {
+                let of_pods = backends.map(|pod| pod.ip(family));
+                of_pods.into_iter().chain(services.map(|service| service.ip(family)))
+            })
+            .map(|addr| addr.to_string())
+            .collect();
+        let deadline = Instant::now() + PROGRAM_LIMIT;
+        for agent in &self.agents {
+            loop {
+                let listed = agent.verb(&["service", "list"])?;
+                let missing = addresses.iter().find(|addr| !listed.contains(*addr));
+                let Some(missing) = missing else { break };
+                ensure!(Instant::now() < deadline, "{missing} is not in\n{listed}\n{}", self.logs());
+                thread::sleep(Duration::from_millis(10));
+            }
+        }
+        Ok(())
     }
 
     /// Runs a test in a new world; a failure comes with the agents' logs.
@@ -170,6 +205,17 @@ impl World {
         }
         drained(&outcomes, "b2", removed)
     }
+}
+
+/// An agent on each node that attaches pods, and the runtime that asks it to.
+fn start_agents(cluster: &Cluster, more: &[&str]) -> Result<(Vec<Agent>, Vec<Runtime>)> {
+    let start = |node| {
+        let runtime = Runtime::new(node)?;
+        let args = runtime.agent_args();
+        let args: Vec<_> = args.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        Ok((Agent::start(node, &args)?, runtime))
+    };
+    cluster.nodes().iter().map(start).collect()
 }
 
 impl Check {

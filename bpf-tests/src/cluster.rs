@@ -25,7 +25,9 @@ use ferroflow::{
 use nix::net::if_::if_nametoindex;
 
 use crate::{
-    cgroup, ethtool,
+    cgroup,
+    cni::{self, Container, Runtime},
+    ethtool,
     manifests::Directory,
     netns::{End, Inside, Mac, Netns, Prefix, Route},
     pod::{Outcome, Progress, Ready},
@@ -37,7 +39,7 @@ use crate::{
 /// Fields are dropped in this order: processes first, namespaces last.
 #[derive(Debug)]
 pub struct Cluster {
-    _processes: cgroup::Tree,
+    processes: cgroup::Tree,
     manifests: Directory,
     nodes: Vec<Node>,
     switch: Netns,
@@ -116,7 +118,7 @@ impl Cluster {
                 node.pods.push(pod);
             }
         }
-        let cluster = Self { _processes: processes, manifests, nodes: built, switch };
+        let cluster = Self { processes, manifests, nodes: built, switch };
         cluster.serve()?;
         Ok(cluster)
     }
@@ -163,6 +165,25 @@ impl Cluster {
 
     pub fn manifests(&self) -> &Directory {
         &self.manifests
+    }
+
+    /// A pod of a node that its network plugin attaches, serving. The container's id is the pod's name.
+    pub fn attach(&mut self, node: &str, name: &str, runtime: &Runtime) -> Result<()> {
+        let processes = &self.processes;
+        let node = self.nodes.iter_mut().find(|it| it.name == node_name(node));
+        let node = node.with_context(|| format!("{name} is of no node"))?;
+        let pod = Pod::attached(node, name, runtime, processes).with_context(|| format!("attach {name}"))?;
+        pod.start_server()?;
+        pod.wait_server()?;
+        node.pods.push(pod);
+        Ok(())
+    }
+
+    /// Its processes and its namespace end; what the plugin made for it is left to the plugin.
+    pub fn forget(&mut self, name: &str) {
+        for node in &mut self.nodes {
+            node.pods.retain(|pod| pod.name != name);
+        }
     }
 
     /// Starts all servers, then waits for all.
@@ -349,6 +370,24 @@ impl Pod {
             addresses.into_iter().try_for_each(|a| configure_host(inside, &host.name, a, eth0.mac))
         })??;
         Ok(pod)
+    }
+
+    fn attached(node: &Node, name: &str, runtime: &Runtime, processes: &cgroup::Tree) -> Result<Self> {
+        let netns = Netns::new(name)?;
+        let path = netns.path()?;
+        let result = runtime.add(Container { id: name, netns: cni::path(&path)? })?;
+        let mut addresses = cni::addresses(&result).into_iter();
+        let mut next = || addresses.next().context("one address of each family");
+        Ok(Self {
+            v4: next()?.parse().context("the IPv4 address")?,
+            v6: next()?.parse().context("the IPv6 address")?,
+            node: node.name.clone(),
+            interface: cni::host_interface(&result)?.to_owned(),
+            netns,
+            cgroup: processes.child(format!("{}/{name}", node.name))?,
+            server: Mutex::new(None),
+            name: name.to_owned(),
+        })
     }
 
     fn start_server(&self) -> Result<()> {

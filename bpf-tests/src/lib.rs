@@ -3,7 +3,7 @@
 //! ```text
 //!  sandbox (private mounts, cgroup subtree, signals)
 //!     └─ cluster: nodes and pods as network namespaces ── manifests (ordinary Kubernetes YAML)
-//!           ├─ agent: the real binary on a node
+//!           ├─ agent: the real binary on a node ── cni: the network plugin beside it, as a runtime runs it
 //!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
 //!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
@@ -16,6 +16,7 @@ pub mod bench;
 pub mod cgroup;
 pub mod checks;
 pub mod cluster;
+pub mod cni;
 pub mod demo;
 pub mod ethtool;
 pub mod manifests;

@@ -8,7 +8,8 @@ use std::{
     future::Future,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsRawFd as _, RawFd},
-    process::{Child, Command},
+    path::PathBuf,
+    process::{self, Child, Command},
     sync::mpsc,
     thread::{self, JoinHandle},
     time::Duration,
@@ -17,8 +18,9 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use futures_util::TryStreamExt as _;
 use nix::{
-    net::if_::if_nametoindex,
+    net::if_::{Interfaces, if_nameindex, if_nametoindex},
     sched::{CloneFlags, unshare},
+    unistd::gettid,
 };
 use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
@@ -130,6 +132,18 @@ impl Netns {
         self.run(move |_| command.spawn())?.context(what)
     }
 
+    /// By which other processes find the namespace, as long as this is not dropped.
+    pub fn path(&self) -> Result<PathBuf> {
+        let thread = self.run(|_| gettid())?;
+        Ok(format!("/proc/{}/task/{thread}/ns/net", process::id()).into())
+    }
+
+    /// The interfaces in it.
+    pub fn interfaces(&self) -> Result<Vec<String>> {
+        let listed = self.run(|_| if_nameindex().map(|all| names(&all)))?;
+        listed.with_context(|| format!("list the interfaces in {}", self.name))
+    }
+
     /// Of a file below `/proc/net`, as the namespace sees it.
     pub fn proc_net(&self, name: &str) -> Result<String> {
         let path = format!("/proc/thread-self/net/{name}");
@@ -169,6 +183,11 @@ impl Inside {
     pub fn up(&self, dev: &str) -> Result<()> {
         let message = LinkUnspec::new_with_index(index(dev)?).up().build();
         self.request(self.netlink.link().set(message).execute()).with_context(|| format!("set {dev} up"))
+    }
+
+    pub fn down(&self, dev: &str) -> Result<()> {
+        let message = LinkUnspec::new_with_index(index(dev)?).down().build();
+        self.request(self.netlink.link().set(message).execute()).with_context(|| format!("set {dev} down"))
     }
 
     /// A bridge that is up.
@@ -281,6 +300,10 @@ fn enter_new() -> Result<(File, Inside)> {
     inside.up("lo")?;
     let file = File::open("/proc/thread-self/ns/net").context("open the network namespace")?;
     Ok((file, inside))
+}
+
+fn names(interfaces: &Interfaces) -> Vec<String> {
+    interfaces.iter().map(|it| it.name().to_string_lossy().into_owned()).collect()
 }
 
 fn sysctl(name: &str, value: &str) -> Result<()> {

@@ -55,6 +55,8 @@ pub enum Change {
     LocalRoute(Addr, Option<u32>),
     /// An address of this host itself, and the interface it is on.
     LocalAddress(Addr, Option<u32>),
+    /// An address that this agent gave to a pod, and the interface it made for it: known before any object says so.
+    Attachment(Addr, Option<u32>),
 }
 
 /// The service proxy that a node had before, as far as the kernel still has its rules.

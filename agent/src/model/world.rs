@@ -25,6 +25,7 @@ pub struct World {
     kube_proxy: KubeProxy,
     local_routes: BTreeMap<Addr, u32>,
     local_addresses: BTreeMap<Addr, u32>,
+    attachments: BTreeMap<Addr, u32>,
 }
 
 /// A Service and its slices, each of which may come first. Slices are kept apart, because an endpoint that moves
@@ -83,6 +84,17 @@ impl World {
                     Some(ifindex) => self.local_routes.insert(addr, ifindex),
                     None => self.local_routes.remove(&addr),
                 };
+                // The interface went with the pod's namespace, and nobody has said so yet.
+                if ifindex.is_none() && old.is_some() && self.attachment(addr) == old {
+                    self.attachments.remove(&addr);
+                }
+                if old == ifindex { Vec::new() } else { vec![Touched::Endpoint(addr)] }
+            }
+            Change::Attachment(addr, ifindex) => {
+                let old = match ifindex {
+                    Some(ifindex) => self.attachments.insert(addr, ifindex),
+                    None => self.attachments.remove(&addr),
+                };
                 if old == ifindex { Vec::new() } else { vec![Touched::Endpoint(addr)] }
             }
             Change::LocalAddress(addr, ifindex) => {
@@ -136,6 +148,16 @@ impl World {
 
     pub fn kube_proxy(&self) -> KubeProxy {
         self.kube_proxy
+    }
+
+    /// The addresses that are behind interfaces of this host.
+    pub fn local_routes(&self) -> impl Iterator<Item = &Addr> {
+        self.local_routes.keys()
+    }
+
+    /// The interface that this agent made for whom it gave the address.
+    pub fn attachment(&self, addr: Addr) -> Option<u32> {
+        self.attachments.get(&addr).copied()
     }
 
     /// This host's own addresses, and the interface each is on.

@@ -56,7 +56,7 @@ pub async fn watch(events: Sender<NetEvent>) -> Result<(), NetError> {
     Ok(())
 }
 
-async fn list(handle: &Handle) -> Result<Snapshot, NetError> {
+pub(super) async fn list(handle: &Handle) -> Result<Snapshot, rtnetlink::Error> {
     let v4 = RouteMessageBuilder::<std::net::Ipv4Addr>::new().build();
     let v6 = RouteMessageBuilder::<std::net::Ipv6Addr>::new().build();
     let mut found = Snapshot::default();

@@ -1,6 +1,12 @@
-//! The host's network as the kernel tells it: which addresses are its own, and which are behind which interfaces.
+//! The host's network as the kernel tells it: which addresses are its own, and which are behind which interfaces; and
+//! the links of pods, which the agent makes itself where it is the network plugin ([`pod`]).
 
+#[cfg(test)]
+pub(crate) mod fake;
 mod kernel;
+mod netns;
+pub mod pod;
+pub mod veth;
 
 use std::collections::BTreeMap;
 

@@ -6,8 +6,12 @@ use ferroflow_common::addr::Addr;
 use crate::model::World;
 
 /// The row of a local address: there is one where a pod of this node has the address and an interface leads to it.
-/// Finished pods and pods in the host's network have no addresses of their own.
+/// Finished pods and pods in the host's network have no addresses of their own. Who got the address from this agent
+/// has a row from the start, before there is an object that names it (rule 54).
 pub fn endpoint(world: &World, addr: Addr) -> Option<Endpoint> {
+    if let Some(ifindex) = world.attachment(addr) {
+        return Some(Endpoint { ifindex });
+    }
     world.pods_at(addr).next()?;
     world.local_route(addr).map(|ifindex| Endpoint { ifindex })
 }
@@ -36,5 +40,22 @@ mod tests {
         assert_eq!(row_after(pod("here", &[])), None, "it is finished (rule 51)");
         assert_eq!(row_after(pod("here", &[addr])), Some(8));
         assert_eq!(row_after(Change::LocalRoute(addr, None)), None);
+    }
+
+    #[test]
+    fn rule_54_who_was_attached_has_a_row_before_there_is_a_pod() {
+        let addr = Addr::v4([10, 244, 1, 5]);
+        let mut world = World::new("here");
+        let mut row_after = |change| {
+            world.apply(change);
+            endpoint(&world, addr).map(|row| row.ifindex)
+        };
+        assert_eq!(row_after(Change::Attachment(addr, Some(7))), Some(7));
+        assert_eq!(row_after(Change::LocalRoute(addr, Some(7))), Some(7));
+        assert_eq!(row_after(Change::LocalRoute(addr, None)), None, "its interface is gone");
+        assert_eq!(row_after(Change::Attachment(addr, Some(8))), Some(8));
+        assert_eq!(row_after(Change::LocalRoute(addr, Some(7))), Some(8), "an old route says nothing");
+        assert_eq!(row_after(Change::LocalRoute(addr, None)), Some(8));
+        assert_eq!(row_after(Change::Attachment(addr, None)), None);
     }
 }

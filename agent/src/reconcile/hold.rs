@@ -56,6 +56,7 @@ impl Hold {
                 self.endpoints.contains(addr)
                     && self.withheld.pods()
                     && world.pods_at(*addr).next().is_none()
+                    && world.attachment(*addr).is_none()
                     && row.is_some_and(|ifindex| world.local_route(*addr) == Some(ifindex))
             }
         }

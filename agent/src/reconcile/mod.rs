@@ -21,6 +21,7 @@ mod tests;
 use std::time::{Duration, Instant};
 
 use ferroflow_common::abi::endpoint::Endpoint;
+use ferroflow_common::addr::Addr;
 
 use crate::maps::{MapError, Maps};
 use crate::model::{Change, Touched, Withheld, World};
@@ -168,6 +169,11 @@ impl<M: Maps> Reconciler<M> {
     /// The local pods as they are in the table.
     pub fn endpoints(&self) -> impl Iterator<Item = &Endpoint> {
         self.tables.endpoints.values()
+    }
+
+    /// The interface that the table has for a local address.
+    pub fn served_by(&self, addr: Addr) -> Option<u32> {
+        self.tables.endpoints.get(&addr).map(|endpoint| endpoint.ifindex)
     }
 
     pub fn world(&self) -> &World {

@@ -405,6 +405,7 @@ fn key(change: &Change) -> String {
         Change::Pod(..)
         | Change::ServiceCidr(..)
         | Change::KubeProxy(..)
+        | Change::Attachment(..)
         | Change::LocalRoute(..)
         | Change::LocalAddress(..) => unreachable!("not generated"),
     }

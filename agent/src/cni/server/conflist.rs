@@ -1,0 +1,94 @@
+//! The file by which container runtimes find the plugin.
+
+use std::path::PathBuf;
+use std::{fs, io};
+
+use serde_json::json;
+
+use super::Options;
+use crate::cni::plugin;
+use crate::cni::types::Version;
+use crate::durable;
+
+/// Runtimes take the first file of the directory in the order of names.
+#[derive(Clone, Debug)]
+pub struct Conflist {
+    pub dir: PathBuf,
+    pub name: String,
+}
+
+/// What runtimes know that do not know `cniVersions`: containerd 1.6, CRI-O 1.23.
+const OLDEST: Version = Version::V1_0_0;
+
+/// The name of the network.
+const NETWORK: &str = "ferroflow";
+
+impl Conflist {
+    pub fn path(&self) -> PathBuf {
+        self.dir.join(&self.name)
+    }
+
+    /// Makes the file say where the agent is; one that says so is left alone.
+    ///
+    /// # Errors
+    /// What the file system refuses.
+    pub(super) fn write(&self, options: &Options) -> io::Result<()> {
+        let text = text(options);
+        let path = self.path();
+        if fs::read_to_string(&path).is_ok_and(|found| found == text) {
+            return Ok(());
+        }
+        fs::create_dir_all(&self.dir)?;
+        durable::write(&path, text.as_bytes())?;
+        tracing::info!(path = %path.display(), "wrote the network configuration");
+        Ok(())
+    }
+}
+
+/// It declares no capability: what a runtime has for one goes to the plugin that does.
+fn text(options: &Options) -> String {
+    let versions: Vec<_> =
+        Version::ALL.iter().filter(|version| **version >= OLDEST).map(|version| version.as_str()).collect();
+    let list = json!({
+        "cniVersion": OLDEST.as_str(),
+        "cniVersions": versions,
+        "name": NETWORK,
+        "plugins": [{
+            "type": plugin::NAME,
+            "socket": options.socket,
+            "stateDir": options.state_dir,
+        }],
+    });
+    format!("{list:#}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rule_61_the_file_is_whole_and_written_only_when_it_differs() {
+        let dir = tempfile::tempdir().unwrap();
+        let conflist = Conflist { dir: dir.path().join("net.d"), name: "05-ferroflow.conflist".into() };
+        let options = Options {
+            socket: "/run/a.sock".into(),
+            state_dir: "/var/lib/a".into(),
+            conflist: conflist.clone(),
+        };
+        conflist.write(&options).unwrap();
+        let written = fs::metadata(conflist.path()).unwrap().modified().unwrap();
+        let found: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(conflist.path()).unwrap()).unwrap();
+        assert_eq!(found["name"], "ferroflow");
+        assert_eq!(found["cniVersion"], "1.0.0");
+        assert_eq!(found["cniVersions"], json!(["1.0.0", "1.1.0"]));
+        assert_eq!(found["plugins"][0]["type"], "ferroflow-cni");
+        assert_eq!(found["plugins"][0]["socket"], "/run/a.sock");
+        conflist.write(&options).unwrap();
+        assert_eq!(fs::metadata(conflist.path()).unwrap().modified().unwrap(), written);
+        let moved = Options { socket: "/run/b.sock".into(), ..options };
+        conflist.write(&moved).unwrap();
+        assert!(fs::read_to_string(conflist.path()).unwrap().contains("/run/b.sock"));
+        assert_eq!(fs::read_dir(&conflist.dir).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,205 @@
+//! The agent's half: a socket, and behind it the attachments of this node's pods.
+
+mod attachments;
+mod busy;
+pub mod conflist;
+mod die;
+pub mod order;
+#[cfg(test)]
+mod tests;
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferroflow_common::addr::Addr;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::protocol::{LONGEST_LINE, Reply, Request};
+use super::types::{CniError, Code};
+use crate::ipam::ledger::Ledger;
+use crate::lock::{Lock, LockError};
+use crate::net::pod::{Netlink, PodError};
+use attachments::Attachments;
+use conflist::Conflist;
+use order::Order;
+
+/// Where things are.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub socket: PathBuf,
+    pub state_dir: PathBuf,
+    pub conflist: Conflist,
+}
+
+/// Ready to serve; connections that are made meanwhile wait.
+#[derive(Debug)]
+pub struct Server {
+    options: Options,
+    listener: UnixListener,
+    attachments: Arc<Attachments>,
+    _lock: Lock,
+}
+
+/// How often leftovers are looked for: leases whose pod is gone, removals in the spool, a configuration that is not
+/// there.
+const UPKEEP: Duration = Duration::from_secs(20);
+
+/// The same until the configuration has been written.
+const UPKEEP_AT_FIRST: Duration = Duration::from_millis(100);
+
+/// A plugin sends its request at once.
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+
+impl Server {
+    /// Takes over what the agent before left: frees leases of pods that are gone, and does what waits in the spool.
+    /// Also says which addresses are behind which interfaces, which the daemon is to know before it writes anything.
+    ///
+    /// # Errors
+    /// [`StartError`]. A lease file that cannot be read is none: commands are refused with the reason then.
+    pub async fn start(
+        options: Options,
+        netlink: Arc<dyn Netlink>,
+        daemon: UnboundedSender<Order>,
+    ) -> Result<(Self, Vec<(Addr, u32)>), StartError> {
+        make_directory(&options.state_dir)?;
+        let lock = Lock::acquire(&options.state_dir)?;
+        let ledger = Ledger::open(&options.state_dir);
+        if let Err(error) = &ledger {
+            tracing::error!(%error, "no pod can be attached");
+        }
+        let attachments = Arc::new(Attachments::new(options.state_dir.clone(), ledger, netlink, daemon));
+        let attached = attachments.take_over().await?;
+        let listener = listen(&options.socket)?;
+        Ok((Self { options, listener, attachments, _lock: lock }, attached))
+    }
+
+    /// Serves until the runtime ends.
+    pub async fn run(self) {
+        let Self { options, listener, attachments, _lock } = self;
+        tracing::info!(socket = %options.socket.display(), "attaching pods");
+        tokio::spawn(upkeep(attachments.clone(), options));
+        loop {
+            match listener.accept().await {
+                Ok((stream, _from)) => {
+                    tokio::spawn(serve(stream, attachments.clone()));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a plugin's connection");
+                    tokio::time::sleep(UPKEEP_AT_FIRST).await;
+                }
+            }
+        }
+    }
+}
+
+/// Rule 61: the configuration is there as soon as pods can be attached, and stays.
+async fn upkeep(attachments: Arc<Attachments>, options: Options) {
+    let mut ready = false;
+    loop {
+        if !ready {
+            ready = attachments.status().await.is_ok();
+        }
+        if ready && let Err(error) = options.conflist.write(&options) {
+            tracing::warn!("{}: {error}; trying again", options.conflist.path().display());
+        }
+        attachments.replay().await;
+        attachments.sweep().await;
+        tokio::time::sleep(if ready { UPKEEP } else { UPKEEP_AT_FIRST }).await;
+    }
+}
+
+async fn serve(stream: UnixStream, attachments: Arc<Attachments>) {
+    if let Err(error) = exchange(stream, &attachments).await {
+        tracing::warn!(%error, "a plugin's request came to nothing");
+    }
+}
+
+async fn exchange(mut stream: UnixStream, attachments: &Attachments) -> io::Result<()> {
+    let uid = stream.peer_cred()?.uid();
+    if uid != 0 {
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!("it is of user {uid}, not root"),
+        ));
+    }
+    let mut line = String::new();
+    let (reading, mut writing) = stream.split();
+    let mut reading = BufReader::new(reading.take(LONGEST_LINE));
+    tokio::time::timeout(REQUEST_LIMIT, reading.read_line(&mut line)).await??;
+    if line.is_empty() {
+        return Ok(());
+    }
+    let request = serde_json::from_str(&line);
+    let reply = match &request {
+        Ok(request) => answer(request, attachments).await,
+        Err(error) => Reply::Failed(
+            CniError::new(Code::DECODING, format!("the agent cannot read the plugin's request: {error}"))
+                .details("plugin and agent are of different versions: install both of one"),
+        ),
+    };
+    let mut answer = serde_json::to_vec(&reply)?;
+    answer.push(b'\n');
+    let written = writing.write_all(&answer).await;
+    if let (Err(_), Ok(Request::Add(attachment)), Reply::Attached(_)) = (&written, &request, &reply) {
+        // Nobody knows of it, and nobody will ask to remove it.
+        attachments.del(&attachment.owner).await.map_err(io::Error::other)?;
+    }
+    written
+}
+
+async fn answer(request: &Request, attachments: &Attachments) -> Reply {
+    let done = match request {
+        Request::Add(attachment) => {
+            return match attachments.add(attachment).await {
+                Ok(attached) => Reply::Attached(attached),
+                Err(error) => {
+                    let owner = &attachment.owner;
+                    tracing::warn!(container = %owner.container_id, ifname = %owner.ifname, %error, "ADD failed");
+                    Reply::Failed(error)
+                }
+            };
+        }
+        Request::Del(removal) => attachments.del(&removal.owner).await,
+        Request::Check { attachment, addresses } => attachments.check(attachment, addresses).await,
+        Request::Gc { network, valid } => attachments.gc(network, valid).await,
+        Request::Status => attachments.status().await,
+    };
+    done.map_or_else(Reply::Failed, |()| Reply::Done)
+}
+
+fn make_directory(path: &Path) -> Result<(), StartError> {
+    let failed = |source| StartError::Io { path: path.to_owned(), source };
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)
+}
+
+/// Root alone may connect.
+fn listen(path: &Path) -> Result<UnixListener, StartError> {
+    let failed = |source| StartError::Io { path: path.to_owned(), source };
+    if let Some(dir) = path.parent() {
+        make_directory(dir)?;
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        // Of an agent that is gone: this one has the lock.
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error(transparent)]
+    Pod(#[from] PodError),
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+}

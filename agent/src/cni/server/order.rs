@@ -1,0 +1,47 @@
+//! What the server asks of the daemon, which alone knows the cluster and writes the tables.
+
+use std::collections::BTreeSet;
+
+use ferroflow_common::addr::Addr;
+use tokio::sync::oneshot;
+
+use crate::model::Prefix;
+
+#[derive(Debug)]
+pub enum Order {
+    /// What is known of this node.
+    Look(oneshot::Sender<View>),
+    /// Answered when these addresses have their rows and the interface its programs; not at all before.
+    Serve { place: Place, served: oneshot::Sender<()> },
+    /// Whether it is so.
+    IsServed { place: Place, answer: oneshot::Sender<bool> },
+    /// Nobody has these addresses any longer.
+    Withdraw { addresses: Vec<Addr> },
+}
+
+/// Addresses and the interface that leads to who has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub addresses: Vec<Addr>,
+    pub ifindex: u32,
+}
+
+/// This node, as far as pods are attached by it.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    pub readiness: Readiness,
+    /// Of the Node object.
+    pub ranges: Vec<Prefix>,
+    /// The host's own addresses, and those that it has routes to.
+    pub reserved: BTreeSet<Addr>,
+    /// The interfaces that lead out of this node.
+    pub devices: Vec<u32>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Readiness {
+    /// Not every source has sent all it has: rows are not written yet.
+    #[default]
+    Starting,
+    Ready,
+}

@@ -1,0 +1,295 @@
+//! The commands over a network of maps and a daemon that does as it is told, or does not.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Mutex;
+
+use tempfile::TempDir;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use super::order::{Readiness, View};
+use super::*;
+use crate::cni::protocol::{Attached, Attachment, Removal};
+use crate::cni::spool;
+use crate::ipam::{Lease, Owner};
+use crate::model::Prefix;
+use crate::net::fake::Fake;
+
+/// One agent after the other on one machine.
+struct Node {
+    state: TempDir,
+    netlink: Arc<Fake>,
+    rows: Arc<Mutex<BTreeMap<Addr, u32>>>,
+    view: View,
+    serving: Serving,
+}
+
+impl Node {
+    fn new(ranges: &[&str]) -> Self {
+        let range = |text: &&str| {
+            let (addr, bits) = text.split_once('/').unwrap();
+            Prefix::new(addr.parse::<IpAddr>().unwrap().into(), bits.parse().unwrap()).unwrap()
+        };
+        Self {
+            state: tempfile::tempdir().unwrap(),
+            netlink: Arc::new(Fake::default()),
+            rows: Arc::default(),
+            view: View {
+                readiness: Readiness::Ready,
+                ranges: ranges.iter().map(range).collect(),
+                ..View::default()
+            },
+            serving: Serving::AtOnce,
+        }
+    }
+
+    /// A new agent, on what is there; the one before is gone, however it ended.
+    fn agent(&self) -> Attachments {
+        let (orders, asked) = unbounded_channel();
+        tokio::spawn(daemon(asked, self.view.clone(), self.rows.clone(), self.serving));
+        let ledger = Ledger::open(self.state.path());
+        Attachments::new(self.state.path().into(), ledger, self.netlink.clone(), orders)
+    }
+
+    fn pod(&self, id: &str) -> Attachment {
+        Attachment { netns: self.netlink.netns(&format!("/run/netns/{id}")), ..attachment(id) }
+    }
+
+    fn leases(&self) -> Vec<(Owner, Lease)> {
+        let ledger = Ledger::open(self.state.path()).unwrap();
+        ledger.look(|pool| pool.leases().map(|(owner, lease)| (owner.clone(), lease.clone())).collect())
+    }
+
+    fn links(&self) -> usize {
+        self.netlink.state().links.len()
+    }
+
+    fn rows(&self) -> usize {
+        self.rows.lock().unwrap().len()
+    }
+
+    /// Leases, links and rows.
+    fn left(&self) -> (usize, usize, usize) {
+        (self.leases().len(), self.links(), self.rows())
+    }
+}
+
+/// When pods get their rows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Serving {
+    AtOnce,
+    Never,
+}
+
+async fn daemon(
+    mut asked: UnboundedReceiver<Order>,
+    view: View,
+    rows: Arc<Mutex<BTreeMap<Addr, u32>>>,
+    serving: Serving,
+) {
+    let mut waiting = Vec::new();
+    while let Some(order) = asked.recv().await {
+        match order {
+            Order::Look(answer) => drop(answer.send(view.clone())),
+            Order::Serve { place, served } if serving == Serving::AtOnce => {
+                rows.lock().unwrap().extend(place.addresses.iter().map(|addr| (*addr, place.ifindex)));
+                let _gone = served.send(());
+            }
+            Order::Serve { place: _, served } => waiting.push(served),
+            Order::IsServed { place, answer } => {
+                let rows = rows.lock().unwrap();
+                let _gone =
+                    answer.send(place.addresses.iter().all(|addr| rows.get(addr) == Some(&place.ifindex)));
+            }
+            Order::Withdraw { addresses } => {
+                rows.lock().unwrap().retain(|addr, _| !addresses.contains(addr));
+            }
+        }
+    }
+}
+
+fn owner(id: &str) -> Owner {
+    Owner { container_id: id.into(), ifname: "eth0".into() }
+}
+
+fn attachment(id: &str) -> Attachment {
+    Attachment { owner: owner(id), netns: "/nowhere".into(), network: "net".into(), mtu: None }
+}
+
+fn addresses(attached: &Attached) -> Vec<String> {
+    attached.addresses.iter().map(ToString::to_string).collect()
+}
+
+const RANGES: [&str; 2] = ["10.244.1.0/24", "fd00:1::/64"];
+
+#[tokio::test]
+async fn rule_54_add_answers_when_the_pod_is_served_and_del_leaves_nothing() {
+    let node = Node::new(&RANGES);
+    let agent = node.agent();
+    let pod = node.pod("a");
+    let attached = agent.add(&pod).await.unwrap();
+    assert_eq!(addresses(&attached), ["10.244.1.2", "fd00:1::2"]);
+    assert_eq!(node.left(), (1, 1, 2));
+    assert_eq!(agent.check(&pod, &attached.addresses).await, Ok(()));
+    for _ in 0..2 {
+        assert_eq!(agent.del(&pod.owner).await, Ok(()));
+        assert_eq!(node.left(), (0, 0, 0));
+    }
+    assert_eq!(agent.check(&pod, &attached.addresses).await.unwrap_err().code, Code::UNKNOWN_CONTAINER);
+    assert_eq!(addresses(&agent.add(&node.pod("b")).await.unwrap()), ["10.244.1.3", "fd00:1::3"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn rule_54_a_pod_that_is_not_served_is_not_attached() {
+    let node = Node { serving: Serving::Never, ..Node::new(&RANGES) };
+    let agent = node.agent();
+    let error = agent.add(&node.pod("a")).await.unwrap_err();
+    assert_eq!(error.code, Code::TRY_AGAIN_LATER);
+    assert_eq!(node.left(), (0, 0, 0));
+}
+
+#[tokio::test]
+async fn rule_55_what_fails_changes_nothing_and_names_the_reason() {
+    let node = Node::new(&RANGES);
+    let agent = node.agent();
+    let code = |result: Result<Attached, CniError>| result.unwrap_err().code;
+    assert_eq!(code(agent.add(&attachment("gone")).await), Code::UNKNOWN_CONTAINER);
+    let pod = node.pod("a");
+    node.netlink.state().namespaces.get_mut(&pod.netns).unwrap().insert("eth0".into());
+    let error = agent.add(&pod).await.unwrap_err();
+    assert!(error.code == Code::INVALID_ENVIRONMENT && error.msg.contains("CNI_IFNAME"), "{error}");
+    node.netlink.state().refusal = Some("Operation not permitted".into());
+    let error = agent.add(&node.pod("b")).await.unwrap_err();
+    assert!(error.code == Code::WIRING && error.msg.contains("not permitted"), "{error}");
+    assert_eq!(node.left(), (0, 0, 0));
+    let pod = node.pod("c");
+    let first = agent.add(&pod).await.unwrap();
+    assert_eq!(code(agent.add(&pod).await), Code::INVALID_ENVIRONMENT, "it is no idempotent command");
+    assert_eq!(agent.check(&pod, &first.addresses).await, Ok(()), "and changes nothing");
+}
+
+#[tokio::test]
+async fn rule_58_status_is_that_of_the_next_add() {
+    let unavailable = |result: Result<(), CniError>| {
+        let error = result.unwrap_err();
+        assert_eq!(error.code, Code::NOT_AVAILABLE);
+        error.msg
+    };
+    let mut node = Node::new(&["10.0.0.0/30"]);
+    let agent = node.agent();
+    assert_eq!(agent.status().await, Ok(()));
+    agent.add(&node.pod("a")).await.unwrap();
+    assert!(unavailable(agent.status().await).contains("no IPv4 address is left in 10.0.0.0/30"));
+    let error = agent.add(&node.pod("b")).await.unwrap_err();
+    assert_eq!(error.code, Code::EXHAUSTED);
+    assert_eq!(node.left(), (1, 1, 1));
+    agent.del(&owner("a")).await.unwrap();
+    assert_eq!(agent.status().await, Ok(()));
+    node.view.ranges.clear();
+    assert!(unavailable(node.agent().status().await).contains("spec.podCIDRs"));
+    node.view.readiness = Readiness::Starting;
+    unavailable(node.agent().status().await);
+    assert_eq!(node.agent().add(&node.pod("b")).await.unwrap_err().code, Code::TRY_AGAIN_LATER);
+}
+
+#[tokio::test]
+async fn rule_57_check_finds_what_changed() {
+    let node = Node::new(&RANGES);
+    let agent = node.agent();
+    let pod = node.pod("a");
+    let attached = agent.add(&pod).await.unwrap();
+    let before = node.left();
+    let other: Vec<IpAddr> = vec!["10.9.9.9".parse().unwrap()];
+    assert_eq!(agent.check(&pod, &other).await.unwrap_err().code, Code::DIFFERENT);
+    let row = node.rows.lock().unwrap().pop_first().unwrap();
+    assert_eq!(agent.check(&pod, &attached.addresses).await.unwrap_err().code, Code::DIFFERENT);
+    node.rows.lock().unwrap().insert(row.0, row.1);
+    assert_eq!(agent.check(&pod, &attached.addresses).await, Ok(()));
+    assert_eq!(node.left(), before);
+    node.netlink.remove_netns(&pod.netns);
+    assert_eq!(agent.check(&pod, &attached.addresses).await.unwrap_err().code, Code::DIFFERENT);
+}
+
+#[tokio::test]
+async fn rule_59_gc_removes_what_is_not_valid_in_its_network_only() {
+    let node = Node::new(&RANGES);
+    let agent = node.agent();
+    for id in ["a", "b", "c"] {
+        agent.add(&node.pod(id)).await.unwrap();
+    }
+    let other = Attachment { network: "other".into(), ..node.pod("d") };
+    agent.add(&other).await.unwrap();
+    assert_eq!(agent.gc("net", &[owner("b"), owner("unknown")]).await, Ok(()));
+    let left: Vec<_> = node.leases().into_iter().map(|(owner, _)| owner.container_id).collect();
+    assert_eq!(left, ["b".into(), "d".into()]);
+    assert_eq!(node.left(), (2, 2, 4));
+}
+
+#[tokio::test]
+async fn rule_56_what_was_left_in_the_spool_is_done_and_no_later_pod_with_it() {
+    let node = Node::new(&RANGES);
+    let first = node.agent();
+    for id in ["a", "b"] {
+        first.add(&node.pod(id)).await.unwrap();
+    }
+    drop(first);
+    for id in ["a", "unknown"] {
+        spool::put(node.state.path(), &Removal { owner: owner(id) }).unwrap();
+    }
+    let agent = node.agent();
+    assert_eq!(agent.take_over().await.unwrap().len(), 2, "the two addresses of b");
+    assert_eq!((node.leases().len(), node.links()), (1, 1));
+    assert_eq!(spool::list(node.state.path()).unwrap(), []);
+    // The same container comes again before the agent looks into the spool.
+    spool::put(node.state.path(), &Removal { owner: owner("b") }).unwrap();
+    let again = agent.add(&node.pod("b")).await.unwrap();
+    agent.replay().await;
+    assert_eq!(agent.check(&node.pod("b"), &again.addresses).await, Ok(()));
+}
+
+#[tokio::test]
+async fn leases_of_pods_that_are_gone_are_freed() {
+    let node = Node::new(&RANGES);
+    let agent = node.agent();
+    let (a, b) = (node.pod("a"), node.pod("b"));
+    agent.add(&a).await.unwrap();
+    agent.add(&b).await.unwrap();
+    node.netlink.remove_netns(&a.netns);
+    agent.sweep().await;
+    assert_eq!(node.left(), (1, 1, 2));
+    // A reboot.
+    node.netlink.remove_netns(&b.netns);
+    assert_eq!(node.agent().take_over().await.unwrap(), []);
+    assert!(node.leases().is_empty());
+    assert_eq!(addresses(&node.agent().add(&node.pod("c")).await.unwrap()), ["10.244.1.4", "fd00:1::4"]);
+}
+
+#[tokio::test]
+async fn a_ledger_that_cannot_be_read_gives_nothing_and_is_named() {
+    let node = Node::new(&RANGES);
+    node.agent().add(&node.pod("a")).await.unwrap();
+    fs::write(node.state.path().join("leases.json"), "{").unwrap();
+    let agent = node.agent();
+    let error = agent.add(&node.pod("b")).await.unwrap_err();
+    assert!(error.code == Code::IO && error.msg.contains("leases.json"), "{error}");
+    assert_eq!(agent.status().await.unwrap_err().code, Code::NOT_AVAILABLE);
+    assert!(agent.del(&owner("a")).await.is_err(), "the plugin leaves it in the spool");
+    assert_eq!(agent.take_over().await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn many_at_once_have_an_address_each() {
+    let node = Node::new(&RANGES);
+    let agent = Arc::new(node.agent());
+    let adding: Vec<_> = (0..100)
+        .map(|number| {
+            let (agent, pod) = (agent.clone(), node.pod(&format!("c{number}")));
+            tokio::spawn(async move { agent.add(&pod).await })
+        })
+        .collect();
+    let mut given = BTreeSet::new();
+    for one in adding {
+        given.extend(one.await.unwrap().unwrap().addresses);
+    }
+    assert_eq!((given.len(), node.left()), (200, (100, 100, 200)));
+}

@@ -1,0 +1,58 @@
+//! Addresses for the pods of this node, out of the ranges that its Node object has for them.
+//!
+//! ```text
+//!   Node.spec.podCIDRs ──▶ range/: what of it pods may have ──▶ pool/: pure: who has which ──▶ ledger/: on disk
+//! ```
+//!
+//! What must hold: two containers never have one address, across restarts, crashes and reboots; an address that was
+//! released is given again as late as possible, since connections to whom had it before may still be on their way.
+
+pub mod ledger;
+pub mod pool;
+pub mod range;
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ferroflow_common::addr::Addr;
+use serde::{Deserialize, Serialize};
+
+use crate::model::{Family, Prefix};
+
+/// An attachment as the CNI specification identifies one: no two exist at a time.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Owner {
+    #[serde(rename = "containerID")]
+    pub container_id: Box<str>,
+    pub ifname: Box<str>,
+}
+
+/// What an attachment has been given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// The CNI network that it is attached to: others' garbage is not collected (rule 59).
+    pub network: Box<str>,
+    /// One of each family.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Where addresses may be taken from at present.
+#[derive(Clone, Copy, Debug)]
+pub struct Space<'a> {
+    pub ranges: &'a [Prefix],
+    /// In use by somebody else: the host itself, or a pod that is not in the ledger.
+    pub reserved: &'a BTreeSet<Addr>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum IpamError {
+    #[error("the Node object of this node has no spec.podCIDRs yet: the cluster's controllers give it one")]
+    NoRange,
+    #[error("spec.podCIDRs of this node: {range} cannot be used for pods: {why}")]
+    Unusable { range: Prefix, why: &'static str },
+    #[error(
+        "no {} address is left in {ranges} (spec.podCIDRs of this node): {used} are in use; give the node a larger range",
+        family.name()
+    )]
+    Exhausted { family: Family, ranges: String, used: usize },
+}
