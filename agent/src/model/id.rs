@@ -12,6 +12,8 @@ pub enum Kind {
     EndpointSlice,
     Node,
     Pod,
+    Namespace,
+    NetworkPolicy,
 }
 
 /// The identity of one object. What has no namespace is in `default`.
@@ -30,6 +32,8 @@ impl ObjectId {
             Kind::EndpointSlice => Change::EndpointSlice(name, None),
             Kind::Node => Change::Node(name.name, None),
             Kind::Pod => Change::Pod(name, None),
+            Kind::Namespace => Change::Namespace(name.name, None),
+            Kind::NetworkPolicy => Change::NetworkPolicy(name, None),
         }
     }
 }
@@ -37,8 +41,10 @@ impl ObjectId {
 impl fmt::Display for ObjectId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
-            Kind::Node => write!(f, "{:?} {}", self.kind, self.name.name),
-            Kind::Service | Kind::EndpointSlice | Kind::Pod => write!(f, "{:?} {}", self.kind, self.name),
+            Kind::Node | Kind::Namespace => write!(f, "{:?} {}", self.kind, self.name.name),
+            Kind::Service | Kind::EndpointSlice | Kind::Pod | Kind::NetworkPolicy => {
+                write!(f, "{:?} {}", self.kind, self.name)
+            }
         }
     }
 }

@@ -26,7 +26,7 @@ mod tests {
             endpoint(&world, addr).map(|row| row.ifindex)
         };
         let pod = |node: &str, addresses: &[Addr]| {
-            let pod = Pod { node: node.into(), addresses: addresses.into() };
+            let pod = Pod { node: node.into(), addresses: addresses.into(), ..Pod::default() };
             Change::Pod(Name::new("default", "p"), Some(pod))
         };
         assert_eq!(row_after(Change::LocalRoute(addr, Some(7))), None);

@@ -193,6 +193,8 @@ impl<M: Maps> Reconciler<M> {
                 let rows = plan::node::rows(&self.world, &self.tables.plan.node_ports);
                 Ok(self.tables.apply_node(&rows)?)
             }
+            // No table depends on them yet.
+            Touched::Pod(_) | Touched::Namespace(_) | Touched::NetworkPolicy(_) => Ok(()),
         }
     }
 }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::convert::{self, LABEL, SUBDOMAIN};
 use super::list::Objects;
-use super::{Invalid, Problem};
+use super::{Invalid, Problem, policy};
 use crate::model::{Change, Kind, Name, ObjectId};
 
 /// One object of a document, or why it is none.
@@ -22,6 +22,8 @@ pub(super) enum Item {
     Bad {
         id: ObjectId,
         problem: Problem,
+        /// What is in force where there was nothing before.
+        instead: Option<Change>,
     },
     /// Something that might be any object.
     Unknown(Problem),
@@ -67,6 +69,8 @@ fn kind_of(version: &str, kind: &str) -> Option<Kind> {
         ("discovery.k8s.io/v1", "EndpointSlice") => Some(Kind::EndpointSlice),
         ("v1", "Node") => Some(Kind::Node),
         ("v1", "Pod") => Some(Kind::Pod),
+        ("v1", "Namespace") => Some(Kind::Namespace),
+        ("networking.k8s.io/v1", "NetworkPolicy") => Some(Kind::NetworkPolicy),
         _ => None,
     }
 }
@@ -77,13 +81,15 @@ fn change(kind: Kind, value: Value, node: &str) -> Result<Change, String> {
         Kind::EndpointSlice => typed(value, |object| convert::endpoint_slice(object, node)),
         Kind::Node => typed(value, convert::node),
         Kind::Pod => typed(value, convert::pod),
+        Kind::Namespace => typed(value, policy::namespace),
+        Kind::NetworkPolicy => typed(value, policy::network_policy),
     }
 }
 
 fn name_limit(kind: Kind) -> usize {
     match kind {
-        Kind::Service => LABEL,
-        Kind::EndpointSlice | Kind::Node | Kind::Pod => SUBDOMAIN,
+        Kind::Service | Kind::Namespace => LABEL,
+        Kind::EndpointSlice | Kind::Node | Kind::Pod | Kind::NetworkPolicy => SUBDOMAIN,
     }
 }
 
@@ -96,7 +102,7 @@ fn service_of(id: &ObjectId, metadata: &Map<String, Value>) -> Option<Name> {
             let name = text_of(labels, "kubernetes.io/service-name");
             (!name.is_empty()).then(|| Name::new(id.name.namespace.clone(), name))
         }
-        Kind::Node | Kind::Pod => None,
+        Kind::Node | Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => None,
     }
 }
 
@@ -125,19 +131,20 @@ pub(super) fn item(value: Value, place: &str, node: &str) -> Item {
     if let Some(name) = metadata.get("name").filter(|name| !name.is_string() && !name.is_null()) {
         return bad(&format!("metadata.name: {name} is not text: put it in quotes"));
     }
-    let namespace =
-        Some(text_of(metadata, "namespace")).filter(|text| !text.is_empty() && kind != Kind::Node);
+    let cluster_wide = matches!(kind, Kind::Node | Kind::Namespace);
+    let namespace = Some(text_of(metadata, "namespace")).filter(|text| !text.is_empty() && !cluster_wide);
     let id = match convert::name(namespace, text_of(metadata, "name"), name_limit(kind)) {
         Ok(name) => ObjectId { kind, name },
         Err(invalid) => return Item::Unknown(problem(place, invalid.to_string())),
     };
     let service = service_of(&id, metadata);
+    let instead = (kind == Kind::NetworkPolicy).then(|| policy::closed(id.name.clone(), &value));
     match change(kind, value, node) {
         Ok(change) => Item::Object { id, change },
         Err(message) => {
             let problem = problem(&format!("{place}, {id}"), message);
             let problem = Problem { object: Some(id.clone()), service, ..problem };
-            Item::Bad { id, problem }
+            Item::Bad { id, problem, instead }
         }
     }
 }
@@ -185,7 +192,7 @@ mod tests {
             .map(|item| match item {
                 Item::Object { id, .. } => id.to_string(),
                 Item::Ignored(kind) => format!("ignored {kind}"),
-                Item::Bad { id, problem } => format!("bad {id}: {problem}"),
+                Item::Bad { id, problem, instead: _ } => format!("bad {id}: {problem}"),
                 Item::Unknown(problem) => format!("unknown: {problem}"),
             })
             .collect()

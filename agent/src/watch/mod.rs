@@ -9,6 +9,7 @@ mod exposure;
 mod fault;
 pub mod file;
 mod list;
+pub mod policy;
 
 use std::collections::BTreeSet;
 use std::fmt;

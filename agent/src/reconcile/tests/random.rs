@@ -392,6 +392,10 @@ fn key(change: &Change) -> String {
         Change::Service(name, _) => format!("s {name}"),
         Change::EndpointSlice(name, _) => format!("e {name}"),
         Change::Node(name, _) => format!("n {name}"),
-        Change::Pod(..) | Change::LocalRoute(..) | Change::LocalAddress(..) => unreachable!("not generated"),
+        Change::Pod(..)
+        | Change::Namespace(..)
+        | Change::NetworkPolicy(..)
+        | Change::LocalRoute(..)
+        | Change::LocalAddress(..) => unreachable!("not generated"),
     }
 }
