@@ -193,9 +193,9 @@ impl Directory {
             Err((problem, instead)) => {
                 pass.problems.push(problem);
                 let instead = instead.filter(|_| old.is_none());
-                let hash = instead.as_ref().map(hash_of).or(old);
+                let hash = instead.as_deref().map(hash_of).or(old);
                 if let Some(change) = instead {
-                    (pass.emit)(Event::Change(change));
+                    (pass.emit)(Event::Change(*change));
                 }
                 (hash, FileState::Whole)
             }

@@ -23,7 +23,7 @@ pub(super) enum Item {
         id: ObjectId,
         problem: Problem,
         /// What is in force where there was nothing before.
-        instead: Option<Change>,
+        instead: Option<Box<Change>>,
     },
     /// Something that might be any object.
     Unknown(Problem),
@@ -138,7 +138,7 @@ pub(super) fn item(value: Value, place: &str, node: &str) -> Item {
         Err(invalid) => return Item::Unknown(problem(place, invalid.to_string())),
     };
     let service = service_of(&id, metadata);
-    let instead = (kind == Kind::NetworkPolicy).then(|| policy::closed(id.name.clone(), &value));
+    let instead = (kind == Kind::NetworkPolicy).then(|| Box::new(policy::closed(id.name.clone(), &value)));
     match change(kind, value, node) {
         Ok(change) => Item::Object { id, change },
         Err(message) => {

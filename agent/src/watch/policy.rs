@@ -13,7 +13,9 @@ use super::convert::{LABEL, SUBDOMAIN, name_of, port, protocol};
 use super::exposure::source_range;
 use super::fault::{Fault, Invalid};
 use crate::model::label::{Operator, Requirement, Selector};
-use crate::model::policy::{Block, Mode, Namespaces, NetworkPolicy, Peer, PolicyPort, PortNumber, Rule};
+use crate::model::policy::{
+    Block, Direction, Mode, Namespaces, NetworkPolicy, Peer, PolicyPort, PortNumber, Rule,
+};
 use crate::model::{Change, Labels, Name, NamedPort, Namespace, Prefix};
 
 type Result<T> = std::result::Result<T, Invalid>;
@@ -62,11 +64,11 @@ pub fn network_policy(object: &networking::NetworkPolicy) -> Result<Change> {
         rule(peers, it.ports.as_deref()).map_err(|e| e.within(format!("spec.egress[{index}]")))
     });
     let egress: Box<[Rule]> = egress.collect::<Result<_>>()?;
-    let types = Types::of(spec.policy_types.as_deref().unwrap_or_default(), &egress)?;
+    let directions = directions(spec.policy_types.as_deref().unwrap_or_default(), &egress)?;
     let policy = NetworkPolicy {
         pods,
-        ingress: Some(ingress).filter(|_| types.ingress == Included::Yes),
-        egress: Some(egress).filter(|_| types.egress == Included::Yes),
+        ingress: directions.contains(&Direction::Ingress).then_some(ingress),
+        egress: directions.contains(&Direction::Egress).then_some(egress),
         mode,
     };
     Ok(Change::NetworkPolicy(name, Some(policy)))
@@ -108,33 +110,22 @@ pub(super) fn labels_and_ports(object: &core::Pod) -> Result<(Labels, Box<[Named
     Ok((labels, ports.into()))
 }
 
-/// Which directions a policy is about.
-struct Types {
-    ingress: Included,
-    egress: Included,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Included {
-    Yes,
-    No,
-}
-
-impl Types {
-    /// Where the policy does not say: ingress, and egress where there is a rule for it (rule 43).
-    fn of(said: &[String], egress: &[Rule]) -> Result<Self> {
-        let included = |it| if it { Included::Yes } else { Included::No };
-        let is_known = |text: &String| text == "Ingress" || text == "Egress";
-        if let Some((index, text)) = said.iter().enumerate().find(|(_, text)| !is_known(text)) {
-            let fault = Fault::NotOneOf { text: text.clone(), values: "Ingress and Egress" };
-            return Err(fault.at(format!("spec.policyTypes[{index}]")));
-        }
-        let says = |kind: &str| said.iter().any(|text| text == kind);
-        Ok(Self {
-            ingress: included(said.is_empty() || says("Ingress")),
-            egress: included(if said.is_empty() { !egress.is_empty() } else { says("Egress") }),
-        })
+/// Which directions a policy is about. Where it does not say: ingress, and egress where there is a rule for it
+/// (rule 43).
+fn directions(said: &[String], egress: &[Rule]) -> Result<Vec<Direction>> {
+    if said.is_empty() {
+        let egress = (!egress.is_empty()).then_some(Direction::Egress);
+        return Ok([Direction::Ingress].into_iter().chain(egress).collect());
     }
+    let said = said.iter().enumerate().map(|(index, text)| match text.as_str() {
+        "Ingress" => Ok(Direction::Ingress),
+        "Egress" => Ok(Direction::Egress),
+        text => {
+            let fault = Fault::NotOneOf { text: text.into(), values: "Ingress and Egress" };
+            Err(fault.at(format!("spec.policyTypes[{index}]")))
+        }
+    });
+    said.collect()
 }
 
 /// `peers` with the name of their field.
@@ -272,7 +263,6 @@ mod tests {
     use super::super::convert;
     use super::*;
     use crate::model::Pod;
-    use crate::model::policy::Direction;
 
     fn policy_of(spec: &Value) -> Result<Change> {
         let object = json!({"metadata": {"name": "p", "namespace": "shop"}, "spec": spec});
@@ -381,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_policy_names_the_field_and_the_way_out() {
+    fn a_bad_port_names_the_field_and_the_way_out() {
         for (field, value, message) in [
             ("ports", json!({"port": 0}), "ports[0].port: 0 is not a port (1-65535)"),
             (
@@ -405,6 +395,14 @@ mod tests {
                 json!({"protocol": "ICMP"}),
                 "ports[0].protocol: `ICMP` is not a protocol of a port: use TCP, UDP or SCTP",
             ),
+        ] {
+            refused(ingress(field, &value), &format!("spec.ingress[0].{message}"));
+        }
+    }
+
+    #[test]
+    fn a_bad_peer_names_the_field_and_the_way_out() {
+        for (field, value, message) in [
             (
                 "from",
                 json!({}),
@@ -450,12 +448,11 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_cuts_off_the_pods_it_selects() {
-        let closed = |spec: Value| match closed(Name::new("shop", "p"), &json!({"spec": spec})) {
-            Change::NetworkPolicy(_, Some(policy)) => {
-                assert_eq!((policy.ingress, policy.egress), (Some(Box::default()), Some(Box::default())));
-                policy.pods
-            }
-            other => panic!("{other:?}"),
+        let closed = |spec: Value| {
+            let change = closed(Name::new("shop", "p"), &json!({"spec": spec}));
+            let Change::NetworkPolicy(_, Some(policy)) = change else { panic!("{change:?}") };
+            assert_eq!((policy.ingress, policy.egress), (Some(Box::default()), Some(Box::default())));
+            policy.pods
         };
         let selector = json!({"matchLabels": {"app": "db"}});
         assert_eq!(
