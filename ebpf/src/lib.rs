@@ -35,6 +35,7 @@ pub mod noise;
 pub mod packet;
 pub mod parse;
 pub mod pod;
+pub mod policy;
 pub mod reject;
 pub mod route;
 pub mod service;

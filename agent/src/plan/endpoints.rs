@@ -1,6 +1,7 @@
 //! Pods of this node: where their packets go.
 
 use ferroflow_common::abi::endpoint::Endpoint;
+use ferroflow_common::abi::policy::EndpointPolicy;
 use ferroflow_common::addr::Addr;
 
 use crate::model::World;
@@ -9,7 +10,7 @@ use crate::model::World;
 /// Finished pods and pods in the host's network have no addresses of their own.
 pub fn endpoint(world: &World, addr: Addr) -> Option<Endpoint> {
     world.pods_at(addr).next()?;
-    world.local_route(addr).map(|ifindex| Endpoint { ifindex })
+    world.local_route(addr).map(|ifindex| Endpoint { ifindex, policy: EndpointPolicy::default() })
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ pub mod conntrack;
 pub mod endpoint;
 pub mod lb;
 pub mod node;
+pub mod policy;
 pub mod socket;
 pub mod state;
 
@@ -23,4 +24,10 @@ const _: () = {
     assert!(size_of::<conntrack::Tuple<[u8; 4]>>() == 16);
     assert!(size_of::<conntrack::Tuple<[u8; 16]>>() == 40);
     assert!(size_of::<conntrack::Entry>() == 56);
+    assert!(size_of::<endpoint::Endpoint>() == 16);
+    assert!(size_of::<policy::RangeKey>() == 20);
+    assert!(size_of::<policy::PolicyKey>() == 8);
+    assert!(size_of::<policy::Rules>() == 12);
+    assert!(size_of::<policy::PortRange>() == 8);
+    assert!(size_of::<policy::Meaning>() == 256);
 };
