@@ -46,6 +46,8 @@ pub enum Touched {
     Endpoint(Addr),
     /// What the programs know of this node itself.
     Node,
+    /// All tables of policies: other keys than those of policies themselves, which are noted apart, come after it.
+    Policies,
     /// A pod of any node, as a peer of policies or as one that they select.
     Pod(Name),
     /// The labels of a namespace.
@@ -59,6 +61,7 @@ impl fmt::Display for Touched {
             Self::Service(name) => write!(f, "Service {name}"),
             Self::Endpoint(addr) => write!(f, "local pod {addr}"),
             Self::Node => write!(f, "this node's addresses"),
+            Self::Policies => write!(f, "the tables of policies"),
             Self::Pod(name) => write!(f, "Pod {name}"),
             Self::Namespace(name) => write!(f, "Namespace {name}"),
             Self::NetworkPolicy(name) => write!(f, "NetworkPolicy {name}"),

@@ -41,7 +41,11 @@ impl Hold {
         match key {
             Touched::Service(name) => self.services.remove(name),
             Touched::Endpoint(addr) => self.endpoints.remove(addr),
-            Touched::Node | Touched::Pod(_) | Touched::Namespace(_) | Touched::NetworkPolicy(_) => false,
+            Touched::Node
+            | Touched::Policies
+            | Touched::Pod(_)
+            | Touched::Namespace(_)
+            | Touched::NetworkPolicy(_) => false,
         };
     }
 
@@ -49,7 +53,11 @@ impl Hold {
     pub(super) fn keeps(&self, world: &World, rows: &BTreeMap<Addr, Endpoint>, key: &Touched) -> bool {
         match key {
             // The host says what it has, not a document.
-            Touched::Node | Touched::Pod(_) | Touched::Namespace(_) | Touched::NetworkPolicy(_) => false,
+            Touched::Node
+            | Touched::Policies
+            | Touched::Pod(_)
+            | Touched::Namespace(_)
+            | Touched::NetworkPolicy(_) => false,
             Touched::Service(name) => self.services.contains(name) && self.keeps_service(world, name),
             Touched::Endpoint(addr) => {
                 let row = rows.get(addr).map(|row| row.ifindex);

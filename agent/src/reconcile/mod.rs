@@ -194,7 +194,7 @@ impl<M: Maps> Reconciler<M> {
                 Ok(self.tables.apply_node(&rows)?)
             }
             // No table depends on them yet.
-            Touched::Pod(_) | Touched::Namespace(_) | Touched::NetworkPolicy(_) => Ok(()),
+            Touched::Policies | Touched::Pod(_) | Touched::Namespace(_) | Touched::NetworkPolicy(_) => Ok(()),
         }
     }
 }
