@@ -41,13 +41,13 @@ pub struct Backing {
 /// What has to be planned again after a change.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Touched {
+    /// All tables of policies. It comes before the pods that policies apply to.
+    Policies,
     Service(Name),
     /// The local pod that has this address, or had it.
     Endpoint(Addr),
     /// What the programs know of this node itself.
     Node,
-    /// All tables of policies: other keys than those of policies themselves, which are noted apart, come after it.
-    Policies,
     /// A pod of any node, as a peer of policies or as one that they select.
     Pod(Name),
     /// The labels of a namespace.

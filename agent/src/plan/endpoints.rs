@@ -8,9 +8,11 @@ use crate::model::World;
 
 /// The row of a local address: there is one where a pod of this node has the address and an interface leads to it.
 /// Finished pods and pods in the host's network have no addresses of their own.
-pub fn endpoint(world: &World, addr: Addr) -> Option<Endpoint> {
+///
+/// `policy` is what applies to it.
+pub fn endpoint(world: &World, addr: Addr, policy: EndpointPolicy) -> Option<Endpoint> {
     world.pods_at(addr).next()?;
-    world.local_route(addr).map(|ifindex| Endpoint { ifindex, policy: EndpointPolicy::default() })
+    world.local_route(addr).map(|ifindex| Endpoint { ifindex, policy })
 }
 
 #[cfg(test)]
@@ -24,7 +26,7 @@ mod tests {
         let mut world = World::new("here");
         let mut row_after = |change| {
             world.apply(change);
-            endpoint(&world, addr).map(|row| row.ifindex)
+            endpoint(&world, addr, EndpointPolicy::default()).map(|row| row.ifindex)
         };
         let pod = |node: &str, addresses: &[Addr]| {
             let pod = Pod { node: node.into(), addresses: addresses.into(), ..Pod::default() };

@@ -137,18 +137,6 @@ impl Addresses {
         self.error.as_ref().map(|error| (error, &self.refused))
     }
 
-    pub(super) fn addresses(&self) -> impl Iterator<Item = Addr> {
-        self.addresses.keys().copied()
-    }
-
-    pub(super) fn ranges(&self) -> impl Iterator<Item = Prefix> {
-        self.ranges.keys().copied()
-    }
-
-    pub(super) fn classes(&self) -> impl Iterator<Item = Class> {
-        self.classes.keys().copied()
-    }
-
     /// The class with this signature, with one use more.
     fn class_of(
         &mut self,

@@ -174,16 +174,9 @@ impl Planner {
         self.sets.policies(set)
     }
 
-    /// Everything that the tables should have.
-    pub fn all(&self) -> Changes {
-        Changes {
-            addresses: self.addresses.addresses().collect(),
-            ranges: self.addresses.ranges().collect(),
-            rules: self.rules.keys().copied().collect(),
-            sets: self.sets.numbers().collect(),
-            classes: self.addresses.classes().collect(),
-            endpoints: self.sets.endpoints().collect(),
-        }
+    /// The addresses of local pods that have a set.
+    pub fn endpoints_of(&self, set: u32) -> impl Iterator<Item = Addr> {
+        self.sets.addresses_of(set)
     }
 
     /// The tables no longer have the set or class: its number may be given to another after a while.
@@ -239,7 +232,8 @@ impl Planner {
         changed
     }
 
-    fn rules_of(&self, set: u32) -> impl Iterator<Item = PolicyKey> {
+    /// The rows of a set.
+    pub fn rules_of(&self, set: u32) -> impl Iterator<Item = PolicyKey> {
         let (first, last) = (PolicyKey { set, class: 0 }, PolicyKey { set, class: u32::MAX });
         self.rules.range(first..=last).map(|(key, _)| *key)
     }

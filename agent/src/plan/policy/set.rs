@@ -133,12 +133,9 @@ impl Sets {
         Some(Meaning::new(fingerprint(&set.key), &format!("{direction} {}", names.join(" "))))
     }
 
-    pub(super) fn numbers(&self) -> impl Iterator<Item = u32> {
-        self.sets.keys().copied()
-    }
-
-    pub(super) fn endpoints(&self) -> impl Iterator<Item = Addr> {
-        self.at.keys().copied()
+    pub(super) fn addresses_of(&self, set: u32) -> impl Iterator<Item = Addr> {
+        let has = move |pods: &BTreeMap<Name, Pair>| pods.values().any(|pair| pair.contains(&set));
+        self.at.iter().filter(move |(_, pods)| has(pods)).map(|(addr, _)| *addr)
     }
 
     pub(super) fn release(&mut self, number: u32, until: Instant) {
