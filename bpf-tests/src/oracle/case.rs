@@ -1,21 +1,25 @@
 //! One cluster with its changes, asked of the oracle and of the compiled tables; and what is left of it when all that
 //! does not matter is taken away.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use ferroflow::model::{Change, Kind, Name, ObjectId, World};
-use ferroflow::plan::policy::{Known, Planner, Room};
+use anyhow::{Context as _, Result, bail};
+use ferroflow::maps::fake::{FakeMaps, Faults, Search, Sizes};
+use ferroflow::maps::{Endpoints, Ipcache, IpcacheRanges, Maps as _, Policy, PortRanges};
+use ferroflow::model::{Change, Kind, Name, ObjectId};
+use ferroflow::plan;
+use ferroflow::reconcile::{Config, Limits, Reconciler};
 use ferroflow::watch::{convert, policy};
-use ferroflow_common::abi::policy::{PolicyKey, RangeKey, Verdict};
+use ferroflow_common::abi::policy::{EndpointPolicy, Verdict};
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_ebpf::noise::Noise;
 use ferroflow_ebpf::policy::{Wanted, allowed, class_of};
 use ferroflow_ebpf::tables::fake::FakePolicies;
 use serde_json::Value;
 
-use super::random::{ADDRESSES, PORTS};
+use super::random::{ADDRESSES, PODS, PORTS, pod_addresses};
 use super::{Answer, Flow, Oracle, Way};
 
 /// The node whose tables are compiled.
@@ -27,66 +31,107 @@ pub struct Mismatch {
     pub pod: String,
     pub flow: String,
     pub oracle: Answer,
-    pub tables: Verdict,
+    /// `None` where the pod has no row.
+    pub tables: Option<Verdict>,
 }
 
-/// The cluster as the agent sees it.
+/// The cluster as the agent sees it: the real reconciler, over tables in memory.
 #[derive(Debug)]
 pub struct Compiled {
-    world: World,
-    planner: Planner,
-    tables: FakePolicies,
+    reconciler: Reconciler<FakeMaps>,
+    tables: Tables,
     now: Instant,
 }
 
-impl Default for Compiled {
-    fn default() -> Self {
-        Self {
-            world: World::new(NODE),
-            planner: Planner::new(Room { sets: 1000, classes: 1000 }, Known::default()),
-            tables: FakePolicies::default(),
-            now: Instant::now(),
-        }
-    }
+/// What the programs would find.
+#[derive(Debug, Default)]
+pub struct Tables {
+    policies: FakePolicies,
+    endpoints: BTreeMap<Addr, EndpointPolicy>,
 }
 
 impl Compiled {
-    /// Takes a change in and writes the rows that the plan says are other.
+    /// Over tables that an agent before left; writes nothing until [`Compiled::settle`].
+    ///
+    /// # Errors
+    /// Where the tables cannot be read.
+    pub fn restore(maps: FakeMaps) -> Result<Self> {
+        let now = Instant::now();
+        let limits = Limits { services: 1, frontends: 1 };
+        let (plan, grace) = (plan::Config::default(), Duration::ZERO);
+        let config = Config { node: NODE.into(), limits, plan, grace };
+        let mut reconciler = Reconciler::restore(maps, &config, now)?;
+        reconciler.synced();
+        for addr in (0..PODS).flat_map(pod_addresses) {
+            reconciler.handle(Change::LocalRoute(addr.parse::<IpAddr>()?.into(), Some(7)), now);
+        }
+        Ok(Self { reconciler, tables: Tables::default(), now })
+    }
+
+    /// With empty tables.
+    ///
+    /// # Errors
+    /// As [`Compiled::restore`].
+    pub fn new() -> Result<Self> {
+        Self::restore(FakeMaps::new(Sizes { hash: 1000, slots: 2000, backends: 1 }, Search::EveryWrite))
+    }
+
+    /// Takes a change in.
     ///
     /// # Errors
     /// Where the object makes no sense to the agent.
-    pub fn apply(&mut self, object: &Value) -> Result<()> {
-        for key in self.world.apply(change(object)?) {
-            self.planner.touch(&key);
-        }
-        let changes = self.planner.update(&self.world, self.now);
-        if let [refused, ..] = &*self.planner.refused() {
-            bail!("{refused}");
-        }
-        for addr in changes.addresses {
-            match self.planner.class(&addr) {
-                Some(class) => self.tables.classes.insert(addr, class),
-                None => self.tables.classes.remove(&addr),
-            };
-        }
-        for range in changes.ranges {
-            let key = RangeKey { bits: range.bits().into(), addr: range.addr() };
-            match self.planner.range(&range) {
-                Some(class) => self.tables.ranges.insert(key, class),
-                None => self.tables.ranges.remove(&key),
-            };
-        }
-        for key @ PolicyKey { set, class } in changes.rules {
-            match self.planner.rules(&key) {
-                Some(rules) => self.tables.lay(set, class, rules.otherwise, &rules.ranges),
-                None => drop(self.tables.policy.remove(&key)),
-            }
-        }
+    pub fn handle(&mut self, object: &Value) -> Result<()> {
+        self.reconciler.handle(change(object)?, self.now);
         Ok(())
     }
 
-    fn ask(&self, pod: IpAddr, way: Way, flow: Flow<'_>) -> Result<Verdict> {
-        let policy = self.planner.endpoint(pod.into());
+    /// Writes what is to be written.
+    ///
+    /// # Errors
+    /// Where not everything could be.
+    pub fn settle(&mut self) -> Result<()> {
+        while let Some(due) = self.reconciler.due().filter(|_| self.reconciler.failing().next().is_none()) {
+            self.now = self.now.max(due);
+            self.reconciler.tick(self.now);
+        }
+        if let Some((key, error)) = self.reconciler.failing().next() {
+            bail!("{key}: {error}");
+        }
+        self.tables = Tables::of(self.reconciler.maps())?;
+        Ok(())
+    }
+
+    pub fn maps_mut(&mut self) -> &mut FakeMaps {
+        self.reconciler.maps_mut()
+    }
+
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+}
+
+impl Tables {
+    /// # Errors
+    /// Where the tables cannot be read.
+    pub fn of(maps: &FakeMaps) -> Result<Self> {
+        let port_ranges = (0..maps.len::<PortRanges>()).map(|row| maps.read::<PortRanges>(row));
+        let policies = FakePolicies {
+            classes: maps.dump::<Ipcache>()?.into_iter().collect(),
+            ranges: maps.dump::<IpcacheRanges>()?.into_iter().collect(),
+            policy: maps.dump::<Policy>()?.into_iter().collect(),
+            port_ranges: port_ranges.collect::<Result<_, _>>()?,
+            ..FakePolicies::default()
+        };
+        let endpoints = maps.dump::<Endpoints>()?.into_iter().map(|(addr, row)| (addr, row.policy));
+        Ok(Self { policies, endpoints: endpoints.collect() })
+    }
+
+    /// `None` where the pod has no row.
+    ///
+    /// # Errors
+    /// Where there is no such protocol.
+    pub fn ask(&self, pod: IpAddr, way: Way, flow: Flow<'_>) -> Result<Option<Verdict>> {
+        let Some(policy) = self.endpoints.get(&pod.into()) else { return Ok(None) };
         let set = match way {
             Way::In => policy.ingress,
             Way::Out => policy.egress,
@@ -98,8 +143,8 @@ impl Compiled {
             "ICMP" => Proto::ICMP,
             other => bail!("no such protocol: {other}"),
         };
-        let class = class_of(&self.tables, &Addr::from(flow.peer));
-        Ok(allowed(&self.tables, set, class, Wanted { proto, port: Port::new(flow.port) }))
+        let class = class_of(&self.policies, &Addr::from(flow.peer));
+        Ok(Some(allowed(&self.policies, set, class, Wanted { proto, port: Port::new(flow.port) })))
     }
 }
 
@@ -135,7 +180,7 @@ pub struct Probes {
 
 /// Asks about flows that `noise` chooses; gives the first of which the two say different things.
 fn probe(
-    (oracle, compiled): (&Oracle, &Compiled),
+    (oracle, tables): (&Oracle, &Tables),
     probes: usize,
     noise: &mut Noise,
     asked: &mut Asked,
@@ -150,14 +195,14 @@ fn probe(
         let flow = Flow { peer, protocol, port };
         let Some(own) = own.iter().find(|own| own.is_ipv4() == peer.is_ipv4()) else { continue };
         for way in [Way::In, Way::Out] {
-            let (said, found) = (oracle.ask(pod, way, flow), compiled.ask(*own, way, flow)?);
+            let (said, found) = (oracle.ask(pod, way, flow), tables.ask(*own, way, flow)?);
             asked.count(said);
             let expected = match said {
                 Answer::Passes => Verdict::Allow,
                 Answer::Dropped => Verdict::Deny,
                 Answer::Told => Verdict::WouldDeny,
             };
-            if found != expected {
+            if found != Some(expected) {
                 let pod = format!("{}/{}", pod["metadata"]["namespace"], pod["metadata"]["name"]);
                 let flow = format!("{way:?} {flow:?}");
                 return Ok(Some(Mismatch { pod, flow, oracle: said, tables: found }));
@@ -172,12 +217,91 @@ fn probe(
 /// # Errors
 /// Where an object of it makes no sense to the agent.
 pub fn run(objects: &[Value], probes: Probes, asked: &mut Asked) -> Result<Option<Mismatch>> {
-    let (mut oracle, mut compiled, mut noise) = (Oracle::default(), Compiled::default(), Noise(probes.seed));
+    let (mut oracle, mut compiled, mut noise) = (Oracle::default(), Compiled::new()?, Noise(probes.seed));
     for object in objects {
         oracle.apply(object);
-        compiled.apply(object)?;
-        if let Some(mismatch) = probe((&oracle, &compiled), probes.count, &mut noise, asked)? {
+        compiled.handle(object)?;
+        compiled.settle()?;
+        if let Some(mismatch) = probe((&oracle, compiled.tables()), probes.count, &mut noise, asked)? {
             return Ok(Some(mismatch));
+        }
+    }
+    Ok(None)
+}
+
+/// Runs a case with an agent that dies at every single write of its last change, and gives the first flow that passes
+/// then although policies let it pass neither before that change nor after it; or the first of which another agent,
+/// over what the first one left, says something else than the oracle.
+///
+/// # Errors
+/// Where an object makes no sense to the agent, or where a live agent cannot write.
+pub fn run_deaths(objects: &[Value], probes: Probes, asked: &mut Asked) -> Result<Option<Mismatch>> {
+    let Some((last, first)) = objects.split_last() else { return Ok(None) };
+    let (mut before, mut compiled, mut noise) = (Oracle::default(), Compiled::new()?, Noise(probes.seed));
+    for object in first {
+        before.apply(object);
+        compiled.handle(object)?;
+    }
+    compiled.settle()?;
+    let left = compiled.maps_mut().clone();
+    let mut after = before.clone();
+    after.apply(last);
+    for writes in 0.. {
+        let (survived, mut dying) = over(&left, Faults::After { writes }, objects)?;
+        let tables = Tables::of(dying.maps_mut())?;
+        if let Some(mismatch) = probe_window((&before, &after), &tables, probes.count, &mut noise)? {
+            return Ok(Some(mismatch));
+        }
+        let (converged, next) = over(dying.maps_mut(), Faults::Never, objects)?;
+        converged?;
+        if let Some(mismatch) = probe((&after, next.tables()), probes.count, &mut noise, asked)? {
+            return Ok(Some(mismatch));
+        }
+        if survived.is_ok() {
+            break;
+        }
+    }
+    Ok(None)
+}
+
+/// An agent that starts over tables that were left, knows these objects, and has written what it could.
+fn over(left: &FakeMaps, faults: Faults, objects: &[Value]) -> Result<(Result<()>, Compiled)> {
+    let mut maps = left.clone();
+    maps.set_faults(faults);
+    let mut agent = Compiled::restore(maps)?;
+    for object in objects {
+        agent.handle(object)?;
+    }
+    Ok((agent.settle(), agent))
+}
+
+/// The first flow that passes and should do so neither before nor after.
+fn probe_window(
+    (before, after): (&Oracle, &Oracle),
+    tables: &Tables,
+    probes: usize,
+    noise: &mut Noise,
+) -> Result<Option<Mismatch>> {
+    let pods: Vec<_> = [before, after].into_iter().flat_map(|it| it.pods_on(NODE)).collect();
+    let pods: Vec<_> = pods.iter().filter(|(_, addresses)| !addresses.is_empty()).collect();
+    for _ in 0..probes {
+        let Some((pod, own)) = pods.get(noise.below(pods.len())) else { return Ok(None) };
+        let own = own[noise.below(own.len())];
+        let peer: IpAddr = noise.pick(&ADDRESSES).parse()?;
+        let flow = Flow { peer, protocol: noise.pick(&["TCP", "UDP", "SCTP"]), port: noise.pick(&PORTS) };
+        for way in [Way::In, Way::Out] {
+            let mut versions = [before, after].into_iter().filter_map(|it| {
+                let pods = it.pods_on(NODE);
+                let same = pods.into_iter().find(|(_, addresses)| addresses.contains(&own));
+                same.map(|(pod, _)| it.ask(pod, way, flow))
+            });
+            let may_pass = versions.any(|answer| answer != Answer::Dropped);
+            let tables = tables.ask(own, way, flow)?;
+            if !may_pass && tables.is_some_and(|verdict| verdict != Verdict::Deny) {
+                let pod = format!("{}/{}", pod["metadata"]["namespace"], pod["metadata"]["name"]);
+                let flow = format!("{way:?} {flow:?}");
+                return Ok(Some(Mismatch { pod, flow, oracle: Answer::Dropped, tables }));
+            }
         }
     }
     Ok(None)

@@ -49,20 +49,24 @@ const RANGES: [(&str, &[&str]); 9] = [
     ("10.0.0.3/16", &["10.0.1.1/24"]),
 ];
 
+pub const PODS: usize = 8;
+
+/// Each pod has addresses of its own.
+pub fn pod_addresses(number: usize) -> [String; 2] {
+    let (half, last) = (number % 2, number / 2 + 1);
+    [format!("10.0.{half}.{last}"), format!("fd00:0:0:{half}::{last}")]
+}
+
 fn namespace(noise: &mut Noise) -> Value {
     let name = noise.pick(&NAMESPACES);
     json!({"kind": "Namespace", "metadata": {"name": name, "labels": labels(noise)}})
 }
 
 fn pod(noise: &mut Noise) -> Value {
-    let number = noise.below(8);
+    let number = noise.below(PODS);
     let node = if noise.percent(60) { "here" } else { "there" };
     let phase = if noise.percent(8) { "Succeeded" } else { "Running" };
-    // Each of the pods has addresses of its own.
-    let addresses = [
-        format!("10.0.{}.{}", number % 2, number / 2 + 1),
-        format!("fd00:0:0:{}::{}", number % 2, number / 2 + 1),
-    ];
+    let addresses = pod_addresses(number);
     let addresses: Vec<_> =
         addresses.iter().filter(|_| !noise.percent(5)).map(|ip| json!({"ip": ip})).collect();
     let ports: Vec<_> = (0..noise.below(4))
