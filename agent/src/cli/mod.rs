@@ -2,6 +2,7 @@
 
 mod conntrack;
 mod map;
+mod policy;
 mod service;
 mod status;
 mod table;
@@ -22,6 +23,9 @@ pub enum Verb {
     /// Services as the programs see them
     #[command(subcommand)]
     Service(ServiceVerb),
+    /// Policies of this node's pods, as the programs see them
+    #[command(subcommand)]
+    Policy(PolicyVerb),
     /// Tracked connections
     #[command(subcommand)]
     Conntrack(ConntrackVerb),
@@ -34,6 +38,14 @@ pub enum Verb {
 pub enum ServiceVerb {
     /// Every frontend with its backends
     List(Query),
+}
+
+#[derive(Subcommand, Debug)]
+pub enum PolicyVerb {
+    /// Every policy set with the pods that have it
+    List(Query),
+    /// What becomes of a new flow of a pod, and why
+    Explain(policy::Question),
 }
 
 #[derive(Subcommand, Debug)]
@@ -61,6 +73,10 @@ pub fn run(verb: &Verb) -> Result<(), CliError> {
     let (query, answer): (&Query, Answer) = match verb {
         Verb::Status(query) => (query, status::status(query)?),
         Verb::Service(ServiceVerb::List(query)) => (query, service::list(&open(query)?)?),
+        Verb::Policy(PolicyVerb::List(query)) => (query, policy::list(&open(query)?)?),
+        Verb::Policy(PolicyVerb::Explain(question)) => {
+            (&question.query, policy::explain(&open(&question.query)?, question)?)
+        }
         Verb::Conntrack(ConntrackVerb::List(query)) => (query, conntrack::list(&open(query)?)?),
         Verb::Map(MapVerb::Dump { name, query }) => (query, map::dump(&open(query)?, name)?),
     };
@@ -89,6 +105,10 @@ fn open(query: &Query) -> Result<KernelMaps, CliError> {
 pub enum CliError {
     #[error(transparent)]
     Map(#[from] MapError),
+    #[error(
+        "{addr} is no pod of this node, or its interface is not known yet: `ferroflow policy list` has them"
+    )]
+    NoPod { addr: std::net::IpAddr },
     #[error("there is no map `{name}`: ask for one of {known}")]
     NoMap { name: String, known: String },
     #[error(transparent)]

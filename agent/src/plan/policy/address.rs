@@ -61,11 +61,10 @@ impl Addresses {
         }
     }
 
-    /// Finds the classes of addresses anew: of those in `dirty`, or of all where blocks changed.
+    /// Finds the classes of addresses anew: of those in `dirty`, or of all that have one where blocks changed.
     pub(super) fn follow(
         &mut self,
-        elements: &Elements,
-        groups: &Groups,
+        (elements, groups): (&Elements, &Groups),
         changed: &Changed,
         mut dirty: BTreeSet<Addr>,
         now: Instant,
@@ -74,7 +73,8 @@ impl Addresses {
         dirty.append(&mut self.refused);
         if changed.blocks == Blocks::Others {
             self.find_ranges(elements, now);
-            dirty.extend(groups.addresses());
+            // What no selector means has no row of its own, whatever the blocks are.
+            dirty.extend(self.addresses.keys());
         }
         for addr in dirty {
             let mut signature = groups.signature(&addr);

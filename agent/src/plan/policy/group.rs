@@ -154,10 +154,6 @@ impl Groups {
         std::mem::take(&mut self.dirty)
     }
 
-    pub(super) fn addresses(&self) -> impl Iterator<Item = Addr> {
-        self.at.keys().copied()
-    }
-
     /// What the pods at an address mean, together.
     pub(super) fn signature(&self, addr: &Addr) -> Signature {
         let groups = self.at.get(addr).into_iter().flatten();

@@ -124,11 +124,11 @@ impl Planner {
         for name in &touched.policies {
             subjects.extend(self.groups.local_in(&name.namespace).cloned());
         }
-        let sets = self.sets.follow(world, &mut self.elements, subjects, &touched.policies, now);
+        let sets = self.sets.follow((world, now), &mut self.elements, subjects, &touched.policies);
         let elements = self.elements.settle();
         self.groups.match_elements(world, &self.elements, &elements, &regrouped.fresh);
         let dirty = self.groups.take_dirty();
-        let classes = self.addresses.follow(&self.elements, &self.groups, &elements, dirty, now);
+        let classes = self.addresses.follow((&self.elements, &self.groups), &elements, dirty, now);
         Changes {
             rules: self.plan_rules(&sets, &classes),
             addresses: classes.addresses,
@@ -310,4 +310,260 @@ fn fingerprint(value: &impl Hash) -> [u8; 16] {
         u128::from(hasher.finish())
     };
     (half(0) << 64 | half(1)).to_be_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use ferroflow_common::abi::policy::Verdict;
+    use ferroflow_common::addr::{Port, Proto};
+
+    use super::*;
+    use crate::model::label::{Requirement, Selector};
+    use crate::model::policy::{Block, Namespaces, Peer, PolicyPort, PortNumber, Rule};
+    use crate::model::{Change, Labels, NetworkPolicy, Pod};
+
+    /// A world, its plan, and a clock that stands still.
+    struct Run {
+        world: World,
+        planner: Planner,
+        now: Instant,
+    }
+
+    impl Run {
+        fn new(room: Room) -> Self {
+            let planner = Planner::new(room, Known::default());
+            Self { world: World::new("here"), planner, now: Instant::now() }
+        }
+
+        fn take(&mut self, changes: impl IntoIterator<Item = Change>) {
+            for change in changes {
+                for key in self.world.apply(change) {
+                    let other = matches!(key, Touched::Endpoint(_));
+                    assert_eq!(self.planner.touch(&key) == Concern::None, other, "{key}");
+                }
+            }
+        }
+
+        fn update(&mut self) -> Changes {
+            self.planner.update(&self.world, self.now)
+        }
+
+        fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> Changes {
+            self.take(changes);
+            self.update()
+        }
+    }
+
+    const ROOM: Room = Room { sets: 1000, classes: 1000 };
+
+    fn app(value: &str) -> Selector {
+        Selector::new([Requirement::equals("app", value)])
+    }
+
+    fn pod(name: &Name, node: &str, addr: Addr, labels: &[(&str, &str)]) -> Change {
+        let labels = Labels::new(labels.iter().copied());
+        let pod = Pod { node: node.into(), addresses: Box::new([addr]), labels, ..Pod::default() };
+        Change::Pod(name.clone(), Some(pod))
+    }
+
+    fn from(peers: impl IntoIterator<Item = Peer>, port: u16) -> Rule {
+        let number = PortNumber::Range(Port::new(port), Port::new(port));
+        Rule {
+            peers: peers.into_iter().collect(),
+            ports: Box::new([PolicyPort { proto: Proto::TCP, number }]),
+        }
+    }
+
+    fn ingress(name: &Name, pods: Selector, rules: impl IntoIterator<Item = Rule>) -> Change {
+        let policy =
+            NetworkPolicy { pods, ingress: Some(rules.into_iter().collect()), ..NetworkPolicy::default() };
+        Change::NetworkPolicy(name.clone(), Some(policy))
+    }
+
+    fn near(pods: Selector) -> Peer {
+        Peer::Pods { namespaces: Namespaces::Own, pods }
+    }
+
+    fn shop(name: &str) -> Name {
+        Name::new("shop", name)
+    }
+
+    fn at(last: u8) -> Addr {
+        Addr::v4([10, 0, 0, last])
+    }
+
+    #[test]
+    fn pods_that_the_same_policies_select_share_a_set_and_others_cost_nothing() {
+        let mut run = Run::new(ROOM);
+        let web = [("app", "web")];
+        let rules = [from([near(app("client"))], 80)];
+        run.apply([
+            ingress(&shop("web"), app("web"), rules),
+            pod(&shop("a"), "here", at(1), &web),
+            pod(&shop("b"), "here", at(2), &web),
+            pod(&shop("c"), "there", at(3), &web),
+            pod(&shop("d"), "there", at(4), &[("app", "client")]),
+            pod(&Name::new("other", "e"), "there", at(5), &[("app", "client")]),
+        ]);
+        let EndpointPolicy { ingress: set, egress, .. } = run.planner.endpoint(at(1));
+        assert_eq!(run.planner.endpoint(at(2)).ingress, set);
+        assert_eq!((egress, run.planner.endpoint(at(3))), (EndpointPolicy::OPEN, EndpointPolicy::default()));
+        assert_eq!(run.planner.policies(set), [shop("web")]);
+        assert_eq!(run.planner.set(set).unwrap().as_str(), "ingress shop/web");
+        let classes: Vec<_> = (1..=5).map(|last| run.planner.class(&at(last)).is_some()).collect();
+        assert_eq!(classes, [false, false, false, true, false], "only the client that the policy means");
+        let class = run.planner.class(&at(4)).unwrap();
+        assert_eq!(run.planner.meaning(class).unwrap().as_str(), "pods app=client in shop");
+        assert_eq!(run.planner.rules(&PolicyKey { set, class }).unwrap().ranges.len(), 1);
+        let others = PolicyKey { set, class: PolicyKey::OTHERS };
+        let others = run.planner.rules(&others).unwrap();
+        assert_eq!((others.otherwise, others.ranges.len()), (Verdict::Deny, 0));
+    }
+
+    #[test]
+    fn rule_53_a_relabel_touches_one_address() {
+        let mut run = Run::new(ROOM);
+        run.apply([
+            ingress(&shop("web"), app("web"), [from([near(app("client"))], 80)]),
+            pod(&shop("a"), "here", at(1), &[("app", "web")]),
+            pod(&shop("b"), "there", at(2), &[("app", "client")]),
+            pod(&shop("c"), "there", at(3), &[("app", "client")]),
+        ]);
+        let changes = run.apply([pod(&shop("b"), "there", at(2), &[("app", "none")])]);
+        let addresses = [at(2)].into();
+        assert_eq!(changes, Changes { addresses, ..Changes::default() }, "the class is there for another");
+        let changes = run.apply([pod(&shop("c"), "there", at(3), &[("app", "none")])]);
+        assert_eq!((changes.addresses.len(), changes.rules.len(), changes.classes.len()), (1, 1, 1));
+        assert_eq!(run.apply([]), Changes::default());
+    }
+
+    #[test]
+    fn an_agent_that_starts_gives_the_numbers_that_the_last_one_gave() {
+        let changes = || {
+            [
+                ingress(&shop("web"), app("web"), [from([near(app("client"))], 80)]),
+                ingress(&shop("db"), app("db"), [from([near(app("web"))], 81)]),
+                pod(&shop("a"), "here", at(1), &[("app", "web")]),
+                pod(&shop("b"), "here", at(2), &[("app", "db")]),
+                pod(&shop("c"), "there", at(3), &[("app", "client")]),
+            ]
+        };
+        let mut first = Run::new(ROOM);
+        let written = first.apply(changes());
+        let known = Known {
+            sets: written.sets.iter().map(|it| (*it, first.planner.set(*it).unwrap().fingerprint)).collect(),
+            classes: written
+                .classes
+                .iter()
+                .map(|it| (*it, first.planner.meaning(*it).unwrap().fingerprint))
+                .collect(),
+        };
+        let mut second = Run { planner: Planner::new(ROOM, known), ..Run::new(ROOM) };
+        let mut backwards = changes();
+        backwards.reverse();
+        for change in backwards {
+            second.apply([change]);
+        }
+        for last in 1..=3 {
+            assert_eq!(second.planner.endpoint(at(last)), first.planner.endpoint(at(last)));
+            assert_eq!(second.planner.class(&at(last)), first.planner.class(&at(last)));
+        }
+    }
+
+    #[test]
+    fn what_gets_no_number_is_closed_and_only_that() {
+        let mut run = Run::new(Room { sets: 1, classes: 1000 });
+        let policies = ["a", "b", "c", "d"].map(|it| ingress(&shop(it), app(it), []));
+        run.apply(policies);
+        let pods: Vec<_> = [("a", 1), ("b", 2), ("c", 3)]
+            .map(|(app, last)| pod(&shop(app), "here", at(last), &[("app", app)]))
+            .into();
+        run.apply(pods);
+        let closed: Vec<_> =
+            (1..=3).map(|it| run.planner.endpoint(at(it)).ingress == EndpointPolicy::CLOSED).collect();
+        assert_eq!(closed.iter().filter(|it| **it).count(), 2, "there is one number: {closed:?}");
+        let refused = run.planner.refused();
+        assert!(
+            refused[0].contains("table `policy_sets` has no room") && refused[0].contains("shop/c"),
+            "{refused:?}"
+        );
+    }
+
+    #[test]
+    fn huge_policies_are_laid_out_in_full() {
+        let mut run = Run::new(ROOM);
+        let every_other = (1..=10_000).map(|it| {
+            let port = Port::new(it * 2);
+            PolicyPort { proto: Proto::TCP, number: PortNumber::Range(port, port) }
+        });
+        let ports = Rule { peers: Box::default(), ports: every_other.collect() };
+        let except = (0..1000_u16).map(|it| {
+            let [high, low] = it.to_be_bytes();
+            Prefix::new(Addr::v4([10, high, low, 0]), 24).unwrap()
+        });
+        let range = Prefix::new(Addr::v4([0; 4]), 0).unwrap();
+        let block = Peer::Block(Block { range, except: except.collect() });
+        run.apply([
+            pod(&shop("a"), "here", at(1), &[("app", "web")]),
+            ingress(&shop("web"), app("web"), [ports, from([block], 1)]),
+        ]);
+        let set = run.planner.endpoint(at(1)).ingress;
+        let others = run.planner.rules(&PolicyKey { set, class: PolicyKey::OTHERS }).unwrap();
+        assert_eq!(others.ranges.len(), 10_000);
+        let inside = run.planner.range(&range).unwrap();
+        assert_eq!(
+            run.planner.rules(&PolicyKey { set, class: inside }).unwrap().ranges.len(),
+            10_000,
+            "1 and 2 touch"
+        );
+        let left_out = Prefix::new(Addr::v4([10, 0, 7, 0]), 24).unwrap();
+        assert_eq!(run.planner.range(&left_out), Some(0), "the exceptions are the world again");
+    }
+
+    /// Prints what a cluster of 1,000 policies over 5,000 pods costs, 100 of them here:
+    /// `cargo test --release -p ferroflow measure_policies -- --nocapture`.
+    #[test]
+    fn measure_policies() {
+        for policies in [10, 100, 1000] {
+            let mut run = Run::new(Room { sets: 16_384, classes: 65_536 });
+            let pods = (0..5000_u32).map(|number| {
+                let [_, _, high, low] = number.to_be_bytes();
+                let node = if number % 50 == 0 { "here" } else { "there" };
+                let (app, name) = ((number / 10).to_string(), format!("p{number}"));
+                let labels = [("app", &*app), ("pod", &*name), ("tier", ["web", "db"][number as usize % 2])];
+                let namespace = format!("n{}", number / 10 % 20);
+                pod(&Name::new(namespace, name.as_str()), node, Addr::v4([10, 1, high, low]), &labels)
+            });
+            run.take(pods);
+            let of = |number: u32| {
+                let (subject, peer) = ((number % 500).to_string(), ((number + 20) % 500).to_string());
+                let block = Prefix::around(Addr::v4([172, 16, (number % 256) as u8, 0]), 24).unwrap();
+                let block = Peer::Block(Block { range: block, except: Box::default() });
+                let other =
+                    Peer::Pods { namespaces: Namespaces::Matching(Selector::default()), pods: app(&peer) };
+                let rules = [from([near(app(&peer)), other], 80), from([block], 443)];
+                let namespace = format!("n{}", number % 20);
+                ingress(&Name::new(namespace, format!("np{number}")), app(&subject), rules)
+            };
+            run.take((0..policies).map(of));
+            let start = Instant::now();
+            let changes = run.update();
+            let cold = start.elapsed();
+            let number = 40 * 10;
+            let name = Name::new("n0", format!("p{number}"));
+            let start = Instant::now();
+            let relabelled = run.apply([pod(&name, "here", Addr::v4([10, 1, 1, 144]), &[("app", "20")])]);
+            let relabel = start.elapsed();
+            println!(
+                "{policies} policies: cold {cold:?}, one relabel {relabel:?}; {} sets, {} classes, {} rules, {} addresses, \
+                 {} ranges",
+                changes.sets.len(),
+                changes.classes.len(),
+                changes.rules.len(),
+                changes.addresses.len(),
+                changes.ranges.len(),
+            );
+            assert!(!changes.sets.is_empty() && relabelled.addresses.len() < changes.addresses.len());
+        }
+    }
 }

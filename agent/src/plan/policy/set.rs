@@ -75,11 +75,10 @@ impl Sets {
     /// with those that are gone.
     pub(super) fn follow(
         &mut self,
-        world: &World,
+        (world, now): (&World, Instant),
         elements: &mut Elements,
         subjects: BTreeSet<Name>,
         policies: &BTreeSet<Name>,
-        now: Instant,
     ) -> BTreeSet<u32> {
         let mut compiled: BTreeSet<u32> =
             policies.iter().filter_map(|name| self.by_policy.get(name)).flatten().copied().collect();
