@@ -21,6 +21,7 @@ pub mod demo;
 pub mod ethtool;
 pub mod manifests;
 pub mod netns;
+pub mod oracle;
 pub mod pod;
 pub mod run;
 pub mod runner;

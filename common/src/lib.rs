@@ -15,6 +15,11 @@
 //! | `affinity` | LRU hash | [`abi::lb::AffinityKey`] -> [`abi::lb::Affinity`] | programs | programs |
 //! | `services` | hash | service id -> [`abi::lb::ServiceName`] | agent | agent (restore), CLI |
 //! | `endpoints` | hash | [`addr::Addr`] -> [`abi::endpoint::Endpoint`] | agent | programs, CLI |
+//! | `ipcache` | hash | [`addr::Addr`] -> [`abi::policy::Class`] | agent | programs, CLI |
+//! | `ipcache_ranges` | LPM trie | [`abi::policy::RangeKey`] -> [`abi::policy::Class`] | agent | programs, CLI |
+//! | `policy` | hash | [`abi::policy::PolicyKey`] -> [`abi::policy::Rules`] | agent | programs, CLI |
+//! | `port_ranges` | array, mmap | row -> [`abi::policy::PortRange`] | agent | programs, CLI |
+//! | `policy_sets`, `peer_classes` | hash | number -> [`abi::policy::Meaning`] | agent | agent (restore), CLI |
 //! | `node_addresses` | hash | [`addr::Addr`] -> [`abi::node::NodeAddress`] | agent | programs |
 //! | `settings` | array, mmap | 0 -> [`abi::node::Settings`] | agent | programs |
 //! | `masquerade` | array, mmap | 0 -> [`abi::node::Masquerade`] | agent | programs |

@@ -43,6 +43,7 @@ pub mod noise;
 pub mod packet;
 pub mod parse;
 pub mod pod;
+pub mod policy;
 pub mod reject;
 pub mod route;
 pub mod service;

@@ -4,6 +4,7 @@
 mod cleanup;
 mod conntrack;
 mod map;
+mod policy;
 mod service;
 mod status;
 mod table;
@@ -25,6 +26,9 @@ pub enum Verb {
     /// Services as the programs see them
     #[command(subcommand)]
     Service(ServiceVerb),
+    /// Policies of this node's pods, as the programs see them
+    #[command(subcommand)]
+    Policy(PolicyVerb),
     /// Tracked connections
     #[command(subcommand)]
     Conntrack(ConntrackVerb),
@@ -59,6 +63,14 @@ pub enum ServiceVerb {
 }
 
 #[derive(Subcommand, Debug)]
+pub enum PolicyVerb {
+    /// Every policy set with the pods that have it
+    List(Query),
+    /// What becomes of a new flow of a pod, and why
+    Explain(policy::Question),
+}
+
+#[derive(Subcommand, Debug)]
 pub enum ConntrackVerb {
     /// Every flow that is tracked, by its first packet
     List(Query),
@@ -83,6 +95,10 @@ pub fn run(verb: &Verb) -> Result<(), CliError> {
     let (output, answer): (Output, Answer) = match verb {
         Verb::Status(query) => (query.output, status::status(query)?),
         Verb::Service(ServiceVerb::List(query)) => (query.output, service::list(&open(query)?)?),
+        Verb::Policy(PolicyVerb::List(query)) => (query.output, policy::list(&open(query)?)?),
+        Verb::Policy(PolicyVerb::Explain(question)) => {
+            (question.query.output, policy::explain(&open(&question.query)?, question)?)
+        }
         Verb::Conntrack(ConntrackVerb::List(query)) => (query.output, conntrack::list(&open(query)?)?),
         Verb::Map(MapVerb::Dump { name, query }) => (query.output, map::dump(&open(query)?, name)?),
         Verb::Cleanup(Cleanup { dry_run, output }) => {
@@ -115,6 +131,10 @@ fn open(query: &Query) -> Result<KernelMaps, CliError> {
 pub enum CliError {
     #[error(transparent)]
     Map(#[from] MapError),
+    #[error(
+        "{addr} is no pod of this node, or its interface is not known yet: `ferroflow policy list` has them"
+    )]
+    NoPod { addr: std::net::IpAddr },
     #[error("there is no map `{name}`: ask for one of {known}")]
     NoMap { name: String, known: String },
     #[error(transparent)]

@@ -3,13 +3,16 @@
 
 use std::collections::BTreeMap;
 
+use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey, SourceRangeKey};
+use ferroflow_common::abi::policy::{EndpointPolicy, PolicyKey, PortRange};
+use ferroflow_common::addr::Addr;
 
 use zerocopy::IntoBytes;
 
 use super::{
-    ArrayTable, Backends, Frontends, HashTable, MapError, Maps, Masquerades, Rows, SettingsRow, Slots,
-    SourceRanges,
+    ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Masquerades, Policy, PortRanges,
+    Rows, SettingsRow, Slots, SourceRanges,
 };
 
 #[derive(Clone, Debug)]
@@ -59,6 +62,7 @@ impl FakeMaps {
         let arrays = [
             (Slots::NAME, vec![0; sizes.slots as usize * size_of::<<Slots as ArrayTable>::Value>()]),
             (SettingsRow::NAME, vec![0; size_of::<<SettingsRow as ArrayTable>::Value>()]),
+            (PortRanges::NAME, vec![0; sizes.slots as usize * size_of::<PortRange>()]),
             (Masquerades::NAME, vec![0; size_of::<<Masquerades as ArrayTable>::Value>()]),
             (Backends::NAME, vec![0; sizes.backends as usize * size_of::<Backend>()]),
         ];
@@ -71,13 +75,16 @@ impl FakeMaps {
     }
 
     /// What a program must never see: a frontend whose slots name nothing, or a backend that is not live or is
-    /// another service's; one whose internal row or whose source ranges are not there.
+    /// another service's; one whose internal row or whose source ranges are not there; a pod whose policy set is not
+    /// there.
     ///
     /// # Errors
-    /// The first such frontend.
+    /// The first such frontend or pod.
     pub fn contradiction(&self) -> Result<(), String> {
         let rows = self.dump::<Frontends>().map_err(|error| error.to_string())?;
-        rows.iter().try_for_each(|(key, frontend)| self.frontend_contradiction(key, frontend))
+        rows.iter().try_for_each(|(key, frontend)| self.frontend_contradiction(key, frontend))?;
+        let pods = self.dump::<Endpoints>().map_err(|error| error.to_string())?;
+        pods.iter().try_for_each(|(addr, row)| self.policy_contradiction(addr, row))
     }
 
     fn frontend_contradiction(&self, key: &FrontendKey, frontend: &Frontend) -> Result<(), String> {
@@ -99,6 +106,17 @@ impl FakeMaps {
         let ranges = |row: &SourceRangeKey, _: &u32| row.data.service == frontend.service;
         if frontend.flags & Frontend::SOURCE_RANGES != 0 && !self.has::<SourceRanges>(ranges) {
             return Err(format!("{key:?} -> {frontend:?} has no source ranges"));
+        }
+        Ok(())
+    }
+
+    fn policy_contradiction(&self, addr: &Addr, row: &Endpoint) -> Result<(), String> {
+        for set in [row.policy.ingress, row.policy.egress] {
+            let others = PolicyKey { set, class: PolicyKey::OTHERS };
+            let known = set == EndpointPolicy::OPEN || set == EndpointPolicy::CLOSED;
+            if !known && !self.has::<Policy>(|key, _| *key == others) {
+                return Err(format!("{addr} -> {row:?}: the policy set has no rules"));
+            }
         }
         Ok(())
     }
@@ -219,13 +237,22 @@ mod tests {
     fn rows_come_back_and_bounds_hold() {
         let mut maps = FakeMaps::new(SIZES, Search::EveryWrite);
         for last in 1..=2 {
-            maps.put::<Endpoints>(&Addr::v4([10, 0, 0, last]), &Endpoint { ifindex: last.into() }).unwrap();
+            maps.put::<Endpoints>(
+                &Addr::v4([10, 0, 0, last]),
+                &Endpoint { ifindex: last.into(), ..Endpoint::default() },
+            )
+            .unwrap();
         }
-        let full = maps.put::<Endpoints>(&Addr::v4([10, 0, 0, 3]), &Endpoint { ifindex: 3 });
+        let full =
+            maps.put::<Endpoints>(&Addr::v4([10, 0, 0, 3]), &Endpoint { ifindex: 3, ..Endpoint::default() });
         assert!(matches!(full, Err(MapError::Full { map: "endpoints" })));
-        maps.put::<Endpoints>(&Addr::v4([10, 0, 0, 2]), &Endpoint { ifindex: 4 }).unwrap();
+        maps.put::<Endpoints>(&Addr::v4([10, 0, 0, 2]), &Endpoint { ifindex: 4, ..Endpoint::default() })
+            .unwrap();
         maps.delete::<Endpoints>(&Addr::v4([10, 0, 0, 1])).unwrap();
-        assert_eq!(maps.dump::<Endpoints>().unwrap(), [(Addr::v4([10, 0, 0, 2]), Endpoint { ifindex: 4 })]);
+        assert_eq!(
+            maps.dump::<Endpoints>().unwrap(),
+            [(Addr::v4([10, 0, 0, 2]), Endpoint { ifindex: 4, ..Endpoint::default() })]
+        );
         maps.write::<Slots>(3, &7).unwrap();
         assert_eq!((maps.read::<Slots>(3).unwrap(), maps.len::<Slots>(), maps.writes()), (7, 4, 5));
         assert!(matches!(maps.read::<Backends>(4), Err(MapError::Index { index: 4, len: 4, .. })));

@@ -19,8 +19,9 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use super::batch;
 use super::{
-    ArrayTable, Backends, ConnectionCounts, Endpoints, Frontends, HashTable, MapError, Maps, Masquerades,
-    NodeAddresses, Plain, Services, SettingsRow, Slots, SourceRanges,
+    ArrayTable, Backends, ConnectionCounts, Endpoints, Frontends, HashTable, Ipcache, IpcacheRanges,
+    MapError, Maps, Masquerades, NodeAddresses, PeerClasses, Plain, Policy, PolicySets, PortRanges, Services,
+    SettingsRow, Slots, SourceRanges,
 };
 
 /// A value whose bytes may go to the kernel and come from it.
@@ -30,6 +31,10 @@ struct Raw<T>(T);
 
 // SAFETY: `Plain` is `FromBytes`, so every bit pattern is a valid `T`, and `IntoBytes`, so `T` has no padding.
 unsafe impl<T: Plain> Pod for Raw<T> {}
+
+/// The hash tables of policies.
+const POLICIES: [&str; 5] =
+    [Ipcache::NAME, IpcacheRanges::NAME, Policy::NAME, PolicySets::NAME, PeerClasses::NAME];
 
 /// The tables that an agent has pinned.
 pub struct KernelMaps {
@@ -49,13 +54,20 @@ impl KernelMaps {
         // To the system calls a trie is a hash table with a key of this layout.
         for name in
             [Frontends::NAME, SourceRanges::NAME, Services::NAME, Endpoints::NAME, NodeAddresses::NAME]
+                .into_iter()
+                .chain(POLICIES)
         {
             hashes.insert(name, Map::HashMap(pinned(dir, name)?));
         }
         let mut arrays = BTreeMap::new();
-        for name in
-            [Slots::NAME, Backends::NAME, Masquerades::NAME, SettingsRow::NAME, ConnectionCounts::NAME]
-        {
+        for name in [
+            Slots::NAME,
+            Backends::NAME,
+            Masquerades::NAME,
+            SettingsRow::NAME,
+            ConnectionCounts::NAME,
+            PortRanges::NAME,
+        ] {
             arrays.insert(name, Rows::map(name, &pinned(dir, name)?)?);
         }
         Ok(Self { dir: dir.to_owned(), hashes, arrays, writes: 0 })

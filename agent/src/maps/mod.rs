@@ -13,6 +13,7 @@ use ferroflow_common::abi::lb::{
     Backend, Connections, Frontend, FrontendKey, ServiceName, Slot, SourceRange, SourceRangeKey,
 };
 use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
+use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeKey, Rules};
 use ferroflow_common::addr::Addr;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -52,6 +53,15 @@ tables! { HashTable:
     SourceRanges = "source_ranges", Key = SourceRangeKey, Value = SourceRange;
     /// This node's own addresses.
     NodeAddresses = "node_addresses", Key = Addr, Value = NodeAddress;
+    /// The class of an address.
+    Ipcache = "ipcache", Key = Addr, Value = Class;
+    /// A trie, like `SourceRanges`.
+    IpcacheRanges = "ipcache_ranges", Key = RangeKey, Value = Class;
+    Policy = "policy", Key = PolicyKey, Value = Rules;
+    /// Set -> which one it is.
+    PolicySets = "policy_sets", Key = u32, Value = Meaning;
+    /// Class -> which one it is.
+    PeerClasses = "peer_classes", Key = Class, Value = Meaning;
     /// Local pods by address.
     Endpoints = "endpoints", Key = Addr, Value = Endpoint;
 }
@@ -61,6 +71,7 @@ tables! { ArrayTable:
     Backends = "backends", Value = Backend;
     /// By backend index.
     ConnectionCounts = "connections", Value = Connections;
+    PortRanges = "port_ranges", Value = PortRange;
     /// One row.
     Masquerades = "masquerade", Value = Masquerade;
     /// One row.

@@ -13,6 +13,8 @@ pub enum Kind {
     Node,
     Pod,
     ServiceCidr,
+    Namespace,
+    NetworkPolicy,
 }
 
 /// The identity of one object. What has no namespace is in `default`.
@@ -32,6 +34,8 @@ impl ObjectId {
             Kind::Node => Change::Node(name.name, None),
             Kind::Pod => Change::Pod(name, None),
             Kind::ServiceCidr => Change::ServiceCidr(name.name, None),
+            Kind::Namespace => Change::Namespace(name.name, None),
+            Kind::NetworkPolicy => Change::NetworkPolicy(name, None),
         }
     }
 }
@@ -39,9 +43,11 @@ impl ObjectId {
 impl fmt::Display for ObjectId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
-            Kind::Node => write!(f, "Node {}", self.name.name),
+            Kind::Node | Kind::Namespace => write!(f, "{:?} {}", self.kind, self.name.name),
             Kind::ServiceCidr => write!(f, "ServiceCIDR {}", self.name.name),
-            Kind::Service | Kind::EndpointSlice | Kind::Pod => write!(f, "{:?} {}", self.kind, self.name),
+            Kind::Service | Kind::EndpointSlice | Kind::Pod | Kind::NetworkPolicy => {
+                write!(f, "{:?} {}", self.kind, self.name)
+            }
         }
     }
 }

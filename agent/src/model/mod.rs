@@ -2,8 +2,11 @@
 //! them. Pure: no Kubernetes objects, no I/O, no clock.
 
 pub mod id;
+pub mod label;
+pub mod namespace;
 pub mod node;
 pub mod pod;
+pub mod policy;
 pub mod service;
 pub mod weight;
 pub mod world;
@@ -13,8 +16,11 @@ use std::fmt;
 use ferroflow_common::addr::Addr;
 
 pub use id::{Kind, ObjectId, Withheld};
+pub use label::Labels;
+pub use namespace::Namespace;
 pub use node::{Node, Prefix, Stay};
-pub use pod::Pod;
+pub use pod::{NamedPort, Network, Pod};
+pub use policy::NetworkPolicy;
 pub use service::{
     Algorithm, Condition, Endpoint, EndpointSlice, Exposure, NodeHint, Service, ServicePort, SlicePort,
     TrafficPolicy,
@@ -51,6 +57,8 @@ pub enum Change {
     ServiceCidr(Box<str>, Option<Box<[Prefix]>>),
     /// Whether rules of kube-proxy are in this host's kernel.
     KubeProxy(KubeProxy),
+    Namespace(Box<str>, Option<Namespace>),
+    NetworkPolicy(Name, Option<NetworkPolicy>),
     /// An address behind an interface of this host, and that interface.
     LocalRoute(Addr, Option<u32>),
     /// An address of this host itself, and the interface it is on.

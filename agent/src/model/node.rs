@@ -47,6 +47,12 @@ impl Prefix {
         (length <= 128 && u128::from_be_bytes(addr.bytes) & host == 0).then_some(Self { addr, length })
     }
 
+    /// As [`Prefix::bits`] counts them; `None` as for [`Prefix::new`].
+    pub fn mapped(addr: Addr, bits: u8) -> Option<Self> {
+        let host = u128::MAX.checked_shr(u32::from(bits)).unwrap_or(0);
+        (bits <= 128 && u128::from_be_bytes(addr.bytes) & host == 0).then_some(Self { addr, length: bits })
+    }
+
     /// The range of this length that the address is in.
     pub fn around(addr: Addr, length: u8) -> Option<Self> {
         let length = if addr.ip().is_ipv4() { length.checked_add(96)? } else { length };

@@ -1,12 +1,38 @@
 //! Pods.
 
-use ferroflow_common::addr::Addr;
+use ferroflow_common::addr::{Addr, Port, Proto};
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+use super::Labels;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Pod {
+    /// Which pod it is, of those that had its name one after another.
+    pub uid: Box<str>,
     /// Empty before it is scheduled.
     pub node: Box<str>,
-    /// Its own addresses: none before it has any, once it is finished (its addresses may be another's, rule 51), or
-    /// where it uses the host's network.
+    pub network: Network,
+    /// Its own addresses: none before it has any, and none with another [`Network`] than [`Network::Own`].
     pub addresses: Box<[Addr]>,
+    pub labels: Labels,
+    /// The ports of its containers that have names.
+    pub ports: Box<[NamedPort]>,
+}
+
+/// Whose network a pod is in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Network {
+    #[default]
+    Own,
+    /// The host's: no policy selects such a pod, and no selector means it (rule 50).
+    Host,
+    /// It is finished: its addresses may be another's (rule 51).
+    Left,
+}
+
+/// What a named port of a policy may mean (rule 46).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct NamedPort {
+    pub name: Box<str>,
+    pub proto: Proto,
+    pub port: Port,
 }

@@ -5,7 +5,8 @@ use std::fmt;
 
 use ferroflow_common::addr::Addr;
 
-use super::{Change, EndpointSlice, KubeProxy, Name, Node, Pod, Prefix, Service};
+use super::label::{Labels, Pool};
+use super::{Change, EndpointSlice, KubeProxy, Name, Namespace, NetworkPolicy, Node, Pod, Prefix, Service};
 
 /// Everything that is known of the cluster. [`World::apply`] is the only way to change it.
 #[derive(Debug, Default)]
@@ -18,8 +19,12 @@ pub struct World {
     /// To which Service a slice belonged when it was last seen.
     slice_owners: BTreeMap<Name, Box<str>>,
     nodes: BTreeMap<Box<str>, Node>,
-    /// Of this node only.
+    /// Of all nodes.
     pods: BTreeMap<Name, Pod>,
+    namespaces: BTreeMap<Box<str>, Namespace>,
+    policies: BTreeMap<Name, NetworkPolicy>,
+    labels: Pool,
+    /// Of the pods of this node.
     pod_addresses: BTreeSet<(Addr, Name)>,
     service_ranges: BTreeMap<Box<str>, Box<[Prefix]>>,
     kube_proxy: KubeProxy,
@@ -41,9 +46,16 @@ pub struct Backing {
 pub enum Touched {
     /// What the programs know of this node itself. It is planned first: whatever else they know, they use it with this.
     Node,
+    /// All tables of policies. It comes before the pods that policies apply to.
+    Policies,
     Service(Name),
     /// The local pod that has this address, or had it.
     Endpoint(Addr),
+    /// A pod of any node, as a peer of policies or as one that they select.
+    Pod(Name),
+    /// The labels of a namespace.
+    Namespace(Box<str>),
+    NetworkPolicy(Name),
 }
 
 impl fmt::Display for Touched {
@@ -52,6 +64,10 @@ impl fmt::Display for Touched {
             Self::Service(name) => write!(f, "Service {name}"),
             Self::Endpoint(addr) => write!(f, "local pod {addr}"),
             Self::Node => write!(f, "this node's addresses"),
+            Self::Policies => write!(f, "the tables of policies"),
+            Self::Pod(name) => write!(f, "Pod {name}"),
+            Self::Namespace(name) => write!(f, "Namespace {name}"),
+            Self::NetworkPolicy(name) => write!(f, "NetworkPolicy {name}"),
         }
     }
 }
@@ -78,6 +94,14 @@ impl World {
             Change::KubeProxy(now) => {
                 let old = std::mem::replace(&mut self.kube_proxy, now);
                 if old == now { Vec::new() } else { vec![Touched::Node] }
+            }
+            Change::Namespace(name, namespace) => self.apply_namespace(name, namespace),
+            Change::NetworkPolicy(name, policy) => {
+                let old = match policy.clone() {
+                    Some(policy) => self.policies.insert(name.clone(), policy),
+                    None => self.policies.remove(&name),
+                };
+                if old == policy { Vec::new() } else { vec![Touched::NetworkPolicy(name)] }
             }
             Change::LocalRoute(addr, ifindex) => {
                 let old = match ifindex {
@@ -128,6 +152,43 @@ impl World {
     /// The node this agent runs on, once its object was seen.
     pub fn own_node(&self) -> Option<&Node> {
         self.node(&self.node)
+    }
+
+    pub fn pod(&self, name: &Name) -> Option<&Pod> {
+        self.pods.get(name)
+    }
+
+    /// The pods of all nodes.
+    pub fn pods(&self) -> impl Iterator<Item = (&Name, &Pod)> {
+        self.pods.iter()
+    }
+
+    /// The pods of one namespace.
+    pub fn pods_in(&self, namespace: &str) -> impl Iterator<Item = (&Name, &Pod)> {
+        self.pods.range(Name::new(namespace, "")..).take_while(move |(name, _)| *name.namespace == *namespace)
+    }
+
+    /// Whether the pod is on this node.
+    pub fn is_local(&self, pod: &Pod) -> bool {
+        pod.node == self.node
+    }
+
+    /// The labels of a namespace: where it was not seen (yet), the one that is its name.
+    pub fn namespace_labels(&self, name: &str) -> Labels {
+        match self.namespaces.get(name) {
+            Some(namespace) => namespace.labels.clone(),
+            None => Namespace::new(name, []).labels,
+        }
+    }
+
+    pub fn policy(&self, name: &Name) -> Option<&NetworkPolicy> {
+        self.policies.get(name)
+    }
+
+    /// The policies of one namespace.
+    pub fn policies_in(&self, namespace: &str) -> impl Iterator<Item = (&Name, &NetworkPolicy)> {
+        let from = Name::new(namespace, "");
+        self.policies.range(from..).take_while(move |(name, _)| *name.namespace == *namespace)
     }
 
     /// The pods of this node that have this address: one, but for the moment in which it passes from one to another.
@@ -230,21 +291,40 @@ impl World {
     }
 
     fn apply_pod(&mut self, name: Name, pod: Option<Pod>) -> Vec<Touched> {
-        let pod = pod.filter(|pod| pod.node == self.node);
-        let mut touched = BTreeSet::new();
+        let pod = pod.map(|pod| Pod { labels: self.labels.share(pod.labels), ..pod });
         let old = match pod.clone() {
             Some(pod) => self.pods.insert(name.clone(), pod),
             None => self.pods.remove(&name),
         };
-        for addr in old.iter().flat_map(|pod| &pod.addresses) {
+        if old == pod {
+            return Vec::new();
+        }
+        let (old, new) = (self.local_addresses_of(old.as_ref()), self.local_addresses_of(pod.as_ref()));
+        for addr in old.difference(&new) {
             self.pod_addresses.remove(&(*addr, name.clone()));
-            touched.insert(Touched::Endpoint(*addr));
         }
-        for addr in pod.iter().flat_map(|pod| &pod.addresses) {
+        for addr in new.difference(&old) {
             self.pod_addresses.insert((*addr, name.clone()));
-            touched.insert(Touched::Endpoint(*addr));
         }
-        if old == pod { Vec::new() } else { touched.into_iter().collect() }
+        let endpoints = old.symmetric_difference(&new).map(|addr| Touched::Endpoint(*addr));
+        endpoints.chain([Touched::Pod(name)]).collect()
+    }
+
+    /// The addresses of a pod of this node; of others, none.
+    fn local_addresses_of(&self, pod: Option<&Pod>) -> BTreeSet<Addr> {
+        pod.filter(|pod| self.is_local(pod)).iter().flat_map(|pod| &pod.addresses).copied().collect()
+    }
+
+    fn apply_namespace(&mut self, name: Box<str>, namespace: Option<Namespace>) -> Vec<Touched> {
+        let old = self.namespace_labels(&name);
+        match namespace {
+            Some(Namespace { labels }) => {
+                let labels = self.labels.share(labels);
+                self.namespaces.insert(name.clone(), Namespace { labels })
+            }
+            None => self.namespaces.remove(&name),
+        };
+        if self.namespace_labels(&name) == old { Vec::new() } else { vec![Touched::Namespace(name)] }
     }
 
     fn drop_empty(&mut self, name: &Name) {
@@ -284,8 +364,14 @@ mod tests {
             assert_eq!(world.apply(Change::Service(web(), Some(service(1)))).len(), touched, "round {round}");
             let slice = Change::EndpointSlice(Name::new("default", "web-1"), Some(slice("web", 1)));
             assert_eq!(world.apply(slice).len(), touched, "round {round}");
-            let pod = Pod { node: "here".into(), addresses: Box::new([Addr::v4([10, 0, 0, 1])]) };
-            assert_eq!(world.apply(Change::Pod(web(), Some(pod))).len(), touched, "round {round}");
+            let addresses = Box::new([Addr::v4([10, 0, 0, 1])]);
+            let pod = Pod { node: "here".into(), addresses, ..Pod::default() };
+            assert_eq!(world.apply(Change::Pod(web(), Some(pod))).len(), 2 * touched, "round {round}");
+            let labelled = Namespace::new("default", [("a", "b")]);
+            let namespace = Change::Namespace("default".into(), Some(labelled));
+            assert_eq!(world.apply(namespace).len(), touched, "round {round}");
+            let policy = Change::NetworkPolicy(web(), Some(NetworkPolicy::default()));
+            assert_eq!(world.apply(policy).len(), touched, "round {round}");
             let route = Change::LocalRoute(Addr::v4([10, 0, 0, 1]), Some(7));
             assert_eq!(world.apply(route).len(), touched, "round {round}");
         }
@@ -347,14 +433,37 @@ mod tests {
     fn only_pods_of_this_node_have_local_addresses() {
         let mut world = World::new("here");
         let addr = Addr::v4([10, 0, 0, 1]);
-        let pod = |node: &str| Pod { node: node.into(), addresses: Box::new([addr]) };
-        assert_eq!(world.apply(Change::Pod(web(), Some(pod("there")))), []);
+        let pod = |node: &str| Pod { node: node.into(), addresses: Box::new([addr]), ..Pod::default() };
+        assert_eq!(world.apply(Change::Pod(web(), Some(pod("there")))), [Touched::Pod(web())]);
         assert_eq!(world.pods_at(addr).count(), 0);
         world.apply(Change::Pod(web(), Some(pod("here"))));
         world.apply(Change::Pod(Name::new("default", "next"), Some(pod("here"))));
         assert_eq!(world.pods_at(addr).count(), 2);
-        assert_eq!(world.apply(Change::Pod(web(), None)), [Touched::Endpoint(addr)]);
+        let gone = [Touched::Endpoint(addr), Touched::Pod(web())];
+        assert_eq!(world.apply(Change::Pod(web(), None)), gone);
         assert_eq!(world.pods_at(addr).count(), 1);
         assert_eq!(world.pods_at(Addr::v4([10, 0, 0, 2])).count(), 0);
+    }
+
+    #[test]
+    fn rule_53_another_label_touches_its_object() {
+        let mut world = World::new("here");
+        let name = |namespace: &str| Name::new(namespace, "p");
+        let labelled = |value: &str| Pod { labels: Labels::new([("app", value)]), ..Pod::default() };
+        for namespace in ["a", "b"] {
+            world.apply(Change::Pod(name(namespace), Some(labelled("one"))));
+        }
+        let touched = world.apply(Change::Pod(name("a"), Some(labelled("two"))));
+        assert_eq!(touched, [Touched::Pod(name("a"))]);
+        assert_eq!(world.pods_in("a").map(|(name, _)| name).collect::<Vec<_>>(), [&name("a")]);
+        let namespace = Namespace::new("a", [("team", "x"), (Namespace::NAME, "forged")]);
+        let touched = world.apply(Change::Namespace("a".into(), Some(namespace)));
+        assert_eq!(touched, [Touched::Namespace("a".into())]);
+        assert_eq!(world.namespace_labels("a").value("team"), Some("x"));
+        let names =
+            ["a", "b"].map(|name| world.namespace_labels(name).value(Namespace::NAME).map(str::to_owned));
+        assert_eq!(names, [Some("a".into()), Some("b".into())], "also where there is no such object");
+        assert_eq!(world.apply(Change::Namespace("a".into(), None)), [Touched::Namespace("a".into())]);
+        assert_eq!(world.apply(Change::Namespace("b".into(), None)), []);
     }
 }

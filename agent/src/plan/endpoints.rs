@@ -1,6 +1,7 @@
 //! Pods of this node: where their packets go.
 
 use ferroflow_common::abi::endpoint::Endpoint;
+use ferroflow_common::abi::policy::EndpointPolicy;
 use ferroflow_common::addr::Addr;
 
 use crate::model::World;
@@ -8,12 +9,14 @@ use crate::model::World;
 /// The row of a local address: there is one where a pod of this node has the address and an interface leads to it.
 /// Finished pods and pods in the host's network have no addresses of their own. Who got the address from this agent
 /// has a row from the start, before there is an object that names it (rule 54).
-pub fn endpoint(world: &World, addr: Addr) -> Option<Endpoint> {
+///
+/// `policy` is what applies to it.
+pub fn endpoint(world: &World, addr: Addr, policy: EndpointPolicy) -> Option<Endpoint> {
     if let Some(ifindex) = world.attachment(addr) {
-        return Some(Endpoint { ifindex });
+        return Some(Endpoint { ifindex, policy });
     }
     world.pods_at(addr).next()?;
-    world.local_route(addr).map(|ifindex| Endpoint { ifindex })
+    world.local_route(addr).map(|ifindex| Endpoint { ifindex, policy })
 }
 
 #[cfg(test)]
@@ -27,10 +30,10 @@ mod tests {
         let mut world = World::new("here");
         let mut row_after = |change| {
             world.apply(change);
-            endpoint(&world, addr).map(|row| row.ifindex)
+            endpoint(&world, addr, EndpointPolicy::default()).map(|row| row.ifindex)
         };
         let pod = |node: &str, addresses: &[Addr]| {
-            let pod = Pod { node: node.into(), addresses: addresses.into() };
+            let pod = Pod { node: node.into(), addresses: addresses.into(), ..Pod::default() };
             Change::Pod(Name::new("default", "p"), Some(pod))
         };
         assert_eq!(row_after(Change::LocalRoute(addr, Some(7))), None);
@@ -48,7 +51,7 @@ mod tests {
         let mut world = World::new("here");
         let mut row_after = |change| {
             world.apply(change);
-            endpoint(&world, addr).map(|row| row.ifindex)
+            endpoint(&world, addr, EndpointPolicy::default()).map(|row| row.ifindex)
         };
         assert_eq!(row_after(Change::Attachment(addr, Some(7))), Some(7));
         assert_eq!(row_after(Change::LocalRoute(addr, Some(7))), Some(7));

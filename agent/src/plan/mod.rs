@@ -9,6 +9,7 @@ pub mod frontends;
 pub mod ids;
 pub mod maglev;
 pub mod node;
+pub mod policy;
 pub mod ranges;
 pub mod slots;
 pub mod sources;

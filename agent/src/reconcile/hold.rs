@@ -17,13 +17,28 @@ pub(super) struct Hold {
     /// What was restored and not planned since.
     services: BTreeSet<Name>,
     endpoints: BTreeSet<Addr>,
+    policies: Restored,
     /// What was not planned because of a bad document.
     waiting: BTreeSet<Touched>,
 }
 
+/// Whether what was restored is still what the tables say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Restored {
+    Held,
+    /// Or nothing was there.
+    #[default]
+    Planned,
+}
+
 impl Hold {
-    pub(super) fn new(services: impl Iterator<Item = Name>, endpoints: impl Iterator<Item = Addr>) -> Self {
-        Self { services: services.collect(), endpoints: endpoints.collect(), ..Self::default() }
+    pub(super) fn new(
+        services: impl Iterator<Item = Name>,
+        endpoints: impl Iterator<Item = Addr>,
+        policies: Restored,
+    ) -> Self {
+        let (services, endpoints) = (services.collect(), endpoints.collect());
+        Self { services, endpoints, policies, ..Self::default() }
     }
 
     /// Replaces what is withheld; gives back what is to be looked at again.
@@ -39,9 +54,13 @@ impl Hold {
     /// It is planned now: from here on the source remembers it.
     pub(super) fn planned(&mut self, key: &Touched) {
         match key {
+            Touched::Policies => {
+                self.policies = Restored::Planned;
+                false
+            }
             Touched::Service(name) => self.services.remove(name),
             Touched::Endpoint(addr) => self.endpoints.remove(addr),
-            Touched::Node => false,
+            Touched::Node | Touched::Pod(_) | Touched::Namespace(_) | Touched::NetworkPolicy(_) => false,
         };
     }
 
@@ -49,7 +68,8 @@ impl Hold {
     pub(super) fn keeps(&self, world: &World, rows: &BTreeMap<Addr, Endpoint>, key: &Touched) -> bool {
         match key {
             // The host says what it has, not a document.
-            Touched::Node => false,
+            Touched::Node | Touched::Pod(_) | Touched::Namespace(_) | Touched::NetworkPolicy(_) => false,
+            Touched::Policies => self.holds_policies(),
             Touched::Service(name) => self.services.contains(name) && self.keeps_service(world, name),
             Touched::Endpoint(addr) => {
                 let row = rows.get(addr).map(|row| row.ifindex);
@@ -60,6 +80,12 @@ impl Hold {
                     && row.is_some_and(|ifindex| world.local_route(*addr) == Some(ifindex))
             }
         }
+    }
+
+    /// Whether the tables of policies are to stay: what cannot be read may be any policy, or whom it is about, and
+    /// without it they would let more pass.
+    pub(super) fn holds_policies(&self) -> bool {
+        self.policies == Restored::Held && self.withheld == Withheld::Any
     }
 
     fn keeps_service(&self, world: &World, name: &Name) -> bool {

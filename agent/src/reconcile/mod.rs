@@ -11,6 +11,7 @@
 
 mod diff;
 mod hold;
+mod policy;
 mod queue;
 mod restore;
 mod service;
@@ -25,7 +26,9 @@ use ferroflow_common::addr::Addr;
 
 use crate::maps::{MapError, Maps};
 use crate::model::{Change, Touched, Withheld, World};
+use crate::plan::policy::Concern;
 use crate::plan::{self, endpoints};
+use policy::PolicyError;
 use queue::Queue;
 use service::ServiceError;
 use tables::Tables;
@@ -61,6 +64,10 @@ pub struct Stats {
     pub backends: usize,
     pub slots: u64,
     pub endpoints: usize,
+    pub policy_sets: usize,
+    /// Rows of rules, and addresses with classes of their own.
+    pub policy_rules: usize,
+    pub peers: usize,
     /// Keys that wait to be looked at.
     pub pending: usize,
     /// Keys that failed and will be tried again.
@@ -86,6 +93,7 @@ impl<M: Maps> Reconciler<M> {
             queue.touch(Touched::Endpoint(*addr), now);
         }
         queue.touch(Touched::Node, now);
+        queue.touch(Touched::Policies, now);
         let world = World::new(config.node.clone());
         Ok(Self { world, tables, queue, synced: false, failures: 0 })
     }
@@ -93,7 +101,10 @@ impl<M: Maps> Reconciler<M> {
     /// Takes a change in; it is written at the next [`Reconciler::tick`].
     pub fn handle(&mut self, change: Change, now: Instant) {
         for key in self.world.apply(change) {
-            self.queue.touch(key, now);
+            match self.tables.policies.touch(&key) {
+                Concern::Policies => self.queue.touch(Touched::Policies, now),
+                Concern::None => self.queue.touch(key, now),
+            }
         }
     }
 
@@ -120,6 +131,8 @@ impl<M: Maps> Reconciler<M> {
         if !self.synced {
             return;
         }
+        // First: what is written of a pod says what applies to it.
+        self.tables.policies.plan(&self.world, now);
         for key in self.queue.take(KEYS_PER_TICK, now) {
             let tables = &mut self.tables;
             if tables.hold.keeps(&self.world, &tables.endpoints, &key) {
@@ -148,7 +161,11 @@ impl<M: Maps> Reconciler<M> {
 
     pub fn stats(&self) -> Stats {
         let tables = &self.tables;
+        let [policy_sets, policy_rules, peers] = tables.policies.counts();
         Stats {
+            policy_sets,
+            policy_rules,
+            peers,
             services: tables.owners.len(),
             frontends: tables.frontends.len() - tables.cluster_ips,
             backends: tables.indices.used(),
@@ -188,20 +205,43 @@ impl<M: Maps> Reconciler<M> {
         &mut self.tables.maps
     }
 
-    fn apply(&mut self, key: &Touched, now: Instant) -> Result<(), ServiceError> {
+    fn apply(&mut self, key: &Touched, now: Instant) -> Result<(), KeyError> {
         match key {
-            Touched::Service(name) => self.tables.apply_service(&self.world, name, now),
+            Touched::Service(name) => Ok(self.tables.apply_service(&self.world, name, now)?),
             Touched::Endpoint(addr) => {
-                let desired = endpoints::endpoint(&self.world, *addr);
-                Ok(self.tables.apply_endpoint(*addr, desired)?)
+                let tables = &mut self.tables;
+                // While policies are held, so are those of the pods that are known.
+                let held = tables.endpoints.get(addr).filter(|_| tables.hold.holds_policies());
+                let policy = held.map_or_else(|| tables.policies.endpoint(*addr), |row| row.policy);
+                let desired = endpoints::endpoint(&self.world, *addr, policy);
+                tables.apply_endpoint(*addr, desired)?;
+                if tables.policies.has_left() {
+                    self.queue.touch(Touched::Policies, now);
+                }
+                Ok(())
             }
             Touched::Node => {
                 let rows = plan::node::rows(&self.world, &self.tables.plan);
                 self.tables.apply_node(&rows)?;
-                if rows.surplus.is_empty() { Ok(()) } else { Err(ServiceError::Ranges(rows.surplus)) }
+                if rows.surplus.is_empty() { Ok(()) } else { Err(ServiceError::Ranges(rows.surplus).into()) }
+            }
+            // Those of single objects are noted where they arrive.
+            Touched::Policies | Touched::Pod(_) | Touched::Namespace(_) | Touched::NetworkPolicy(_) => {
+                Ok(self.tables.apply_policies(&self.world, now)?)
             }
         }
     }
+}
+
+/// Why a key is not in the tables as it should be.
+#[derive(Debug, thiserror::Error)]
+enum KeyError {
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    #[error(transparent)]
+    Map(#[from] MapError),
 }
 
 /// A few milliseconds' worth.

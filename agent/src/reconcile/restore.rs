@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use ferroflow_common::abi::lb::Backend;
 
 use super::Config;
-use super::hold::Hold;
+use super::hold::{Hold, Restored};
+use super::policy::Policies;
 use super::tables::{PortState, Tables, range_of};
 use crate::maps::{
     ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Services, Slots, SourceRanges,
@@ -57,7 +58,9 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
     for ports in services.values_mut() {
         ports.sort_by(|a, b| a.name.cmp(&b.name));
     }
-    let hold = Hold::new(services.keys().cloned(), endpoints.keys().copied());
+    let policies = Policies::restore(&maps)?;
+    let held = if policies.counts()[0] > 0 { Restored::Held } else { Restored::Planned };
+    let hold = Hold::new(services.keys().cloned(), endpoints.keys().copied(), held);
     Ok(Tables {
         maps,
         limits: config.limits,
@@ -74,6 +77,7 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
         freed: false,
         displaced: BTreeSet::new(),
         hold,
+        policies,
     })
 }
 

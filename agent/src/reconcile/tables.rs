@@ -13,6 +13,7 @@ use ferroflow_common::addr::Addr;
 
 use super::diff::{Step, steps};
 use super::hold::Hold;
+use super::policy::Policies;
 use crate::maps::{
     Backends, Endpoints, Frontends, MapError, Maps, Masquerades, NodeAddresses, Services, SettingsRow, Slots,
     SourceRanges,
@@ -44,6 +45,7 @@ pub(super) struct Tables<M> {
     /// Services that lost a frontend to another since this was last asked.
     pub(super) displaced: BTreeSet<Name>,
     pub(super) hold: Hold,
+    pub(super) policies: Policies,
 }
 
 /// How many rows the hash tables of services have room for.

@@ -9,13 +9,13 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
-use super::exposure;
 use super::fault::{Fault, Invalid};
 use super::weights::{self, Spread};
+use super::{exposure, policy};
 use crate::model::service::{Place, Zones};
 use crate::model::weight::Label;
 use crate::model::{
-    Change, Condition, Endpoint, EndpointSlice, Family, Name, Node, NodeHint, Pod, Prefix, Service,
+    Change, Condition, Endpoint, EndpointSlice, Family, Name, Network, Node, NodeHint, Pod, Prefix, Service,
     ServicePort, SlicePort, Stay,
 };
 
@@ -162,10 +162,17 @@ pub fn pod(object: &core::Pod) -> Result<Change> {
         }
     }
     let node = spec.and_then(|spec| spec.node_name.as_deref()).unwrap_or_default().into();
-    Ok(Change::Pod(name, Some(Pod { node, addresses: addresses.into() })))
+    let network = match (finished, host_network) {
+        (true, _) => Network::Left,
+        (false, true) => Network::Host,
+        (false, false) => Network::Own,
+    };
+    let (labels, ports) = policy::labels_and_ports(object)?;
+    let uid = object.metadata.uid.as_deref().unwrap_or_default().into();
+    Ok(Change::Pod(name, Some(Pod { uid, node, network, addresses: addresses.into(), labels, ports })))
 }
 
-fn name_of(metadata: &ObjectMeta, limit: usize) -> Result<Name> {
+pub(super) fn name_of(metadata: &ObjectMeta, limit: usize) -> Result<Name> {
     name(metadata.namespace.as_deref(), metadata.name.as_deref().unwrap_or_default(), limit)
 }
 
@@ -329,7 +336,7 @@ pub(super) fn port(number: i32) -> std::result::Result<Port, Fault> {
     }
 }
 
-fn protocol(text: Option<&str>) -> std::result::Result<Proto, Fault> {
+pub(super) fn protocol(text: Option<&str>) -> std::result::Result<Proto, Fault> {
     match text {
         None | Some("TCP") => Ok(Proto::TCP),
         Some("UDP") => Ok(Proto::UDP),
@@ -669,21 +676,20 @@ mod tests {
             let object = json!({"metadata": {"name": "p"}, "spec": spec, "status": {
                 "phase": phase, "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]}});
             match pod(&serde_json::from_value(object).unwrap()) {
-                Ok(Change::Pod(_, Some(pod))) => (pod.node, pod.addresses.len()),
+                Ok(Change::Pod(_, Some(pod))) => (pod.node, pod.addresses.len(), pod.network),
                 other => panic!("{other:?}"),
             }
         };
         let containers = json!([]);
         assert_eq!(
             pod_of(json!({"nodeName": "here", "containers": containers}), "Running"),
-            ("here".into(), 2)
+            ("here".into(), 2, Network::Own)
         );
-        assert_eq!(
-            pod_of(json!({"nodeName": "here", "containers": containers}), "Succeeded").1,
-            0,
-            "rule 51"
-        );
-        assert_eq!(pod_of(json!({"hostNetwork": true, "containers": containers}), "Running").1, 0);
+        let (_, addresses, network) = pod_of(json!({"containers": containers}), "Succeeded");
+        assert_eq!((addresses, network), (0, Network::Left), "rule 51");
+        let (_, addresses, network) =
+            pod_of(json!({"hostNetwork": true, "containers": containers}), "Running");
+        assert_eq!((addresses, network), (0, Network::Host), "rule 50");
         let object = json!({
             "metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": "a"}},
             "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:1::/64"]},

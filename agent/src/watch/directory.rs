@@ -154,7 +154,7 @@ impl Directory {
     fn take(&mut self, file: &Arc<str>, item: Item, place: &str, pass: &mut Pass<'_>) -> FileState {
         let (id, change) = match item {
             Item::Object { id, change } => (id, Ok(change)),
-            Item::Bad { id, problem } => (id, Err(problem)),
+            Item::Bad { id, problem, instead } => (id, Err((problem, instead))),
             Item::Ignored(kind) => {
                 if self.ignored.insert(kind.clone()) {
                     tracing::info!("{place}: objects of kind {kind} are passed over");
@@ -190,9 +190,14 @@ impl Directory {
                 }
                 (Some(hash), FileState::Clean)
             }
-            Err(problem) => {
+            Err((problem, instead)) => {
                 pass.problems.push(problem);
-                (old, FileState::Whole)
+                let instead = instead.filter(|_| old.is_none());
+                let hash = instead.as_deref().map(hash_of).or(old);
+                if let Some(change) = instead {
+                    (pass.emit)(Event::Change(*change));
+                }
+                (hash, FileState::Whole)
             }
         };
         self.objects.insert(id, Known { file: file.clone(), pass: self.pass, hash });
@@ -456,5 +461,33 @@ mod tests {
         fs::create_dir(&path).unwrap();
         it.write("a.yaml", &web("a", 1));
         assert_eq!(it.read(), "+a:1 !0 synced");
+    }
+
+    #[test]
+    fn a_policy_that_never_was_good_closes_until_it_is() {
+        let policy = |port: u32| {
+            format!(
+                "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p}}\n\
+                 spec: {{podSelector: {{}}, ingress: [{{ports: [{{port: {port}}}]}}]}}\n"
+            )
+        };
+        let mut fixture = Fixture::new(&[("p.yaml", &policy(0))]);
+        let mut read = || {
+            let mut said = Vec::new();
+            fixture.directory.read(&mut |event| {
+                if let Event::Change(Change::NetworkPolicy(_, policy)) = event {
+                    said.push(policy.map(|policy| policy.ingress.unwrap_or_default().len()));
+                }
+            });
+            said
+        };
+        assert_eq!((read(), read()), (vec![Some(0)], vec![]), "cut off, and said once");
+        let rewrite = |text: &str| fs::write(fixture.dir.path().join("p.yaml"), text).unwrap();
+        rewrite(&policy(80));
+        assert_eq!(read(), [Some(1)]);
+        rewrite(&policy(0));
+        assert_eq!(read(), [], "what worked stays");
+        rewrite("");
+        assert_eq!(read(), [None]);
     }
 }

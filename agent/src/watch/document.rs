@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::convert::{self, LABEL, SUBDOMAIN};
 use super::list::Objects;
-use super::{Invalid, Problem};
+use super::{Invalid, Problem, policy};
 use crate::model::{Change, Kind, Name, ObjectId};
 
 /// One object of a document, or why it is none.
@@ -22,6 +22,8 @@ pub(super) enum Item {
     Bad {
         id: ObjectId,
         problem: Problem,
+        /// What is in force where there was nothing before.
+        instead: Option<Box<Change>>,
     },
     /// Something that might be any object.
     Unknown(Problem),
@@ -68,6 +70,8 @@ fn kind_of(version: &str, kind: &str) -> Option<Kind> {
         ("v1", "Node") => Some(Kind::Node),
         ("v1", "Pod") => Some(Kind::Pod),
         ("networking.k8s.io/v1", "ServiceCIDR") => Some(Kind::ServiceCidr),
+        ("v1", "Namespace") => Some(Kind::Namespace),
+        ("networking.k8s.io/v1", "NetworkPolicy") => Some(Kind::NetworkPolicy),
         _ => None,
     }
 }
@@ -79,13 +83,15 @@ fn change(kind: Kind, value: Value, node: &str) -> Result<Change, String> {
         Kind::Node => typed(value, convert::node),
         Kind::Pod => typed(value, convert::pod),
         Kind::ServiceCidr => typed(value, convert::service_cidr),
+        Kind::Namespace => typed(value, policy::namespace),
+        Kind::NetworkPolicy => typed(value, policy::network_policy),
     }
 }
 
 fn name_limit(kind: Kind) -> usize {
     match kind {
-        Kind::Service => LABEL,
-        Kind::EndpointSlice | Kind::Node | Kind::Pod | Kind::ServiceCidr => SUBDOMAIN,
+        Kind::Service | Kind::Namespace => LABEL,
+        Kind::EndpointSlice | Kind::Node | Kind::Pod | Kind::ServiceCidr | Kind::NetworkPolicy => SUBDOMAIN,
     }
 }
 
@@ -98,7 +104,7 @@ fn service_of(id: &ObjectId, metadata: &Map<String, Value>) -> Option<Name> {
             let name = text_of(labels, "kubernetes.io/service-name");
             (!name.is_empty()).then(|| Name::new(id.name.namespace.clone(), name))
         }
-        Kind::Node | Kind::Pod | Kind::ServiceCidr => None,
+        Kind::Node | Kind::Pod | Kind::ServiceCidr | Kind::Namespace | Kind::NetworkPolicy => None,
     }
 }
 
@@ -127,19 +133,20 @@ pub(super) fn item(value: Value, place: &str, node: &str) -> Item {
     if let Some(name) = metadata.get("name").filter(|name| !name.is_string() && !name.is_null()) {
         return bad(&format!("metadata.name: {name} is not text: put it in quotes"));
     }
-    let namespace = Some(text_of(metadata, "namespace"))
-        .filter(|text| !text.is_empty() && !matches!(kind, Kind::Node | Kind::ServiceCidr));
+    let cluster_wide = matches!(kind, Kind::Node | Kind::Namespace | Kind::ServiceCidr);
+    let namespace = Some(text_of(metadata, "namespace")).filter(|text| !text.is_empty() && !cluster_wide);
     let id = match convert::name(namespace, text_of(metadata, "name"), name_limit(kind)) {
         Ok(name) => ObjectId { kind, name },
         Err(invalid) => return Item::Unknown(problem(place, invalid.to_string())),
     };
     let service = service_of(&id, metadata);
+    let instead = (kind == Kind::NetworkPolicy).then(|| Box::new(policy::closed(id.name.clone(), &value)));
     match change(kind, value, node) {
         Ok(change) => Item::Object { id, change },
         Err(message) => {
             let problem = problem(&format!("{place}, {id}"), message);
             let problem = Problem { object: Some(id.clone()), service, ..problem };
-            Item::Bad { id, problem }
+            Item::Bad { id, problem, instead }
         }
     }
 }
@@ -187,7 +194,7 @@ mod tests {
             .map(|item| match item {
                 Item::Object { id, .. } => id.to_string(),
                 Item::Ignored(kind) => format!("ignored {kind}"),
-                Item::Bad { id, problem } => format!("bad {id}: {problem}"),
+                Item::Bad { id, problem, instead: _ } => format!("bad {id}: {problem}"),
                 Item::Unknown(problem) => format!("unknown: {problem}"),
             })
             .collect()

@@ -118,7 +118,7 @@ fn ingress(object: &core::Service) -> Result<Box<[Addr]>> {
 }
 
 /// Padding around it is allowed, and so are bits behind its length (rule 22).
-fn source_range(text: &str) -> std::result::Result<Prefix, Fault> {
+pub(super) fn source_range(text: &str) -> std::result::Result<Prefix, Fault> {
     let parsed = text.trim().split_once('/').and_then(|(addr, length)| {
         let addr = addr.parse::<IpAddr>().ok().filter(|addr| addr.to_canonical() == *addr)?;
         Prefix::around(addr.into(), length.parse().ok()?)

@@ -31,6 +31,18 @@ pub enum Fault {
     SpecialAddress { addr: IpAddr, what: &'static str },
     #[error("`{text}` is not an address range: write it like 10.244.1.0/24 or fd00:1::/64")]
     NotARange { text: String },
+    #[error("`{text}` is not a smaller part of {range}: except leaves out addresses of its cidr")]
+    NotWithin { text: String, range: String },
+    #[error("{last} is before port {first}, where the range begins: exchange them")]
+    EndsBefore { first: u16, last: u16 },
+    #[error("ends no range: it needs a port that is a number")]
+    EndsNothing,
+    #[error(
+        "`{text}` is not the name of a port: use at most 15 lower case letters, digits and `-`, with a letter"
+    )]
+    NotAPortName { text: String },
+    #[error("does not go together with {others}: use one or the other")]
+    Alone { others: &'static str },
     #[error("`{text}` is none of its values: use {values}")]
     NotOneOf { text: String, values: &'static str },
     #[error(

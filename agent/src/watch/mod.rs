@@ -9,6 +9,7 @@ mod exposure;
 mod fault;
 pub mod file;
 mod list;
+pub mod policy;
 mod weights;
 
 use std::collections::BTreeSet;

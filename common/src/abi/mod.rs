@@ -9,6 +9,7 @@ pub mod endpoint;
 pub mod fragment;
 pub mod lb;
 pub mod node;
+pub mod policy;
 pub mod socket;
 pub mod state;
 
@@ -29,4 +30,10 @@ const _: () = {
     assert!(size_of::<socket::Translation>() == 44);
     assert!(size_of::<socket::Translations>() == 180);
     assert!(socket::Translations::ROWS.is_power_of_two());
+    assert!(size_of::<endpoint::Endpoint>() == 16);
+    assert!(size_of::<policy::RangeKey>() == 20);
+    assert!(size_of::<policy::PolicyKey>() == 8);
+    assert!(size_of::<policy::Rules>() == 12);
+    assert!(size_of::<policy::PortRange>() == 8);
+    assert!(size_of::<policy::Meaning>() == 256);
 };

@@ -16,11 +16,13 @@ use ferroflow_common::abi::lb::{
     SourceRange, SourceRangeKey,
 };
 use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
+use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeKey, Rules};
 use ferroflow_common::abi::socket::{Translation, Translations};
 use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::{DROP_ROWS, DropReason};
+use ferroflow_ebpf::policy::Policies;
 use ferroflow_ebpf::tables::{Aligned, Datagrams, InsertError, OnConflict, Services, Tables, Tracked};
 
 use crate::skb::Skb;
@@ -54,6 +56,24 @@ static CONNECTIONS: Array<Connections, 131_072, MMAP> = Array::new();
 
 #[btf_map(name = "services", pin_by_name)]
 static SERVICES: HashMap<u32, ServiceName, 131_072, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "ipcache", pin_by_name)]
+static IPCACHE: HashMap<Addr, Class, 131_072, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "ipcache_ranges", pin_by_name)]
+static IPCACHE_RANGES: LpmTrie<Addr, Class, 65_536> = LpmTrie::new();
+
+#[btf_map(name = "policy", pin_by_name)]
+static POLICY: HashMap<PolicyKey, Rules, 131_072, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "port_ranges", pin_by_name)]
+static PORT_RANGES: Array<PortRange, 131_072, MMAP> = Array::new();
+
+#[btf_map(name = "policy_sets", pin_by_name)]
+static POLICY_SETS: HashMap<u32, Meaning, 16_384, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "peer_classes", pin_by_name)]
+static PEER_CLASSES: HashMap<Class, Meaning, 65_536, ON_DEMAND> = HashMap::new();
 
 #[btf_map(name = "endpoints", pin_by_name)]
 static ENDPOINTS: HashMap<Addr, Endpoint, 4_096, ON_DEMAND> = HashMap::new();
@@ -94,7 +114,7 @@ pub(crate) static DATAGRAM_SOCKETS: SkStorage<Translations> = SkStorage::new();
 #[btf_map(name = "drops", pin_by_name)]
 static DROPS: PerCpuArray<u64, DROP_ROWS> = PerCpuArray::new();
 
-/// No program reads this map, or `services`: the object declares them so that they are created, typed and pinned with
+/// No program reads this map, `services`, `policy_sets` or `peer_classes`: the object declares them so that they are created, typed and pinned with
 /// the others.
 #[btf_map(name = "agent", pin_by_name)]
 static AGENT: Array<AgentState, 1> = Array::new();
@@ -174,6 +194,30 @@ impl Services for Kernel {
             // SAFETY: a row of the array, which lives as long as the program; the addition is atomic.
             unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) count, in(reg) 1u64, options(nostack)) };
         }
+    }
+}
+
+impl Policies for Kernel {
+    #[inline(always)]
+    fn class(&self, addr: &Addr) -> Option<Class> {
+        // SAFETY: copied before anything else is called.
+        unsafe { IPCACHE.get(addr) }.copied()
+    }
+
+    #[inline(always)]
+    fn range_class(&self, addr: &Addr) -> Option<Class> {
+        IPCACHE_RANGES.get(&Key::new(RangeKey::EVERY_BIT, *addr)).copied()
+    }
+
+    #[inline(always)]
+    fn rules(&self, key: &PolicyKey) -> Option<Rules> {
+        // SAFETY: copied before anything else is called; the agent replaces a row by a new one, never in place.
+        unsafe { POLICY.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn port_range(&self, row: u32) -> Option<PortRange> {
+        PORT_RANGES.get(row).copied()
     }
 }
 

@@ -11,12 +11,14 @@ use ferroflow_common::abi::lb::{
     Affinity, AffinityKey, Backend, Connections, Frontend, FrontendKey, ServiceClient,
 };
 use ferroflow_common::abi::node::{NodeAddress, ServiceRange, Settings};
+use ferroflow_common::abi::policy::{Class, PolicyKey, PortRange, RangeKey, Rules, Verdict};
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::DropReason;
 
 use super::{Aligned, Datagrams, InsertError, OnConflict, Services, Tables, Tracked};
 use crate::packet::Bytes;
+use crate::policy::Policies;
 
 #[derive(Debug, Default)]
 pub struct Fake {
@@ -77,7 +79,7 @@ impl Fake {
 
     /// A pod of this node.
     pub fn local(&mut self, addr: Addr, ifindex: u32) {
-        self.endpoints.insert(addr, Endpoint { ifindex });
+        self.endpoints.insert(addr, Endpoint { ifindex, ..Endpoint::default() });
     }
 
     /// These have the cluster IPs `F::vip` of the numbers, and all of `F::vip` is a range of such.
@@ -136,6 +138,47 @@ impl Fake {
             proto: tuple.proto,
             reserved: [0; 3],
         }
+    }
+}
+
+/// The tables of policies, filled by tests or from the agent's.
+#[derive(Debug, Default)]
+pub struct FakePolicies {
+    pub classes: HashMap<Addr, Class>,
+    pub ranges: BTreeMap<RangeKey, Class>,
+    pub policy: HashMap<PolicyKey, Rules>,
+    pub port_ranges: Vec<PortRange>,
+    /// How often `port_ranges` was read.
+    pub steps: Cell<u64>,
+}
+
+impl FakePolicies {
+    pub fn lay(&mut self, set: u32, class: Class, otherwise: Verdict, ranges: &[PortRange]) {
+        let offset = self.port_ranges.len() as u32;
+        self.port_ranges.extend(ranges);
+        let rules = Rules { offset, length: ranges.len() as u32, otherwise: otherwise as u32 };
+        self.policy.insert(PolicyKey { set, class }, rules);
+    }
+}
+
+impl Policies for FakePolicies {
+    fn class(&self, addr: &Addr) -> Option<Class> {
+        self.classes.get(addr).copied()
+    }
+
+    fn range_class(&self, addr: &Addr) -> Option<Class> {
+        let bits = |addr: &Addr| u128::from_be_bytes(addr.bytes);
+        let has = |key: &RangeKey| (bits(&key.addr) ^ bits(addr)).leading_zeros() >= key.bits;
+        self.ranges.iter().rev().find(|(key, _)| has(key)).map(|(_, class)| *class)
+    }
+
+    fn rules(&self, key: &PolicyKey) -> Option<Rules> {
+        self.policy.get(key).copied()
+    }
+
+    fn port_range(&self, row: u32) -> Option<PortRange> {
+        self.steps.set(self.steps.get() + 1);
+        self.port_ranges.get(row as usize).copied()
     }
 }
 

@@ -11,7 +11,7 @@ fn restarted() -> (BTreeMap<String, String>, Run) {
     let mut run = Run::new();
     run.apply(&web());
     run.apply(&[service("next", &["10.96.0.2"], &["http:80"]), slice("next-1", "next", &["10.0.1.1"])]);
-    let pod = Pod { node: "here".into(), addresses: Box::new([addr("10.244.1.5")]) };
+    let pod = Pod { node: "here".into(), addresses: Box::new([addr("10.244.1.5")]), ..Pod::default() };
     run.apply(&[Change::Pod(name("p"), Some(pod)), Change::LocalRoute(addr("10.244.1.5"), Some(7))]);
     let mut next = Run::restart(run.it.maps().clone());
     next.handle(&[Change::LocalRoute(addr("10.244.1.5"), Some(7))]);

@@ -406,6 +406,8 @@ fn key(change: &Change) -> String {
         | Change::ServiceCidr(..)
         | Change::KubeProxy(..)
         | Change::Attachment(..)
+        | Change::Namespace(..)
+        | Change::NetworkPolicy(..)
         | Change::LocalRoute(..)
         | Change::LocalAddress(..) => unreachable!("not generated"),
     }

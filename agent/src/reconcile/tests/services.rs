@@ -42,7 +42,7 @@ fn rule_13_nothing_is_written_before_every_source_has_listed() {
 #[test]
 fn a_restart_with_an_unchanged_cluster_writes_nothing() {
     let mut run = Run::new();
-    let pod = Pod { node: "here".into(), addresses: Box::new([addr("10.244.1.5")]) };
+    let pod = Pod { node: "here".into(), addresses: Box::new([addr("10.244.1.5")]), ..Pod::default() };
     let mut changes = vec![
         service("web", &["10.96.0.1", "fd00::1"], &["http:80", "admin:81"]),
         slice("web-4", "web", &["10.0.0.1", "~10.0.0.2"]),
@@ -226,7 +226,7 @@ fn of_services_with_one_frontend_the_oldest_has_it_in_whatever_order_they_come()
 #[test]
 fn local_pods_follow_interfaces_and_pods() {
     let mut run = Run::new();
-    let pod = Pod { node: "here".into(), addresses: Box::new([addr("10.244.1.5")]) };
+    let pod = Pod { node: "here".into(), addresses: Box::new([addr("10.244.1.5")]), ..Pod::default() };
     run.apply(&[Change::Pod(name("p"), Some(pod)), Change::LocalRoute(addr("10.244.1.5"), Some(7))]);
     let rows = |run: &Run| {
         let rows = run.it.maps().dump::<Endpoints>().unwrap();
