@@ -41,9 +41,12 @@ pub struct Agent {
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     pub node_name: String,
 
-    /// Directory of Kubernetes YAML to serve (Service, EndpointSlice, Node, Pod; multi-document; re-read on change)
-    #[arg(long, env = "FERROFLOW_MANIFESTS", value_name = "DIR")]
-    pub manifests: PathBuf,
+    /// Directory of Kubernetes YAML to serve instead of a cluster (multi-document; re-read on change)
+    #[arg(long, env = "FERROFLOW_MANIFESTS", value_name = "DIR", conflicts_with_all = ["kubeconfig", "api_server"])]
+    pub manifests: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub api: Api,
 
     #[command(flatten)]
     pub bpffs: Bpffs,
@@ -78,6 +81,20 @@ pub struct Agent {
     /// Log packets that the programs drop (slow; for debugging)
     #[arg(long, env = "FERROFLOW_LOG_DROPS")]
     pub log_drops: bool,
+}
+
+/// How the Kubernetes API is reached; without any of these as the pod's service account says.
+#[derive(Args, Clone, Debug)]
+pub struct Api {
+    /// Credentials for the Kubernetes API [default: the pod's service account]
+    #[arg(long, env = "FERROFLOW_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// Addresses of API servers, tried in turn, separated by commas: needed where the address that the credentials name
+    /// is a Service, which nobody serves before this agent does
+    #[arg(long, env = "FERROFLOW_API_SERVER", value_name = "URL", value_delimiter = ',',
+        value_parser = crate::watch::kube::server)]
+    pub api_server: Vec<hyper::Uri>,
 }
 
 /// Which sockets are translated when they name their peer.

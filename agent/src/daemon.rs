@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 
 use aya_log::EbpfLogger;
 use ferroflow_common::abi::state::AgentState;
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc::{self, Receiver};
+use tokio::sync::mpsc::{self, Receiver, Sender};
 use tokio::time::sleep_until;
 
 use crate::clock;
@@ -22,7 +24,8 @@ use crate::net::{self, Moved, NetError, NetEvent};
 use crate::plan;
 use crate::reconcile::{self, Limits, Reconciler};
 use crate::watch::file::{FileSource, Timing};
-use crate::watch::{self, Event, Source as _};
+use crate::watch::kube::{self, Access, AccessError, KubeSource};
+use crate::watch::{self, Contact, Event, Source as _};
 
 /// Longer than any program runs on a packet, and than any reader of a slot range holds what it read.
 const GRACE: Duration = Duration::from_secs(2);
@@ -48,9 +51,8 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         Some(dir) => dir.clone(),
         None => datapath::cgroup2_mount()?,
     };
-    if !config.manifests.is_dir() {
-        tracing::warn!(dir = %config.manifests.display(), "no such directory: nothing is served until it is there");
-    }
+    let (events, objects) = mpsc::channel(QUEUE);
+    let source = source(config, events).await?;
     let options = datapath::Options {
         bpffs: config.bpffs.clone(),
         socket_lb: config.socket_lb,
@@ -66,9 +68,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let reconciler = restore(config)?;
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "started");
 
-    let (events, objects) = mpsc::channel(QUEUE);
-    let source = FileSource::new(&config.manifests, config.node_name.as_str(), Timing::default());
-    tokio::spawn(source.run(events));
+    tokio::spawn(source);
     let (events, routes) = mpsc::channel(QUEUE);
     let watching = tokio::spawn(net::watch(events));
     let sweeping = tokio::spawn(gc::run(config.bpffs.maps()));
@@ -83,6 +83,23 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     sweeping.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
+}
+
+/// Says what there is, and what changes, until nobody listens.
+async fn source(
+    config: &config::Agent,
+    events: Sender<Event>,
+) -> Result<BoxFuture<'static, ()>, AccessError> {
+    let node = config.node_name.as_str();
+    let Some(dir) = &config.manifests else {
+        let access =
+            Access { kubeconfig: config.api.kubeconfig.clone(), servers: config.api.api_server.clone() };
+        return Ok(KubeSource::open(access, node, kube::Timing::default()).await?.run(events).boxed());
+    };
+    if !dir.is_dir() {
+        tracing::warn!(dir = %dir.display(), "no such directory: nothing is served until it is there");
+    }
+    Ok(FileSource::new(dir, node, Timing::default()).run(events).boxed())
 }
 
 fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
@@ -174,7 +191,8 @@ impl Daemon {
         let world = self.reconciler.world();
         let stay = world.own_node().map(|node| node.stay).unwrap_or_default();
         let checks = health::service::checks(world);
-        let progress = if self.is_synced() { Progress::Done } else { Progress::Pending };
+        // What has not been listed yet is not late: an agent that waits for the API is healthy.
+        let progress = if self.awaited > 0 || self.is_synced() { Progress::Done } else { Progress::Pending };
         self.health.set_checks(checks);
         self.health.set_proxy(progress, stay);
     }
@@ -192,6 +210,8 @@ impl Daemon {
                 self.reconciler.hold(watch::withheld(&problems), Instant::now());
             }
             Event::Synced => self.source_synced(),
+            Event::Contact(Contact::Lost) => self.state.away_since = clock::seconds().max(1),
+            Event::Contact(Contact::Regained) => self.state.away_since = 0,
         }
     }
 
@@ -275,7 +295,7 @@ fn first_words(config: &config::Agent) -> AgentState {
         writes: 0,
         retries: 0,
         rejected: 0,
-        reserved: 0,
+        away_since: 0,
         version: text(env!("CARGO_PKG_VERSION")),
         node: text(&config.node_name),
     }
@@ -296,6 +316,8 @@ fn far_away() -> Instant {
 
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
+    #[error(transparent)]
+    Access(#[from] AccessError),
     #[error(transparent)]
     Lock(#[from] LockError),
     #[error(transparent)]

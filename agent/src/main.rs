@@ -40,8 +40,11 @@ fn main() -> ExitCode {
     }
 }
 
+/// The client of the Kubernetes API calls every fault an error; the source says which matter.
+const LOG: &str = "info,kube_client=off";
+
 fn agent(config: &config::Agent) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_from_env("FERROFLOW_LOG").unwrap_or_else(|_unset| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("FERROFLOW_LOG").unwrap_or_else(|_unset| EnvFilter::new(LOG));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(runtime.block_on(daemon::run(config))?)

@@ -41,6 +41,8 @@ struct Agent {
     retries: u64,
     /// Documents that are not served because they are bad.
     rejected: u32,
+    /// For how many seconds the Kubernetes API has given no answers; what it said last is served meanwhile.
+    api_away: Option<u64>,
 }
 
 /// Whether it lives now; the programs work without it.
@@ -72,8 +74,18 @@ pub(super) fn status(query: &Query) -> Result<Answer, CliError> {
 }
 
 fn lines(status: &Status) -> String {
-    let Agent { life: Life { running }, synced, node, version, pid, age, writes, retries, rejected } =
-        &status.agent;
+    let Agent {
+        life: Life { running },
+        synced,
+        node,
+        version,
+        pid,
+        age,
+        writes,
+        retries,
+        rejected,
+        api_away,
+    } = &status.agent;
     let running = match (running, synced) {
         (true, true) => format!("running (pid {pid}, for {age} s), in sync"),
         (true, false) => format!("running (pid {pid}, for {age} s), not yet in sync"),
@@ -89,6 +101,10 @@ fn lines(status: &Status) -> String {
         ["rows written".to_owned(), format!("{writes} since the agent's start, {retries} tried again")],
         ["rejected".to_owned(), format!("{rejected} documents")],
     ];
+    if let Some(seconds) = api_away {
+        let away = format!("no answers for {seconds} s; what it said last is served");
+        lines.push(["Kubernetes API".to_owned(), away]);
+    }
     let dropped =
         |drops: &Drops| [format!("dropped: {}", drops.reason), format!("{} packets", drops.packets)];
     lines.extend(status.drops.iter().map(dropped));
@@ -107,6 +123,8 @@ fn agent(maps: &KernelMaps, life: Life) -> Result<Agent, MapError> {
         writes: state.writes,
         retries: state.retries,
         rejected: state.rejected,
+        api_away: (state.away_since != 0)
+            .then(|| u64::from(clock::seconds()).saturating_sub(u64::from(state.away_since))),
     })
 }
 

@@ -17,7 +17,8 @@ pub struct AgentState {
     pub retries: u64,
     /// Documents or objects that are reported as bad and not served.
     pub rejected: u32,
-    pub reserved: u32,
+    /// Seconds of `CLOCK_MONOTONIC` since when the source of objects gives no answers; 0 while it does.
+    pub away_since: u32,
     /// The agent's version, ended by zeros.
     pub version: [u8; 32],
     /// The node's name, ended by zeros.

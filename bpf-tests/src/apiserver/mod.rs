@@ -1,0 +1,282 @@
+//! A Kubernetes API server with nothing behind it: real HTTP/1.1, lists in pages, watches with versions, bookmarks and
+//! selection by field, and faults on request. It serves the objects of ordinary manifests, which the directory source
+//! of the agent reads too: the same test can run over both.
+//!
+//! A list's later pages show the objects as they are when they are asked for, under the version of the first; what a
+//! client makes of list and watch together is the same as with the snapshots of a real server.
+
+mod fault;
+mod http;
+mod store;
+
+use std::collections::VecDeque;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+
+use fault::Armed;
+pub use fault::{Fault, Verb};
+use store::Store;
+
+/// A running server, on a thread of its own; it ends when this is dropped.
+#[derive(Debug)]
+pub struct ApiServer {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    running: Option<Running>,
+}
+
+#[derive(Debug)]
+struct Running {
+    stop: Arc<Notify>,
+    thread: JoinHandle<()>,
+}
+
+/// A request as it was made.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    pub verb: Verb,
+    pub method: String,
+    pub path: String,
+    pub query: String,
+    /// Null where there was none.
+    pub body: Value,
+}
+
+#[derive(Debug)]
+struct Shared {
+    store: Mutex<Store>,
+    version: watch::Sender<u64>,
+    faults: Mutex<VecDeque<Armed>>,
+    requests: Mutex<Vec<Recorded>>,
+    token: Mutex<Option<String>>,
+    bookmarks: Mutex<bool>,
+}
+
+impl ApiServer {
+    /// On a free port of the loopback interface.
+    pub fn start() -> Result<Self> {
+        Self::listen(TcpListener::bind("127.0.0.1:0")?)
+    }
+
+    /// On a listener that may be of another network namespace.
+    pub fn listen(listener: TcpListener) -> Result<Self> {
+        let shared = Arc::new(Shared {
+            store: Mutex::default(),
+            version: watch::Sender::new(0),
+            faults: Mutex::default(),
+            requests: Mutex::default(),
+            token: Mutex::default(),
+            bookmarks: Mutex::new(true),
+        });
+        let address = listener.local_addr()?;
+        let running = Some(Running::start(listener, shared.clone())?);
+        Ok(Self { shared, address, running })
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// A kubeconfig that names this server, and a file with its token where there is one.
+    pub fn kubeconfig(&self, token_file: Option<&Path>) -> String {
+        let user = match token_file {
+            Some(path) => format!("{{tokenFile: {}}}", path.display()),
+            None => "{}".to_owned(),
+        };
+        format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: test\n\
+             contexts: [{{name: test, context: {{cluster: test, user: test}}}}]\n\
+             clusters: [{{name: test, cluster: {{server: \"{}\"}}}}]\nusers: [{{name: test, user: {user}}}]\n",
+            self.url()
+        )
+    }
+
+    /// Makes the cluster be exactly what these manifests say: YAML of one or several documents each.
+    pub fn set(&self, manifests: &[impl AsRef<str>]) -> Result<()> {
+        let mut objects = Vec::new();
+        for text in manifests {
+            let documents: Vec<Value> = serde_saphyr::from_multiple(text.as_ref())?;
+            objects.extend(documents.into_iter().filter(|document| !document.is_null()));
+        }
+        self.set_objects(objects)
+    }
+
+    /// The same, from objects.
+    pub fn set_objects(&self, objects: Vec<Value>) -> Result<()> {
+        self.shared.store().set(objects)?;
+        self.announce();
+        Ok(())
+    }
+
+    /// Makes the cluster be what is in a directory of manifests.
+    pub fn set_directory(&self, directory: &Path) -> Result<()> {
+        let mut texts = Vec::new();
+        for entry in std::fs::read_dir(directory)? {
+            let path = entry?.path();
+            texts.push(std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?);
+        }
+        self.set(&texts)
+    }
+
+    /// Something that nobody watches changes: the version grows.
+    pub fn advance(&self) {
+        self.shared.store().advance();
+        self.announce();
+    }
+
+    /// Forgets the history: older versions are too old from now on.
+    pub fn compact(&self) {
+        self.shared.store().compact();
+    }
+
+    /// Spoils the next `times` requests of this kind whose path ends with `path`.
+    pub fn inject(&self, verb: Verb, path: &str, fault: Fault, times: usize) {
+        lock(&self.shared.faults).push_back(Armed { verb, path: path.to_owned(), fault, left: times });
+    }
+
+    /// How many requests are still to be spoiled.
+    pub fn armed(&self) -> usize {
+        lock(&self.shared.faults).iter().map(|armed| armed.left).sum()
+    }
+
+    /// Takes back what was injected and has not happened.
+    pub fn disarm(&self) {
+        lock(&self.shared.faults).clear();
+    }
+
+    /// From now on requests need this token.
+    pub fn require_token(&self, token: &str) {
+        *lock(&self.shared.token) = Some(token.to_owned());
+    }
+
+    /// Some servers send no bookmarks.
+    pub fn without_bookmarks(&self) {
+        *lock(&self.shared.bookmarks) = false;
+    }
+
+    pub fn requests(&self) -> Vec<Recorded> {
+        lock(&self.shared.requests).clone()
+    }
+
+    /// Ends all connections and takes no new ones.
+    pub fn go_away(&mut self) {
+        drop(self.running.take());
+    }
+
+    /// Listens again where it did.
+    pub fn come_back(&mut self) -> Result<()> {
+        let listener =
+            TcpListener::bind(self.address).with_context(|| format!("listen on {}", self.address))?;
+        self.running = Some(Running::start(listener, self.shared.clone())?);
+        Ok(())
+    }
+
+    fn announce(&self) {
+        let version = self.shared.store().version();
+        self.shared.version.send_replace(version);
+    }
+}
+
+impl Running {
+    fn start(listener: TcpListener, shared: Arc<Shared>) -> Result<Self> {
+        listener.set_nonblocking(true)?;
+        let stop = Arc::new(Notify::new());
+        let stopped = stop.clone();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let thread = std::thread::Builder::new().name("apiserver".into()).spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    () = stopped.notified() => {}
+                    served = serve(listener, shared) => if let Err(error) = served {
+                        eprintln!("the API server ended: {error:#}");
+                    }
+                }
+            });
+            // What hangs on purpose must not hold the thread.
+            runtime.shutdown_timeout(Duration::from_millis(100));
+        })?;
+        Ok(Self { stop, thread })
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        self.go_away();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop.notify_one();
+        while !self.thread.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+async fn serve(listener: TcpListener, shared: Arc<Shared>) -> Result<()> {
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let mut connections = JoinSet::new();
+    loop {
+        let (stream, _) = listener.accept().await?;
+        let shared = shared.clone();
+        connections.spawn(async move {
+            let service = service_fn(move |request| http::answer(shared.clone(), request));
+            let connection =
+                hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            // Connections end badly here, on purpose.
+            let _cut = connection.await;
+        });
+        while connections.try_join_next().is_some() {}
+    }
+}
+
+impl Shared {
+    fn store(&self) -> MutexGuard<'_, Store> {
+        lock(&self.store)
+    }
+
+    fn changed(&self) -> watch::Receiver<u64> {
+        self.version.subscribe()
+    }
+
+    fn bookmarks(&self) -> bool {
+        *lock(&self.bookmarks)
+    }
+
+    fn record(&self, request: Recorded) {
+        lock(&self.requests).push(request);
+    }
+
+    fn authorized<B>(&self, request: &hyper::Request<B>) -> bool {
+        let given = request.headers().get("authorization").and_then(|value| value.to_str().ok());
+        lock(&self.token).as_ref().is_none_or(|token| given == Some(&format!("Bearer {token}")))
+    }
+
+    /// The next fault for such a request.
+    fn fault(&self, verb: Verb, path: &str) -> Option<Fault> {
+        let mut faults = lock(&self.faults);
+        let found = faults.iter().position(|it| it.verb == verb && path.ends_with(&it.path))?;
+        let armed = faults.get_mut(found)?;
+        armed.left -= 1;
+        let fault = armed.fault.clone();
+        if armed.left == 0 {
+            faults.remove(found);
+        }
+        Some(fault)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,534 @@
+//! The Kubernetes source against an API server that misbehaves: after every fault the agent knows what it would know
+//! from a directory of the same manifests.
+#![forbid(unsafe_code)]
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bpf_tests::apiserver::{ApiServer, Fault, Verb};
+use ferroflow::{
+    model::{Change, EndpointSlice, Name, Node, Pod, Service},
+    watch::{
+        Contact, Event, Source,
+        file::{self, FileSource},
+        kube::{Access, KubeSource, Timing, server},
+    },
+};
+use tokio::sync::mpsc;
+
+/// What a source has said so far.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Heard {
+    model: Model,
+    problems: Vec<String>,
+    synced: u32,
+    /// How often the contact was lost, and whether it is now.
+    losses: u32,
+    lost: bool,
+    changes: usize,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Model {
+    services: BTreeMap<Name, Service>,
+    slices: BTreeMap<Name, EndpointSlice>,
+    nodes: BTreeMap<Box<str>, Node>,
+    pods: BTreeMap<Name, Pod>,
+}
+
+impl Heard {
+    fn hear(&mut self, event: Event) {
+        match event {
+            Event::Change(change) => {
+                self.changes += 1;
+                self.model.apply(change);
+            }
+            Event::Problems(problems) => self.problems = problems.iter().map(ToString::to_string).collect(),
+            Event::Synced => self.synced += 1,
+            Event::Contact(Contact::Lost) => {
+                assert!(!self.lost, "said twice");
+                (self.lost, self.losses) = (true, self.losses + 1);
+            }
+            Event::Contact(Contact::Regained) => {
+                assert!(self.lost, "what was not lost");
+                self.lost = false;
+            }
+        }
+    }
+}
+
+impl Model {
+    fn apply(&mut self, change: Change) {
+        match change {
+            Change::Service(name, object) => set(&mut self.services, name, object),
+            Change::EndpointSlice(name, object) => set(&mut self.slices, name, object),
+            Change::Node(name, object) => set(&mut self.nodes, name, object),
+            // A pod without addresses is nothing yet, or no more: the API is not asked for all of these.
+            Change::Pod(name, object) => {
+                set(&mut self.pods, name, object.filter(|pod| !pod.addresses.is_empty()));
+            }
+            Change::LocalRoute(..) | Change::LocalAddress(..) => panic!("not of a source"),
+        }
+    }
+}
+
+fn set<K: Ord, V>(table: &mut BTreeMap<K, V>, name: K, object: Option<V>) {
+    match object {
+        Some(object) => _ = table.insert(name, object),
+        None => _ = table.remove(&name),
+    }
+}
+
+/// A source that runs, and what it says.
+struct Listener(Arc<Mutex<Heard>>);
+
+impl Listener {
+    fn start(source: impl Source + Send + 'static) -> Self {
+        let (sender, mut events) = mpsc::channel(16);
+        let heard = Arc::new(Mutex::new(Heard::default()));
+        let hearing = heard.clone();
+        tokio::spawn(source.run(sender));
+        tokio::spawn(async move {
+            while let Some(event) = events.recv().await {
+                hearing.lock().unwrap_or_else(PoisonError::into_inner).hear(event);
+            }
+        });
+        Self(heard)
+    }
+
+    fn heard(&self) -> Heard {
+        self.0.lock().unwrap().clone()
+    }
+
+    /// Until it is as wanted.
+    async fn until(&self, what: &str, wanted: impl Fn(&Heard) -> bool) -> Heard {
+        for _ in 0..6_000 {
+            let reached = wanted(&self.0.lock().unwrap());
+            if reached {
+                return self.heard();
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("{what}: not within a minute; {:?}", self.heard());
+    }
+}
+
+/// The cluster at some time: `services` of them, each with a slice, and as many pods and nodes.
+fn cluster(services: usize, generation: u16) -> Vec<String> {
+    (0..services).map(|number| member(number, generation)).collect()
+}
+
+fn member(number: usize, generation: u16) -> String {
+    let (high, low) = (number / 250, number % 250 + 1);
+    let port = 1000 + generation;
+    let mut text = format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{number}, namespace: default}}\n\
+         spec: {{clusterIP: 10.96.{high}.{low}, ports: [{{port: {port}}}]}}\n"
+    );
+    let _infallible = write!(
+        text,
+        "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\n\
+         metadata: {{name: e{number}, namespace: default, labels: {{kubernetes.io/service-name: s{number}}}}}\n\
+         ports: [{{port: {port}, protocol: TCP}}]\nendpoints: [{{addresses: [10.1.{high}.{low}], nodeName: n1}}]\n"
+    );
+    let _infallible = write!(
+        text,
+        "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: p{number}, namespace: default}}\n\
+         spec: {{nodeName: n1}}\nstatus: {{phase: Running, podIP: 10.1.{high}.{low}}}\n\
+         ---\napiVersion: v1\nkind: Node\nmetadata: {{name: n{number}}}\n\
+         status: {{addresses: [{{type: InternalIP, address: 192.168.{high}.{low}}}]}}\n"
+    );
+    text
+}
+
+/// What the directory source makes of the same manifests.
+async fn of_directory(manifests: &[String]) -> Model {
+    let dir = tempfile::tempdir().unwrap();
+    for (number, text) in manifests.iter().enumerate() {
+        std::fs::write(dir.path().join(format!("{number}.yaml")), text).unwrap();
+    }
+    let source = FileSource::new(dir.path(), "n1", file::Timing::default());
+    Listener::start(source).until("the directory", |heard| heard.synced == 1).await.model
+}
+
+/// Fast retries; patience that a loaded machine does not exhaust.
+const TIMING: Timing = Timing {
+    first_retry: Duration::from_millis(20),
+    last_retry: Duration::from_millis(200),
+    patience: Duration::from_secs(20),
+    idle: Duration::from_secs(20),
+    watch: Duration::from_secs(60),
+};
+
+/// A server, and a source that reads from it.
+struct Fixture {
+    api: ApiServer,
+    dir: tempfile::TempDir,
+    source: Listener,
+}
+
+impl Fixture {
+    /// The cluster is there before the source is; `prepare` may spoil its first requests.
+    async fn start(manifests: &[String], timing: Timing, prepare: impl FnOnce(&ApiServer)) -> Self {
+        let api = ApiServer::start().unwrap();
+        api.set(manifests).unwrap();
+        prepare(&api);
+        let dir = tempfile::tempdir().unwrap();
+        let source = connect(&api, dir.path(), Vec::new(), timing).await;
+        Self { api, dir, source }
+    }
+
+    async fn synced(manifests: &[String]) -> Self {
+        let it = Self::start(manifests, TIMING, |_| {}).await;
+        it.source.until("the first list", |heard| heard.synced == 1).await;
+        it
+    }
+
+    /// The source knows exactly these, and has contact.
+    async fn arrives_at(&self, manifests: &[String]) -> Heard {
+        self.arrives(&of_directory(manifests).await).await
+    }
+
+    async fn arrives(&self, model: &Model) -> Heard {
+        self.source
+            .until("the model", |heard| heard.model == *model && heard.synced == 1 && !heard.lost)
+            .await
+    }
+
+    fn requests(&self, verb: Verb, path: &str) -> usize {
+        let of_it = |it: &&bpf_tests::apiserver::Recorded| it.verb == verb && it.path.ends_with(path);
+        self.api.requests().iter().filter(of_it).count()
+    }
+
+    /// Every injected fault has happened.
+    async fn spent(&self) {
+        self.source.until("the faults", |_| self.api.armed() == 0).await;
+    }
+}
+
+async fn connect(api: &ApiServer, dir: &Path, servers: Vec<String>, timing: Timing) -> Listener {
+    let token = dir.join("token");
+    if !token.exists() {
+        std::fs::write(&token, "first").unwrap();
+    }
+    let path = dir.join("kubeconfig");
+    std::fs::write(&path, api.kubeconfig(Some(&token))).unwrap();
+    let servers = servers.iter().map(|text| server(text).unwrap()).collect();
+    let access = Access { kubeconfig: Some(path), servers };
+    Listener::start(KubeSource::open(access, "n1", timing).await.unwrap())
+}
+
+#[tokio::test]
+async fn a_cluster_is_listed_in_pages_and_watched() {
+    let it = Fixture::start(&cluster(1_203, 0), TIMING, |_| {}).await;
+    let heard = it.arrives_at(&cluster(1_203, 0)).await;
+    assert_eq!((heard.changes, heard.losses, heard.problems.len()), (4 * 1_203, 0, 0));
+    assert_eq!(it.requests(Verb::List, "/services"), 3, "pages of 500");
+    it.api.set(&cluster(1_200, 1)).unwrap();
+    it.arrives_at(&cluster(1_200, 1)).await;
+    assert_eq!(it.requests(Verb::List, "/services"), 3, "no list after the first");
+    assert_eq!(it.requests(Verb::Watch, ""), 4, "one watch a kind");
+}
+
+#[tokio::test]
+async fn pods_that_are_finished_or_of_the_host_are_not_asked_for() {
+    let mut manifests = cluster(2, 0);
+    let it = Fixture::synced(&manifests).await;
+    manifests[1] = manifests[1].replace("phase: Running", "phase: Succeeded");
+    it.api.set(&manifests).unwrap();
+    let heard = it.arrives_at(&manifests).await;
+    assert_eq!(heard.model.pods.len(), 1);
+    manifests[1] = cluster(2, 0)[1].replace("spec: {nodeName", "spec: {hostNetwork: true, nodeName");
+    let changes = heard.changes;
+    it.api.set(&manifests).unwrap();
+    it.api.set(&cluster(3, 0)).unwrap();
+    let heard = it.arrives_at(&cluster(3, 0)).await;
+    assert_eq!(heard.changes, changes + 1 + 4, "a pod is back, and four objects are new");
+}
+
+/// Each fault on the first list of every kind, and on a later page.
+#[tokio::test]
+async fn a_fault_in_a_list_costs_a_retry_and_nothing_else() {
+    let (manifests, later) = (cluster(600, 0), cluster(599, 1));
+    let (model, later_model) = (of_directory(&manifests).await, of_directory(&later).await);
+    for fault in [
+        Fault::Status(500, None),
+        Fault::Status(503, Some(0)),
+        Fault::Status(403, None),
+        Fault::Status(410, None),
+        Fault::Cut(0),
+        Fault::Cut(10),
+        Fault::Cut(3_000),
+        Fault::Garbage(0),
+        Fault::Garbage(2_000),
+        Fault::Slow(Duration::from_micros(10)),
+    ] {
+        let it = Fixture::start(&manifests, TIMING, |api| {
+            for path in ["/services", "/endpointslices", "/nodes", "/pods"] {
+                api.inject(Verb::List, path, fault.clone(), 2);
+            }
+        })
+        .await;
+        it.arrives(&model).await;
+        assert_eq!(it.api.armed(), 0, "{fault:?}");
+        it.api.set(&later).unwrap();
+        it.arrives(&later_model).await;
+    }
+}
+
+#[tokio::test]
+async fn a_fault_in_a_watch_goes_on_from_the_last_version() {
+    for fault in [
+        Fault::Status(500, None),
+        Fault::Status(429, Some(0)),
+        Fault::Cut(0),
+        Fault::Cut(1_000),
+        Fault::Slow(Duration::from_micros(10)),
+    ] {
+        let it = Fixture::start(&cluster(20, 0), TIMING, |api| {
+            api.inject(Verb::Watch, "", fault.clone(), 8);
+        })
+        .await;
+        for generation in 1..10 {
+            it.api.set(&cluster(20 - usize::from(generation), generation)).unwrap();
+            it.arrives_at(&cluster(20 - usize::from(generation), generation)).await;
+        }
+        it.api.set(&cluster(3, 99)).unwrap();
+        it.arrives_at(&cluster(3, 99)).await;
+        assert_eq!(it.requests(Verb::List, "/services"), 1, "{fault:?}: the watch goes on");
+    }
+}
+
+#[tokio::test]
+async fn a_version_that_is_too_old_is_listed_again_and_what_went_meanwhile_is_gone() {
+    for fault in [Fault::Status(410, None), Fault::ExpiredEvent] {
+        let mut it = Fixture::synced(&cluster(700, 0)).await;
+        it.api.go_away();
+        it.api.set(&cluster(300, 1)).unwrap();
+        it.api.compact();
+        it.api.inject(Verb::Watch, "", fault.clone(), 4);
+        it.api.come_back().unwrap();
+        let heard = it.arrives_at(&cluster(300, 1)).await;
+        assert!(it.requests(Verb::List, "/services") > 2, "{fault:?}");
+        // 700 of each kind; 400 that went; of the 300 that stayed services and slices changed.
+        assert_eq!(heard.changes, 4 * 700 + 4 * 400 + 2 * 300, "{fault:?}: only what changed is said again");
+    }
+}
+
+#[tokio::test]
+async fn a_watch_that_makes_no_sense_is_begun_anew() {
+    let it = Fixture::synced(&cluster(5, 0)).await;
+    for after in [0, 200, 700] {
+        it.api.inject(Verb::Watch, "/services", Fault::Garbage(after), 7);
+        it.api.inject(Verb::Watch, "/pods", Fault::Garbage(after), 7);
+    }
+    // Ends the watches that run: they see nothing of it.
+    let mut it = it;
+    it.api.go_away();
+    it.api.come_back().unwrap();
+    for generation in 1..20 {
+        it.api.set(&cluster(5 + usize::from(generation), generation)).unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    it.arrives_at(&cluster(24, 19)).await;
+}
+
+#[tokio::test]
+async fn a_server_that_hangs_is_left_alone_and_asked_again() {
+    let timing = Timing { patience: Duration::from_millis(300), ..TIMING };
+    for fault in [Fault::Hang, Fault::HangInBody] {
+        let it = Fixture::start(&cluster(5, 0), timing, |api| {
+            api.inject(Verb::List, "", fault.clone(), 6);
+        })
+        .await;
+        it.arrives_at(&cluster(5, 0)).await;
+        assert_eq!(it.api.armed(), 0, "{fault:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_watch_that_is_silent_is_taken_to_be_dead() {
+    let timing = Timing { idle: Duration::from_millis(300), ..TIMING };
+    let it = Fixture::start(&cluster(5, 0), timing, |api| {
+        api.inject(Verb::Watch, "", Fault::HangInBody, 8);
+    })
+    .await;
+    it.source.until("the first list", |heard| heard.synced == 1).await;
+    it.api.set(&cluster(4, 1)).unwrap();
+    it.arrives_at(&cluster(4, 1)).await;
+    assert_eq!(it.requests(Verb::List, "/services"), 1);
+}
+
+#[tokio::test]
+async fn retry_after_is_kept() {
+    let it = Fixture::start(&cluster(1, 0), TIMING, |api| {
+        api.inject(Verb::List, "/services", Fault::Status(429, Some(2)), 1);
+    })
+    .await;
+    let start = std::time::Instant::now();
+    it.arrives_at(&cluster(1, 0)).await;
+    assert!(start.elapsed() >= Duration::from_secs(2) - Duration::from_millis(500), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn an_api_server_that_is_away_loses_nothing_and_is_said_to_be_away() {
+    let mut it = Fixture::synced(&cluster(30, 0)).await;
+    it.api.go_away();
+    let heard = it.source.until("the loss", |heard| heard.lost).await;
+    assert_eq!(heard.model.services.len(), 30);
+    it.api.set(&cluster(20, 1)).unwrap();
+    // Many retries later nothing has changed.
+    tokio::time::sleep(TIMING.last_retry * 5).await;
+    assert_eq!(it.source.heard(), heard);
+    it.api.come_back().unwrap();
+    let heard = it.arrives_at(&cluster(20, 1)).await;
+    assert_eq!(heard.losses, 1);
+    assert_eq!(it.requests(Verb::List, "/services"), 1, "the watch went on from its version");
+}
+
+#[tokio::test]
+async fn a_source_that_starts_without_an_api_waits_for_it() {
+    let mut api = ApiServer::start().unwrap();
+    api.go_away();
+    api.set(&cluster(3, 0)).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let source = connect(&api, dir.path(), Vec::new(), TIMING).await;
+    let heard = source.until("the loss", |heard| heard.lost).await;
+    assert_eq!((heard.synced, heard.changes), (0, 0));
+    api.come_back().unwrap();
+    Fixture { api, dir, source }.arrives_at(&cluster(3, 0)).await;
+}
+
+#[tokio::test]
+async fn of_several_api_servers_one_that_answers_is_asked() {
+    let mut apis = [ApiServer::start().unwrap(), ApiServer::start().unwrap(), ApiServer::start().unwrap()];
+    apis[0].go_away();
+    for api in &apis {
+        api.set(&cluster(10, 0)).unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let urls = apis.iter().map(ApiServer::url).collect();
+    let source = connect(&apis[0], dir.path(), urls, TIMING).await;
+    let expected = of_directory(&cluster(10, 0)).await;
+    source.until("the second", |heard| heard.model == expected && heard.synced == 1).await;
+    // One that is wrong in itself is left, too.
+    apis[1].inject(Verb::List, "", Fault::Status(500, None), usize::MAX);
+    apis[1].inject(Verb::Watch, "", Fault::Status(500, None), usize::MAX);
+    apis[1].go_away();
+    for api in &apis {
+        api.set(&cluster(9, 1)).unwrap();
+    }
+    apis[1].come_back().unwrap();
+    let expected = of_directory(&cluster(9, 1)).await;
+    source.until("the third", |heard| heard.model == expected && !heard.lost).await;
+}
+
+#[tokio::test]
+async fn a_token_that_expired_is_read_again() {
+    let it = Fixture::start(&cluster(3, 0), TIMING, |api| api.require_token("first")).await;
+    it.arrives_at(&cluster(3, 0)).await;
+    it.api.require_token("second");
+    let mut it = it;
+    it.api.go_away();
+    it.api.set(&cluster(2, 1)).unwrap();
+    it.api.come_back().unwrap();
+    it.source.until("the refusal", |heard| heard.lost).await;
+    std::fs::write(it.dir.path().join("token"), "second").unwrap();
+    it.arrives_at(&cluster(2, 1)).await;
+}
+
+#[tokio::test]
+async fn a_bad_object_is_named_and_keeps_its_old_version() {
+    let mut manifests = cluster(3, 0);
+    let it = Fixture::synced(&manifests).await;
+    manifests[1] = manifests[1].replacen("port: 1000", "port: 70000", 1);
+    manifests[2] = member(2, 7);
+    it.api.set(&manifests).unwrap();
+    let heard = it.source.until("the problem", |heard| !heard.problems.is_empty()).await;
+    assert_eq!(heard.problems, ["Service default/s1: spec.ports[0].port: 70000 is not a port (1-65535)"]);
+    let mut expected = cluster(2, 0);
+    expected.push(member(2, 7));
+    it.arrives_at(&expected).await;
+    // Also in a list, where the others of the page are in force.
+    it.api.compact();
+    it.api.inject(Verb::Watch, "", Fault::ExpiredEvent, 4);
+    let mut it = it;
+    it.api.go_away();
+    it.api.come_back().unwrap();
+    it.spent().await;
+    let heard = it.arrives_at(&expected).await;
+    assert_eq!(heard.problems.len(), 1);
+    it.api.set(&cluster(1, 0)).unwrap();
+    let heard = it.arrives_at(&cluster(1, 0)).await;
+    assert_eq!(heard.problems, [""; 0], "a bad object that is deleted is no problem any more");
+}
+
+#[tokio::test]
+async fn bookmarks_keep_a_quiet_watch_from_growing_old() {
+    for bookmarks in [true, false] {
+        let it = Fixture::synced(&cluster(3, 0)).await;
+        if !bookmarks {
+            it.api.without_bookmarks();
+        }
+        for _ in 0..5 {
+            it.api.advance();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        it.api.compact();
+        let lists = it.requests(Verb::List, "");
+        let mut it = it;
+        it.api.go_away();
+        it.api.come_back().unwrap();
+        it.api.set(&cluster(2, 1)).unwrap();
+        it.arrives_at(&cluster(2, 1)).await;
+        assert_eq!(it.requests(Verb::List, "") == lists, bookmarks, "listed again only without them");
+    }
+}
+
+/// Faults of every kind at random, while the cluster changes.
+#[tokio::test]
+async fn after_any_mixture_of_faults_the_model_is_that_of_the_directory() {
+    let mut it = Fixture::synced(&cluster(40, 0)).await;
+    let faults = [
+        Fault::Status(500, None),
+        Fault::Status(410, None),
+        Fault::Status(429, Some(0)),
+        Fault::ExpiredEvent,
+        Fault::Cut(500),
+        Fault::Garbage(300),
+        Fault::Slow(Duration::from_micros(5)),
+    ];
+    // A fixed sequence (Numerical Recipes' generator), so that a failure can be repeated.
+    let mut random = 7_u32;
+    let mut next = |below: usize| {
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (random >> 16) as usize % below
+    };
+    for generation in 1..60 {
+        let verb = if next(2) == 0 { Verb::List } else { Verb::Watch };
+        let path = ["/services", "/endpointslices", "/nodes", "/pods"][next(4)];
+        it.api.inject(verb, path, faults[next(faults.len())].clone(), 1 + next(3));
+        match next(8) {
+            0 => {
+                it.api.go_away();
+                it.api.set(&cluster(next(60), generation)).unwrap();
+                if next(2) == 0 {
+                    it.api.compact();
+                }
+                it.api.come_back().unwrap();
+            }
+            1 => it.api.compact(),
+            _ => it.api.set(&cluster(next(60), generation)).unwrap(),
+        }
+        tokio::time::sleep(Duration::from_millis(next(30) as u64)).await;
+    }
+    it.api.disarm();
+    it.api.set(&cluster(33, 99)).unwrap();
+    let heard = it.arrives_at(&cluster(33, 99)).await;
+    assert_eq!(heard.problems, [""; 0]);
+}
