@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use aya_log::EbpfLogger;
 use ferroflow_common::abi::state::AgentState;
 use futures_util::FutureExt as _;
-use futures_util::future::BoxFuture;
+use futures_util::future::{self, BoxFuture};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, Receiver, Sender};
 use tokio::time::sleep_until;
@@ -14,6 +14,7 @@ use tokio::time::sleep_until;
 use crate::clock;
 use crate::config;
 use crate::datapath::{self, Datapath, DatapathError, Interface};
+use crate::events::{Note, Reason, Recorder};
 use crate::gc;
 use crate::health::{self, Health, proxy::Progress};
 use crate::lock::{Lock, LockError};
@@ -52,7 +53,8 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         None => datapath::cgroup2_mount()?,
     };
     let (events, objects) = mpsc::channel(QUEUE);
-    let source = source(config, events).await?;
+    let (recorder, notes) = Recorder::new();
+    let source = source(config, events, notes).await?;
     let options = datapath::Options {
         bpffs: config.bpffs.clone(),
         socket_lb: config.socket_lb,
@@ -74,9 +76,9 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let sweeping = tokio::spawn(gc::run(config.bpffs.maps()));
     let attachments =
         Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };
-    let health = Health::start(config.health_port);
+    let health = Health::start(config.health_port, recorder.clone());
     let state = first_words(config);
-    Daemon { datapath, reconciler, attachments, health, said: None, state, awaited: 2 }
+    Daemon { datapath, reconciler, attachments, health, recorder, said: None, state, awaited: 2 }
         .serve(objects, routes)
         .await?;
     watching.abort();
@@ -85,16 +87,19 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// Says what there is, and what changes, until nobody listens.
+/// Says what there is, and what changes, until nobody listens; with an API also posts what is noted.
 async fn source(
     config: &config::Agent,
     events: Sender<Event>,
+    notes: Receiver<Note>,
 ) -> Result<BoxFuture<'static, ()>, AccessError> {
     let node = config.node_name.as_str();
     let Some(dir) = &config.manifests else {
         let access =
             Access { kubeconfig: config.api.kubeconfig.clone(), servers: config.api.api_server.clone() };
-        return Ok(KubeSource::open(access, node, kube::Timing::default()).await?.run(events).boxed());
+        let source = KubeSource::open(access, node, kube::Timing::default()).await?;
+        let posting = source.post(notes);
+        return Ok(future::join(source.run(events), posting).map(drop).boxed());
     };
     if !dir.is_dir() {
         tracing::warn!(dir = %dir.display(), "no such directory: nothing is served until it is there");
@@ -132,6 +137,7 @@ struct Daemon {
     reconciler: Reconciler<KernelMaps>,
     attachments: Attachments,
     health: Health,
+    recorder: Recorder,
     /// What was last said where `ferroflow status` finds it; nothing yet.
     said: Option<AgentState>,
     state: AgentState,
@@ -178,6 +184,7 @@ impl Daemon {
                 self.host(event);
             }
             self.reconciler.tick(Instant::now());
+            self.reconciler.take_notes().into_iter().for_each(|note| self.recorder.note(note));
             if self.awaited == 0 {
                 self.attach();
             }
@@ -207,6 +214,7 @@ impl Daemon {
             Event::Change(change) => self.reconciler.handle(change, Instant::now()),
             Event::Problems(problems) => {
                 self.state.rejected = u32::try_from(problems.len()).unwrap_or(u32::MAX);
+                problems.iter().filter_map(refused).for_each(|note| self.recorder.note(note));
                 self.reconciler.hold(watch::withheld(&problems), Instant::now());
             }
             Event::Synced => self.source_synced(),
@@ -285,6 +293,12 @@ impl Daemon {
         self.said = Some(self.state);
         Ok(())
     }
+}
+
+/// For the users of an object that is refused.
+fn refused(problem: &watch::Problem) -> Option<Note> {
+    let object = problem.object.clone()?;
+    Some(Note { object, reason: Reason::InvalidObject, message: problem.message.clone() })
 }
 
 fn first_words(config: &config::Agent) -> AgentState {

@@ -27,6 +27,7 @@ pub mod clock;
 pub mod config;
 pub mod daemon;
 pub mod datapath;
+pub mod events;
 pub mod gc;
 pub mod health;
 pub mod lock;

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
 use crate::{
-    agent::Agent,
+    agent::{Agent, Api},
     cluster::{Cluster, Family, Pod},
     manifests::{Endpoint, Port, Service},
     pod::{DNS_PORT, ECHO_PORT, FailureKind, HTTP_PORT, Outcome},
@@ -22,6 +22,8 @@ use crate::{
 #[derive(Debug)]
 pub struct World {
     pub agents: Vec<Agent>,
+    /// One a node, in worlds over an API.
+    pub apis: Vec<Api>,
     /// Backends: `a2` and `b2`, so `a1` and `b1` have a local and a remote one.
     pub web: Service,
     pub empty: Service,
@@ -52,6 +54,26 @@ const REMOVAL_LIMIT: Duration = Duration::from_secs(2);
 impl World {
     /// Agents with these further arguments, synced.
     pub fn new(sandbox: &Sandbox, agent_args: &[&str]) -> Result<Self> {
+        let mut world = Self::without_agents(sandbox)?;
+        let nodes = world.cluster.nodes().iter();
+        world.agents = nodes.map(|node| Agent::start(node, agent_args)).collect::<Result<_>>()?;
+        world.wait_synced()?;
+        Ok(world)
+    }
+
+    /// The same over a Kubernetes API, one a node, with the same manifests.
+    pub fn over_api(sandbox: &Sandbox, agent_args: &[&str]) -> Result<Self> {
+        let mut world = Self::without_agents(sandbox)?;
+        for node in world.cluster.nodes() {
+            let api = Api::of_manifests(node)?;
+            world.agents.push(Agent::start_over(&api, node, agent_args)?);
+            world.apis.push(api);
+        }
+        world.wait_synced()?;
+        Ok(world)
+    }
+
+    fn without_agents(sandbox: &Sandbox) -> Result<Self> {
         // Before anything is built: it may not be set.
         crate::agent::binary()?;
         let cluster = Cluster::new(sandbox, &["a", "b"])?;
@@ -62,11 +84,17 @@ impl World {
         manifests.write_endpoints(&web, &Endpoint::ready(BACKENDS.map(|name| cluster.pod(name))))?;
         manifests.write_service(&empty)?;
         manifests.write_endpoints(&empty, &[])?;
-        let agents =
-            cluster.nodes().iter().map(|node| Agent::start(node, agent_args)).collect::<Result<_>>()?;
-        let mut world = Self { agents, web, empty, cluster };
-        world.wait_synced()?;
-        Ok(world)
+        Ok(Self { agents: Vec::new(), apis: Vec::new(), web, empty, cluster })
+    }
+
+    /// [`World::test`] over a Kubernetes API.
+    pub fn test_over_api(
+        sandbox: &Sandbox,
+        agent_args: &[&str],
+        test: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let mut world = Self::over_api(sandbox, agent_args)?;
+        test(&mut world).map_err(|error| anyhow!("{error:#}\n{}", world.logs()))
     }
 
     /// Runs a test in a new world; a failure comes with the agents' logs.

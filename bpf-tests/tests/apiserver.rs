@@ -1,6 +1,7 @@
 //! The Kubernetes source against an API server that misbehaves: after every fault the agent knows what it would know
 //! from a directory of the same manifests.
 #![forbid(unsafe_code)]
+#![expect(clippy::unwrap_used, reason = "what helps a test fails as the test does")]
 
 use std::{
     collections::BTreeMap,
@@ -12,6 +13,7 @@ use std::{
 
 use bpf_tests::apiserver::{ApiServer, Fault, Verb};
 use ferroflow::{
+    events::{Reason, Recorder},
     model::{Change, EndpointSlice, Name, Node, Pod, Service},
     watch::{
         Contact, Event, Source,
@@ -127,7 +129,7 @@ fn member(number: usize, generation: u16) -> String {
     let (high, low) = (number / 250, number % 250 + 1);
     let port = 1000 + generation;
     let mut text = format!(
-        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{number}, namespace: default}}\n\
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{number}, namespace: default, uid: uid-of-s{number}}}\n\
          spec: {{clusterIP: 10.96.{high}.{low}, ports: [{{port: {port}}}]}}\n"
     );
     let _infallible = write!(
@@ -488,6 +490,47 @@ async fn bookmarks_keep_a_quiet_watch_from_growing_old() {
         it.arrives_at(&cluster(2, 1)).await;
         assert_eq!(it.requests(Verb::List, "") == lists, bookmarks, "listed again only without them");
     }
+}
+
+#[tokio::test]
+async fn what_is_noted_becomes_an_event_on_the_object() {
+    let it = Fixture::start(&cluster(1, 0), TIMING, |api| {
+        api.inject(Verb::Write, "/events", Fault::Status(500, None), 1);
+    })
+    .await;
+    let access = Access { kubeconfig: Some(it.dir.path().join("kubeconfig")), servers: Vec::new() };
+    let source = KubeSource::open(access, "n1", TIMING).await.unwrap();
+    let (recorder, notes) = Recorder::new();
+    tokio::spawn(source.post(notes));
+    for _ in 0..5 {
+        let message = "10.96.0.1 port 80/TCP belongs to Service default/other";
+        recorder.note_service(&Name::new("default", "s0"), Reason::ServiceConflict, message);
+    }
+    it.source.until("the events", |_| it.requests(Verb::Write, "") >= 3).await;
+    let requests = it.api.requests();
+    let written: Vec<_> = requests.iter().filter(|request| request.verb == Verb::Write).collect();
+    let (refused, created, patched) = (written[0], written[1], written[2]);
+    assert_eq!(created.path, "/apis/events.k8s.io/v1/namespaces/default/events");
+    assert_eq!(
+        (&refused.method, &created.method, &patched.method),
+        (&"POST".into(), &"POST".into(), &"PATCH".into())
+    );
+    let text =
+        |pointer: &str| created.body.pointer(pointer).and_then(|value| value.as_str()).unwrap_or_default();
+    assert_eq!(text("/reason"), "ServiceConflict");
+    assert_eq!(text("/type"), "Warning");
+    assert_eq!(text("/note"), "10.96.0.1 port 80/TCP belongs to Service default/other");
+    assert_eq!(text("/reportingInstance"), "ferroflow-n1");
+    assert_eq!((text("/regarding/kind"), text("/regarding/name")), ("Service", "s0"));
+    assert_eq!((text("/regarding/apiVersion"), text("/regarding/uid")), ("v1", "uid-of-s0"));
+    assert_eq!(
+        refused.body["metadata"]["name"], created.body["metadata"]["name"],
+        "the same event, tried again"
+    );
+    assert_eq!(patched.path, format!("{}/{}", created.path, text("/metadata/name")));
+    assert_eq!(patched.body.pointer("/series/count"), Some(&2.into()));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(it.requests(Verb::Write, ""), 3, "the rest of the series only counts");
 }
 
 /// Faults of every kind at random, while the cluster changes.

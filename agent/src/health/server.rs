@@ -18,6 +18,7 @@ use tokio::task::JoinHandle;
 
 use super::proxy::{Progress, Stamp};
 use super::{Answer, Check, Proxy};
+use crate::events::{Reason, Recorder};
 use crate::model::{Family, Stay};
 
 /// Where kube-proxy answers.
@@ -40,8 +41,9 @@ pub struct Health {
     ports: BTreeMap<Port, JoinHandle<()>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    recorder: Recorder,
     proxy: Proxy,
     checks: BTreeMap<Port, Check>,
 }
@@ -55,8 +57,9 @@ enum Subject {
 
 impl Health {
     /// Starts to answer on `proxy_port`, which is [`PROXY_PORT`] but for tests.
-    pub fn start(proxy_port: u16) -> Self {
-        let state = Arc::new(Mutex::new(State::default()));
+    pub fn start(proxy_port: u16, recorder: Recorder) -> Self {
+        let state =
+            Arc::new(Mutex::new(State { recorder, proxy: Proxy::default(), checks: BTreeMap::new() }));
         let proxy = tokio::spawn(listen(proxy_port, Subject::Proxy, state.clone()));
         Self { state, proxy, ports: BTreeMap::new() }
     }
@@ -87,6 +90,18 @@ impl Health {
     }
 }
 
+impl State {
+    /// Tells the users of a Service that its health check does not listen.
+    fn note_bind(&self, subject: Subject, error: &std::io::Error) {
+        if let Subject::Service(port) = subject
+            && let Some(check) = self.checks.get(&port)
+        {
+            let reason = Reason::FailedToStartServiceHealthcheck;
+            self.recorder.note_service(&check.service, reason, format!("port {port}: {error}"));
+        }
+    }
+}
+
 impl Drop for Health {
     fn drop(&mut self) {
         self.proxy.abort();
@@ -95,7 +110,7 @@ impl Drop for Health {
 }
 
 async fn listen(port: u16, subject: Subject, state: Arc<Mutex<State>>) {
-    let listener = bind(port, subject).await;
+    let listener = bind(port, subject, &state).await;
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
@@ -116,7 +131,7 @@ async fn listen(port: u16, subject: Subject, state: Arc<Mutex<State>>) {
 }
 
 /// Tries until the port is free.
-async fn bind(port: u16, subject: Subject) -> TcpListener {
+async fn bind(port: u16, subject: Subject, state: &Mutex<State>) -> TcpListener {
     let mut said = false;
     loop {
         // Both families, or IPv4 where the host has no IPv6.
@@ -131,6 +146,7 @@ async fn bind(port: u16, subject: Subject) -> TcpListener {
                     ?subject,
                     "FailedToStartServiceHealthcheck: port {port}: {error}; trying again"
                 );
+                lock(state).note_bind(subject, &error);
                 said = true;
             }
             Err(_) => {}
@@ -226,7 +242,7 @@ mod tests {
     #[tokio::test]
     async fn rules_40_and_41_ports_are_opened_answered_and_closed() {
         let (proxy_port, port) = (free_port().await, free_port().await);
-        let mut health = Health::start(proxy_port);
+        let mut health = Health::start(proxy_port, Recorder::new().0);
         let text = eventually(proxy_port, "/healthz", |it| it.is_some()).await.unwrap();
         assert!(text.starts_with("HTTP/1.1 200") && text.contains("\"nodeEligible\":true"), "{text}");
         health.set_proxy(Progress::Done, Stay::Leaves);
@@ -266,7 +282,7 @@ mod tests {
             service.exposure.health_check_port = Some(Port::new(port));
             world.apply(Change::Service(Name::new("shop", name), Some(service)));
         }
-        let mut health = Health::start(free_port().await);
+        let mut health = Health::start(free_port().await, Recorder::new().0);
         health.set_checks(checks(&world));
         eventually(port, "/", |it| it.is_some()).await;
     }

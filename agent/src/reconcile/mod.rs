@@ -18,12 +18,14 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use ferroflow_common::abi::endpoint::Endpoint;
 
+use crate::events::{Note, Reason};
 use crate::maps::{MapError, Maps};
-use crate::model::{Change, Touched, Withheld, World};
+use crate::model::{Change, Kind, ObjectId, Touched, Withheld, World};
 use crate::plan::{self, endpoints};
 use queue::Queue;
 use service::ServiceError;
@@ -50,6 +52,8 @@ pub struct Reconciler<M> {
     queue: Queue,
     synced: bool,
     failures: u64,
+    /// For the users of the objects; not taken yet.
+    notes: BTreeSet<Note>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -86,7 +90,7 @@ impl<M: Maps> Reconciler<M> {
         }
         queue.touch(Touched::Node, now);
         let world = World::new(config.node.clone());
-        Ok(Self { world, tables, queue, synced: false, failures: 0 })
+        Ok(Self { world, tables, queue, synced: false, failures: 0, notes: BTreeSet::new() })
     }
 
     /// Takes a change in; it is written at the next [`Reconciler::tick`].
@@ -132,6 +136,7 @@ impl<M: Maps> Reconciler<M> {
                 Ok(()) => self.queue.succeeded(&key),
                 Err(error) => {
                     self.failures += 1;
+                    self.notes.extend(note(&key, &error));
                     self.queue.failed(key, error.to_string().into(), now);
                 }
             }
@@ -165,6 +170,11 @@ impl<M: Maps> Reconciler<M> {
         self.queue.failing()
     }
 
+    /// What users are to be told of objects since this was called last.
+    pub fn take_notes(&mut self) -> BTreeSet<Note> {
+        std::mem::take(&mut self.notes)
+    }
+
     /// The local pods as they are in the table.
     pub fn endpoints(&self) -> impl Iterator<Item = &Endpoint> {
         self.tables.endpoints.values()
@@ -195,6 +205,19 @@ impl<M: Maps> Reconciler<M> {
             }
         }
     }
+}
+
+/// Of a Service; the rest is nobody's object.
+fn note(key: &Touched, error: &ServiceError) -> Option<Note> {
+    let name = match key {
+        Touched::Service(name) => name.clone(),
+        Touched::Endpoint(_) | Touched::Node => return None,
+    };
+    let reason = match error {
+        ServiceError::Conflict { .. } => Reason::ServiceConflict,
+        ServiceError::Plan(_) | ServiceError::Exhausted(_) | ServiceError::Map(_) => Reason::NotProgrammed,
+    };
+    Some(Note { object: ObjectId { kind: Kind::Service, name }, reason, message: error.to_string().into() })
 }
 
 /// A few milliseconds' worth.

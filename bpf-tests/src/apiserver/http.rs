@@ -23,7 +23,7 @@ struct Query {
     limit: usize,
     /// `version:key`, as this server writes it.
     r#continue: String,
-    watch: bool,
+    verb: Verb,
     bookmarks: bool,
     version: u64,
     timeout: Duration,
@@ -35,18 +35,20 @@ pub(super) async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     let path = request.uri().path().to_owned();
-    let query = Query::parse(request.uri().query().unwrap_or_default());
-    let verb = match (request.method() == Method::GET, query.watch) {
-        (true, true) => Verb::Watch,
-        (true, false) => Verb::List,
-        (false, _) => Verb::Write,
-    };
+    let query = Query::parse(request.method(), request.uri().query().unwrap_or_default());
+    let verb = query.verb;
     let authorized = shared.authorized(&request);
-    let method = request.method().to_string();
+    let method = request.method().clone();
     let query_text = request.uri().query().unwrap_or_default().to_owned();
     let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     let body: Value = serde_json::from_slice(&body).unwrap_or_default();
-    shared.record(Recorded { verb, method, path: path.clone(), query: query_text, body: body.clone() });
+    shared.record(Recorded {
+        verb,
+        method: method.to_string(),
+        path: path.clone(),
+        query: query_text,
+        body: body.clone(),
+    });
     if !authorized {
         return Ok(status(401, "Unauthorized", None));
     }
@@ -56,6 +58,9 @@ pub(super) async fn answer(
         Some(Fault::Hang) => return std::future::pending().await,
         Some(Fault::HangInBody) => return Ok(stream(pending_body())),
         Some(Fault::ExpiredEvent | Fault::Cut(_) | Fault::Slow(_) | Fault::Garbage(_)) | None => {}
+    }
+    if let Some(object) = shared.store().one(&path).filter(|_| method == Method::GET) {
+        return Ok(one(200, object.to_string()));
     }
     Ok(match verb {
         Verb::List => spoiled(list(&shared, &path, &query), fault),
@@ -223,7 +228,7 @@ fn status(code: u16, message: &str, retry_after: Option<u32>) -> Response<Body> 
 }
 
 impl Query {
-    fn parse(text: &str) -> Self {
+    fn parse(method: &Method, text: &str) -> Self {
         let pairs: Vec<(String, String)> = text
             .split('&')
             .filter_map(|pair| pair.split_once('='))
@@ -233,7 +238,11 @@ impl Query {
         Self {
             limit: get("limit").parse().unwrap_or(usize::MAX),
             r#continue: get("continue").to_owned(),
-            watch: matches!(get("watch"), "true" | "1"),
+            verb: match (method == Method::GET, get("watch")) {
+                (true, "true" | "1") => Verb::Watch,
+                (true, _) => Verb::List,
+                (false, _) => Verb::Write,
+            },
             bookmarks: matches!(get("allowWatchBookmarks"), "true" | "1"),
             version: get("resourceVersion").parse().unwrap_or_default(),
             timeout: Duration::from_secs(get("timeoutSeconds").parse().unwrap_or(1800)),

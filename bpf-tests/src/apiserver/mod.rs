@@ -6,6 +6,7 @@
 //! client makes of list and watch together is the same as with the snapshots of a real server.
 
 mod fault;
+mod follow;
 mod http;
 mod store;
 
@@ -25,6 +26,7 @@ use tokio::task::JoinSet;
 
 use fault::Armed;
 pub use fault::{Fault, Verb};
+pub use follow::Follower;
 use store::Store;
 
 /// A running server, on a thread of its own; it ends when this is dropped.
@@ -83,6 +85,10 @@ impl ApiServer {
         Ok(Self { shared, address, running })
     }
 
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
@@ -103,35 +109,23 @@ impl ApiServer {
 
     /// Makes the cluster be exactly what these manifests say: YAML of one or several documents each.
     pub fn set(&self, manifests: &[impl AsRef<str>]) -> Result<()> {
-        let mut objects = Vec::new();
-        for text in manifests {
-            let documents: Vec<Value> = serde_saphyr::from_multiple(text.as_ref())?;
-            objects.extend(documents.into_iter().filter(|document| !document.is_null()));
-        }
-        self.set_objects(objects)
+        self.set_objects(parse(manifests)?)
     }
 
     /// The same, from objects.
     pub fn set_objects(&self, objects: Vec<Value>) -> Result<()> {
-        self.shared.store().set(objects)?;
-        self.announce();
-        Ok(())
+        self.shared.set_objects(objects)
     }
 
-    /// Makes the cluster be what is in a directory of manifests.
-    pub fn set_directory(&self, directory: &Path) -> Result<()> {
-        let mut texts = Vec::new();
-        for entry in std::fs::read_dir(directory)? {
-            let path = entry?.path();
-            texts.push(std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?);
-        }
-        self.set(&texts)
+    /// Makes the cluster be what is in a directory of manifests, and follows it.
+    pub fn follow(&self, directory: &Path) -> Result<Follower> {
+        Follower::start(self.shared.clone(), directory)
     }
 
     /// Something that nobody watches changes: the version grows.
     pub fn advance(&self) {
         self.shared.store().advance();
-        self.announce();
+        self.shared.announce();
     }
 
     /// Forgets the history: older versions are too old from now on.
@@ -177,13 +171,13 @@ impl ApiServer {
     pub fn come_back(&mut self) -> Result<()> {
         let listener =
             TcpListener::bind(self.address).with_context(|| format!("listen on {}", self.address))?;
-        self.running = Some(Running::start(listener, self.shared.clone())?);
-        Ok(())
+        self.come_back_on(listener)
     }
 
-    fn announce(&self) {
-        let version = self.shared.store().version();
-        self.shared.version.send_replace(version);
+    /// Listens again, on a listener of the former address.
+    pub fn come_back_on(&mut self, listener: TcpListener) -> Result<()> {
+        self.running = Some(Running::start(listener, self.shared.clone())?);
+        Ok(())
     }
 }
 
@@ -246,6 +240,17 @@ impl Shared {
         lock(&self.store)
     }
 
+    fn set_objects(&self, objects: Vec<Value>) -> Result<()> {
+        self.store().set(objects)?;
+        self.announce();
+        Ok(())
+    }
+
+    fn announce(&self) {
+        let version = self.store().version();
+        self.version.send_replace(version);
+    }
+
     fn changed(&self) -> watch::Receiver<u64> {
         self.version.subscribe()
     }
@@ -275,6 +280,15 @@ impl Shared {
         }
         Some(fault)
     }
+}
+
+fn parse(manifests: impl IntoIterator<Item = impl AsRef<str>>) -> Result<Vec<Value>> {
+    let mut objects = Vec::new();
+    for text in manifests {
+        let documents: Vec<Value> = serde_saphyr::from_multiple(text.as_ref())?;
+        objects.extend(documents.into_iter().filter(|document| !document.is_null()));
+    }
+    Ok(objects)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -95,6 +95,22 @@ impl Store {
         self.changes.clear();
     }
 
+    /// The object of a path like `/api/v1/namespaces/default/services/web` or `/api/v1/nodes/a`.
+    pub(super) fn one(&self, path: &str) -> Option<&Value> {
+        let (kind, name) = path.rsplit_once('/')?;
+        let (root, namespace, plural) = match kind.split_once("/namespaces/") {
+            Some((root, rest)) => {
+                let (namespace, plural) = rest.split_once('/')?;
+                (root, namespace, plural)
+            }
+            None => {
+                let (root, plural) = kind.rsplit_once('/')?;
+                (root, "", plural)
+            }
+        };
+        self.kinds.get(&format!("{root}/{plural}"))?.get(&format!("{namespace}/{name}"))
+    }
+
     pub(super) fn page(&self, path: &str, selector: &Selector, (limit, after): (usize, &str)) -> Page {
         let objects = self.kinds.get(path).into_iter().flatten();
         let mut found =

@@ -220,7 +220,8 @@ mod tests {
                     format!("+{}:{}", name.name, service.ports[0].port)
                 }
                 Event::Change(Change::Service(name, None)) => format!("-{}", name.name),
-                other => format!("{other:?}"),
+                Event::Change(other) => format!("{other:?}"),
+                other @ (Event::Problems(_) | Event::Synced | Event::Contact(_)) => format!("{other:?}"),
             };
             let mut said: Vec<_> = self.said.drain(..).map(text).collect();
             said.sort();

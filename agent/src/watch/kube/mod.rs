@@ -46,6 +46,7 @@
 
 mod access;
 mod backoff;
+mod events;
 mod fault;
 mod frames;
 mod ledger;
@@ -57,7 +58,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use tokio::sync::Mutex;
-use tokio::sync::mpsc::Sender;
+use tokio::sync::mpsc::{Receiver, Sender};
 
 use access::Servers;
 pub use access::{Access, AccessError, server};
@@ -66,6 +67,7 @@ use reflect::Reflector;
 use voice::Voice;
 
 use super::{Event, Source};
+use crate::events::Note;
 use crate::model::Kind;
 
 /// A kind of objects and where the API has it.
@@ -73,18 +75,28 @@ use crate::model::Kind;
 struct Resource {
     kind: Kind,
     path: &'static str,
+    scope: Scope,
     /// Which objects are asked for, by their fields; all where it is empty.
     fields: &'static str,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Scope {
+    Cluster,
+    Namespaced,
 }
 
 /// What is watched. `watch::document` says how each is read.
 #[rustfmt::skip]
 const RESOURCES: &[Resource] = &[
-    Resource { kind: Kind::Node, path: "/api/v1/nodes", fields: "" },
-    Resource { kind: Kind::Service, path: "/api/v1/services", fields: "" },
-    Resource { kind: Kind::EndpointSlice, path: "/apis/discovery.k8s.io/v1/endpointslices", fields: "" },
-    Resource { kind: Kind::Pod, path: "/api/v1/pods", fields: "status.phase!=Succeeded,status.phase!=Failed,spec.hostNetwork!=true" },
+    Resource { kind: Kind::Node, path: "/api/v1/nodes", scope: Scope::Cluster, fields: "" },
+    Resource { kind: Kind::Service, path: "/api/v1/services", scope: Scope::Namespaced, fields: "" },
+    Resource { kind: Kind::EndpointSlice, path: "/apis/discovery.k8s.io/v1/endpointslices", scope: Scope::Namespaced, fields: "" },
+    Resource { kind: Kind::Pod, path: "/api/v1/pods", scope: Scope::Namespaced, fields: RUNNING_PODS },
 ];
+
+/// Pods that may have an address of their own.
+const RUNNING_PODS: &str = "status.phase!=Succeeded,status.phase!=Failed,spec.hostNetwork!=true";
 
 /// How long the source waits.
 #[derive(Clone, Copy, Debug)]
@@ -131,6 +143,11 @@ impl KubeSource {
         timing: Timing,
     ) -> Result<Self, AccessError> {
         Ok(Self { servers: Arc::new(Servers::open(access).await?), node: node.into(), timing })
+    }
+
+    /// Posts what is noted as events on the objects, until nobody notes any more.
+    pub fn post(&self, notes: Receiver<Note>) -> impl Future<Output = ()> + Send + use<> {
+        events::post(self.servers.clone(), self.node.clone(), notes)
     }
 }
 
