@@ -25,7 +25,7 @@ use crate::net::{self, Moved, NetError, NetEvent};
 use crate::plan;
 use crate::reconcile::{self, Limits, Reconciler};
 use crate::watch::file::{FileSource, Timing};
-use crate::watch::kube::{self, Access, AccessError, KubeSource};
+use crate::watch::kube::{Access, AccessError, KubeSource, Timing as ApiTiming};
 use crate::watch::{self, Contact, Event, Source as _};
 
 /// Longer than any program runs on a packet, and than any reader of a slot range holds what it read.
@@ -97,7 +97,7 @@ async fn source(
     let Some(dir) = &config.manifests else {
         let access =
             Access { kubeconfig: config.api.kubeconfig.clone(), servers: config.api.api_server.clone() };
-        let source = KubeSource::open(access, node, kube::Timing::default()).await?;
+        let source = KubeSource::open(access, node, ApiTiming::default()).await?;
         let posting = source.post(notes);
         return Ok(future::join(source.run(events), posting).map(drop).boxed());
     };

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! `net/` reports the host's own addresses and routes, which are Changes too; `datapath/` loads the programs and attaches
-//! them where the plan says; `daemon` joins the stages in one loop; `health/` answers load balancers; `cli/` reads the
-//! maps without any of these.
+//! them where the plan says; `daemon` joins the stages in one loop; `health/` answers load balancers; `events/` takes what
+//! users should know of their objects, which `watch/kube/` posts; `cli/` reads the maps without any of these.
 //!
 //! A folder is a stage. What a stage may import (`cargo xtask layers` enforces it):
 //!

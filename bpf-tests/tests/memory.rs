@@ -137,6 +137,7 @@ fn pod(number: u32) -> Value {
         json!({ "type": kind, "status": "True", "lastProbeTime": null,
             "lastTransitionTime": "2026-01-02T03:04:05Z" })
     };
+    let conditions = ["PodScheduled", "Initialized", "ContainersReady", "Ready"].map(condition);
     json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": metadata(number, &format!("pod-{number}-7d4b9c6f5d-x7k2p")),
         "spec": {
@@ -148,7 +149,7 @@ fn pod(number: u32) -> Value {
         },
         "status": {
             "phase": "Running", "podIP": address(number), "podIPs": [{ "ip": address(number) }],
-            "conditions": ["PodScheduled", "Initialized", "ContainersReady", "Ready"].map(condition),
+            "conditions": conditions,
         },
     })
 }

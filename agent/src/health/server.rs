@@ -282,8 +282,11 @@ mod tests {
             service.exposure.health_check_port = Some(Port::new(port));
             world.apply(Change::Service(Name::new("shop", name), Some(service)));
         }
-        let mut health = Health::start(free_port().await, Recorder::new().0);
+        let (recorder, mut notes) = Recorder::new();
+        let mut health = Health::start(free_port().await, recorder);
         health.set_checks(checks(&world));
         eventually(port, "/", |it| it.is_some()).await;
+        let note = notes.recv().await.unwrap();
+        assert_eq!((&*note.object.name.name, note.reason), ("a", Reason::FailedToStartServiceHealthcheck));
     }
 }

@@ -22,8 +22,13 @@
 //!
 //! # Rights
 //!
-//! `get`, `list` and `watch` of what [`RESOURCES`] names, in all namespaces: `services`, `nodes`, `pods` (core),
-//! `endpointslices` (discovery.k8s.io). Nothing is written but events: `create`, `patch` of `events` (events.k8s.io).
+//! | group | resources | verbs | for |
+//! | --- | --- | --- | --- |
+//! | (core) | `services`, `nodes`, `pods` | `get`, `list`, `watch` | the model; `get` for the uid that an event names |
+//! | `discovery.k8s.io` | `endpointslices` | `get`, `list`, `watch` | the same |
+//! | `events.k8s.io` | `events` | `create`, `patch` | events on objects |
+//!
+//! All in a ClusterRole. Nothing else is written, and no Secret or ConfigMap is read.
 //!
 //! # Load
 //!
