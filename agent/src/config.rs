@@ -95,6 +95,14 @@ pub struct Api {
     #[arg(long, env = "FERROFLOW_API_SERVER", value_name = "URL", value_delimiter = ',',
         value_parser = crate::watch::kube::server)]
     pub api_server: Vec<hyper::Uri>,
+
+    /// Take the taint of this key off the node once it is served
+    #[arg(long, env = "FERROFLOW_STARTUP_TAINT", value_name = "KEY", conflicts_with = "manifests")]
+    pub startup_taint: Option<String>,
+
+    /// Set the node's condition NetworkUnavailable to False once it is served (for clouds that set it on new nodes)
+    #[arg(long, env = "FERROFLOW_SET_NETWORK_AVAILABLE", conflicts_with = "manifests")]
+    pub set_network_available: bool,
 }
 
 /// Which sockets are translated when they name their peer.

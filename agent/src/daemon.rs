@@ -9,6 +9,7 @@ use futures_util::FutureExt as _;
 use futures_util::future::{self, BoxFuture};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, Receiver, Sender};
+use tokio::sync::oneshot;
 use tokio::time::sleep_until;
 
 use crate::clock;
@@ -25,7 +26,7 @@ use crate::net::{self, Moved, NetError, NetEvent};
 use crate::plan;
 use crate::reconcile::{self, Limits, Reconciler};
 use crate::watch::file::{FileSource, Timing};
-use crate::watch::kube::{Access, AccessError, KubeSource, Timing as ApiTiming};
+use crate::watch::kube::{Access, AccessError, KubeSource, Network, Readiness, Timing as ApiTiming};
 use crate::watch::{self, Contact, Event, Source as _};
 
 /// Longer than any program runs on a packet, and than any reader of a slot range holds what it read.
@@ -54,7 +55,8 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     };
     let (events, objects) = mpsc::channel(QUEUE);
     let (recorder, notes) = Recorder::new();
-    let source = source(config, events, notes).await?;
+    let (ready, served) = oneshot::channel();
+    let source = source(config, events, notes, served).await?;
     let options = datapath::Options {
         bpffs: config.bpffs.clone(),
         socket_lb: config.socket_lb,
@@ -78,9 +80,19 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };
     let health = Health::start(config.health_port, recorder.clone());
     let state = first_words(config);
-    Daemon { datapath, reconciler, attachments, health, recorder, said: None, state, awaited: 2 }
-        .serve(objects, routes)
-        .await?;
+    Daemon {
+        datapath,
+        reconciler,
+        attachments,
+        health,
+        recorder,
+        ready: Some(ready),
+        said: None,
+        state,
+        awaited: 2,
+    }
+    .serve(objects, routes)
+    .await?;
     watching.abort();
     sweeping.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
@@ -92,19 +104,31 @@ async fn source(
     config: &config::Agent,
     events: Sender<Event>,
     notes: Receiver<Note>,
+    served: oneshot::Receiver<()>,
 ) -> Result<BoxFuture<'static, ()>, AccessError> {
     let node = config.node_name.as_str();
     let Some(dir) = &config.manifests else {
         let access =
             Access { kubeconfig: config.api.kubeconfig.clone(), servers: config.api.api_server.clone() };
         let source = KubeSource::open(access, node, ApiTiming::default()).await?;
+        let announcing = source.announce(readiness(&config.api));
+        let announcing = async {
+            if served.await.is_ok() {
+                announcing.await;
+            }
+        };
         let posting = source.post(notes);
-        return Ok(future::join(source.run(events), posting).map(drop).boxed());
+        return Ok(future::join3(source.run(events), posting, announcing).map(drop).boxed());
     };
     if !dir.is_dir() {
         tracing::warn!(dir = %dir.display(), "no such directory: nothing is served until it is there");
     }
     Ok(FileSource::new(dir, node, Timing::default()).run(events).boxed())
+}
+
+fn readiness(api: &config::Api) -> Readiness {
+    let network = if api.set_network_available { Network::Ours } else { Network::Others };
+    Readiness { startup_taint: api.startup_taint.clone(), network }
 }
 
 fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
@@ -138,6 +162,8 @@ struct Daemon {
     attachments: Attachments,
     health: Health,
     recorder: Recorder,
+    /// To be told once everything is in the tables.
+    ready: Option<oneshot::Sender<()>>,
     /// What was last said where `ferroflow status` finds it; nothing yet.
     said: Option<AgentState>,
     state: AgentState,
@@ -278,6 +304,10 @@ impl Daemon {
     fn report(&mut self) -> Result<(), MapError> {
         let stats = self.reconciler.stats();
         let synced = self.is_synced();
+        if synced && let Some(ready) = self.ready.take() {
+            // With a directory there is nobody to tell.
+            let _nobody = ready.send(());
+        }
         self.state.synced = u32::from(synced);
         self.state.writes = stats.writes;
         self.state.retries = stats.failures;

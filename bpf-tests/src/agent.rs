@@ -79,7 +79,11 @@ impl Agent {
 
     /// Until it has programmed everything its sources list.
     pub fn wait_synced(&mut self) -> Result<Value> {
-        let deadline = Instant::now() + SYNC_LIMIT;
+        self.wait_synced_within(SYNC_LIMIT)
+    }
+
+    pub fn wait_synced_within(&mut self, limit: Duration) -> Result<Value> {
+        let deadline = Instant::now() + limit;
         loop {
             let status = self.status();
             if let Ok(status) = &status

@@ -18,7 +18,7 @@ use ferroflow::{
     watch::{
         Contact, Event, Source,
         file::{self, FileSource},
-        kube::{Access, KubeSource, Timing, server},
+        kube::{Access, KubeSource, Network, Readiness, Timing, server},
     },
 };
 use tokio::sync::mpsc;
@@ -531,6 +531,30 @@ async fn what_is_noted_becomes_an_event_on_the_object() {
     assert_eq!(patched.body.pointer("/series/count"), Some(&2.into()));
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(it.requests(Verb::Write, ""), 3, "the rest of the series only counts");
+}
+
+#[tokio::test]
+async fn rule_62_a_node_that_is_served_is_said_to_have_its_network() {
+    let node = "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\n\
+                spec: {taints: [{key: example.com/startup, effect: NoSchedule}, {key: other, effect: NoExecute}]}\n";
+    let it = Fixture::start(&[node.to_owned()], TIMING, |api| {
+        api.inject(Verb::Write, "/status", Fault::Status(500, None), 1);
+        api.inject(Verb::Write, "/n1", Fault::Status(409, None), 1);
+    })
+    .await;
+    let access = Access { kubeconfig: Some(it.dir.path().join("kubeconfig")), servers: Vec::new() };
+    let source = KubeSource::open(access, "n1", TIMING).await.unwrap();
+    source.announce(Readiness { startup_taint: Some("other".into()), network: Network::Ours }).await;
+    let requests = it.api.requests();
+    let done =
+        |path: &str| requests.iter().rfind(|request| request.verb == Verb::Write && request.path == path);
+    let status = done("/api/v1/nodes/n1/status").unwrap();
+    assert_eq!(status.body["status"]["conditions"][0]["type"], "NetworkUnavailable");
+    assert_eq!(status.body["status"]["conditions"][0]["status"], "False");
+    let spec = done("/api/v1/nodes/n1").unwrap();
+    assert_eq!(spec.body["spec"]["taints"].as_array().unwrap().len(), 1);
+    assert_eq!(spec.body["spec"]["taints"][0]["key"], "example.com/startup");
+    assert_eq!(it.requests(Verb::Write, "/n1"), 2, "tried again after the conflict");
 }
 
 /// Faults of every kind at random, while the cluster changes.

@@ -61,8 +61,7 @@ fn measure(node: &Node, objects: Vec<Value>) -> Result<(u64, u64)> {
     api.server.set_objects(objects)?;
     api.server.compact();
     let mut agent = Agent::start_over(&api, node, &[])?;
-    let waited = agent.wait_status(LIMIT, |status| status["synced"] == true);
-    waited.map_err(|error| error.context(agent.log_tail()))?;
+    agent.wait_synced_within(LIMIT)?;
     let measured = (agent.memory_kib("VmRSS")?, agent.memory_kib("RssAnon")?);
     agent.stop()?;
     Ok(measured)

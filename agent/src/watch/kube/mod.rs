@@ -27,6 +27,8 @@
 //! | (core) | `services`, `nodes`, `pods` | `get`, `list`, `watch` | the model; `get` for the uid that an event names |
 //! | `discovery.k8s.io` | `endpointslices` | `get`, `list`, `watch` | the same |
 //! | `events.k8s.io` | `events` | `create`, `patch` | events on objects |
+//! | (core) | `nodes` | `patch` | only with `--startup-taint` |
+//! | (core) | `nodes/status` | `patch` | only with `--set-network-available` |
 //!
 //! All in a ClusterRole. Nothing else is written, and no Secret or ConfigMap is read.
 //!
@@ -55,6 +57,7 @@ mod events;
 mod fault;
 mod frames;
 mod ledger;
+mod ready;
 mod reflect;
 mod voice;
 
@@ -68,6 +71,7 @@ use tokio::sync::mpsc::{Receiver, Sender};
 use access::Servers;
 pub use access::{Access, AccessError, server};
 use ledger::Ledger;
+pub use ready::{Network, Readiness};
 use reflect::Reflector;
 use voice::Voice;
 
@@ -153,6 +157,11 @@ impl KubeSource {
     /// Posts what is noted as events on the objects, until nobody notes any more.
     pub fn post(&self, notes: Receiver<Note>) -> impl Future<Output = ()> + Send + use<> {
         events::post(self.servers.clone(), self.node.clone(), notes)
+    }
+
+    /// Tells the cluster that this node has its network, as far as the operator wants it; ends when it is said.
+    pub fn announce(&self, readiness: Readiness) -> impl Future<Output = ()> + Send + use<> {
+        ready::announce(self.servers.clone(), self.node.clone(), readiness)
     }
 }
 
