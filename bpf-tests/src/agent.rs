@@ -223,7 +223,7 @@ impl Api {
         let listener = node.netns.run(|_| std::net::TcpListener::bind("127.0.0.1:0"))??;
         let server = ApiServer::listen(listener)?;
         let kubeconfig = node.logs.join(format!("{}.kubeconfig", node.name));
-        fs::write(&kubeconfig, server.kubeconfig(None)).context("write the kubeconfig")?;
+        server.write_kubeconfig(&kubeconfig, None)?;
         Ok(Self { server, kubeconfig, follower: None })
     }
 

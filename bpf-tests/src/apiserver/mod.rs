@@ -9,6 +9,7 @@ mod fault;
 mod follow;
 mod http;
 mod store;
+mod tls;
 
 use std::collections::VecDeque;
 use std::net::{SocketAddr, TcpListener};
@@ -21,6 +22,7 @@ use anyhow::{Context as _, Result};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
@@ -28,6 +30,7 @@ use fault::Armed;
 pub use fault::{Fault, Verb};
 pub use follow::Follower;
 use store::Store;
+use tls::Tls;
 
 /// A running server, on a thread of its own; it ends when this is dropped.
 #[derive(Debug)]
@@ -62,6 +65,7 @@ struct Shared {
     requests: Mutex<Vec<Recorded>>,
     token: Mutex<Option<String>>,
     bookmarks: Mutex<bool>,
+    tls: Option<Tls>,
 }
 
 impl ApiServer {
@@ -70,8 +74,17 @@ impl ApiServer {
         Self::listen(TcpListener::bind("127.0.0.1:0")?)
     }
 
+    /// The same over TLS, with a certificate for `name`.
+    pub fn start_with_tls(name: &str) -> Result<Self> {
+        Self::listen_as(TcpListener::bind("127.0.0.1:0")?, Some(Tls::new(name)?))
+    }
+
     /// On a listener that may be of another network namespace.
     pub fn listen(listener: TcpListener) -> Result<Self> {
+        Self::listen_as(listener, None)
+    }
+
+    fn listen_as(listener: TcpListener, tls: Option<Tls>) -> Result<Self> {
         let shared = Arc::new(Shared {
             store: Mutex::default(),
             version: watch::Sender::new(0),
@@ -79,6 +92,7 @@ impl ApiServer {
             requests: Mutex::default(),
             token: Mutex::default(),
             bookmarks: Mutex::new(true),
+            tls,
         });
         let address = listener.local_addr()?;
         let running = Some(Running::start(listener, shared.clone())?);
@@ -90,21 +104,28 @@ impl ApiServer {
     }
 
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        let scheme = if self.shared.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
     }
 
-    /// A kubeconfig that names this server, and a file with its token where there is one.
-    pub fn kubeconfig(&self, token_file: Option<&Path>) -> String {
+    /// Writes a kubeconfig that names this server, and the file with its token where there is one.
+    pub fn write_kubeconfig(&self, path: &Path, token_file: Option<&Path>) -> Result<()> {
         let user = match token_file {
             Some(path) => format!("{{tokenFile: {}}}", path.display()),
             None => "{}".to_owned(),
         };
-        format!(
+        let mut cluster = format!("server: \"{}\"", self.url());
+        if let Some(tls) = &self.shared.tls {
+            let authority = path.with_extension("pem");
+            std::fs::write(&authority, &tls.pem).context("write the certificate")?;
+            cluster.push_str(&format!(", certificate-authority: {}", authority.display()));
+        }
+        let text = format!(
             "apiVersion: v1\nkind: Config\ncurrent-context: test\n\
              contexts: [{{name: test, context: {{cluster: test, user: test}}}}]\n\
-             clusters: [{{name: test, cluster: {{server: \"{}\"}}}}]\nusers: [{{name: test, user: {user}}}]\n",
-            self.url()
-        )
+             clusters: [{{name: test, cluster: {{{cluster}}}}}]\nusers: [{{name: test, user: {user}}}]\n"
+        );
+        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))
     }
 
     /// Makes the cluster be exactly what these manifests say: YAML of one or several documents each.
@@ -225,14 +246,25 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>) -> Result<()> {
         let (stream, _) = listener.accept().await?;
         let shared = shared.clone();
         connections.spawn(async move {
-            let service = service_fn(move |request| http::answer(shared.clone(), request));
-            let connection =
-                hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
-            // Connections end badly here, on purpose.
-            let _cut = connection.await;
+            match shared.tls.clone() {
+                None => connection(shared, stream).await,
+                Some(tls) => {
+                    // Clients that do not trust the certificate go.
+                    if let Ok(stream) = tls.acceptor.accept(stream).await {
+                        connection(shared, stream).await;
+                    }
+                }
+            }
         });
         while connections.try_join_next().is_some() {}
     }
+}
+
+async fn connection(shared: Arc<Shared>, stream: impl AsyncRead + AsyncWrite + Unpin) {
+    let service = service_fn(move |request| http::answer(shared.clone(), request));
+    let served = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+    // Connections end badly here, on purpose.
+    let _cut = served.await;
 }
 
 impl Shared {
