@@ -105,14 +105,14 @@ impl Listener {
 
     /// Until it is as wanted.
     pub(crate) async fn until(&self, what: &str, wanted: impl Fn(&Heard) -> bool) -> Heard {
-        for _ in 0..6_000 {
+        for _ in 0..30_000 {
             let reached = wanted(&self.0.lock().unwrap());
             if reached {
                 return self.heard();
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        panic!("{what}: not within a minute; {:?}", self.heard());
+        panic!("{what}: not within five minutes; {:?}", self.heard());
     }
 }
 
