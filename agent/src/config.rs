@@ -43,9 +43,12 @@ pub struct Agent {
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     pub node_name: String,
 
-    /// Directory of Kubernetes YAML to serve (Service, EndpointSlice, Node, Pod; multi-document; re-read on change)
-    #[arg(long, env = "FERROFLOW_MANIFESTS", value_name = "DIR")]
-    pub manifests: PathBuf,
+    /// Directory of Kubernetes YAML to serve instead of a cluster (multi-document; re-read on change)
+    #[arg(long, env = "FERROFLOW_MANIFESTS", value_name = "DIR", conflicts_with_all = ["kubeconfig", "api_server"])]
+    pub manifests: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub api: Api,
 
     #[command(flatten)]
     pub bpffs: Bpffs,
@@ -143,6 +146,28 @@ pub struct Cni {
     #[arg(long = "cni-conf-name", env = "FERROFLOW_CNI_CONF_NAME", value_name = "NAME",
         default_value = "05-ferroflow.conflist", value_parser = conf_name)]
     pub conf_name: String,
+}
+
+/// How the Kubernetes API is reached; without any of these as the pod's service account says.
+#[derive(Args, Clone, Debug)]
+pub struct Api {
+    /// Credentials for the Kubernetes API [default: the pod's service account]
+    #[arg(long, env = "FERROFLOW_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// Addresses of API servers, tried in turn, separated by commas: needed where the address that the credentials name
+    /// is a Service, which nobody serves before this agent does
+    #[arg(long, env = "FERROFLOW_API_SERVER", value_name = "URL", value_delimiter = ',',
+        value_parser = crate::watch::kube::server)]
+    pub api_server: Vec<hyper::Uri>,
+
+    /// Take the taint of this key off the node once it is served
+    #[arg(long, env = "FERROFLOW_STARTUP_TAINT", value_name = "KEY", conflicts_with = "manifests")]
+    pub startup_taint: Option<String>,
+
+    /// Set the node's condition NetworkUnavailable to False once it is served (for clouds that set it on new nodes)
+    #[arg(long, env = "FERROFLOW_SET_NETWORK_AVAILABLE", conflicts_with = "manifests")]
+    pub set_network_available: bool,
 }
 
 /// Which sockets of pods are translated when they name their peer.

@@ -6,8 +6,11 @@ use std::time::{Duration, Instant};
 
 use aya_log::EbpfLogger;
 use ferroflow_common::abi::state::AgentState;
+use ferroflow_common::addr::Port;
+use futures_util::FutureExt as _;
+use futures_util::future::{self, BoxFuture};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc::{self, Receiver, UnboundedReceiver, UnboundedSender};
+use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedReceiver, UnboundedSender};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
@@ -19,6 +22,7 @@ use crate::cni::server::conflist::Conflist;
 use crate::cni::server::order::{Order, Place, Readiness, View};
 use crate::config;
 use crate::datapath::{self, Datapath, DatapathError, Interface};
+use crate::events::{Note, Reason, Recorder};
 use crate::gc;
 use crate::health::{self, Health, Keeper, proxy::Progress};
 use crate::kube_proxy;
@@ -30,7 +34,8 @@ use crate::net::{self, Moved, NetError, NetEvent};
 use crate::plan;
 use crate::reconcile::{self, Limits, Reconciler};
 use crate::watch::file::{FileSource, Timing};
-use crate::watch::{self, Event, Source as _};
+use crate::watch::kube::{self, Access, AccessError, KubeSource, Network, Timing as ApiTiming};
+use crate::watch::{self, Contact, Event, Source as _};
 
 /// Longer than any program runs on a packet, and than any reader of a slot range holds what it read.
 const GRACE: Duration = Duration::from_secs(2);
@@ -59,9 +64,10 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         Some(dir) => dir.clone(),
         None => datapath::cgroup2_mount()?,
     };
-    if !config.manifests.is_dir() {
-        tracing::warn!(dir = %config.manifests.display(), "no such directory: nothing is served until it is there");
-    }
+    let (events, objects) = mpsc::channel(QUEUE);
+    let (recorder, notes) = Recorder::new();
+    let (ready, served) = oneshot::channel();
+    let source = source(config, events, notes, served).await?;
     // The tools that it asks take their time, as the verifier does.
     let looking = tokio::task::spawn_blocking(kube_proxy::look);
     let options = datapath::Options {
@@ -81,9 +87,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let kube_proxy = looking.await.unwrap_or_default();
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "started");
 
-    let (events, objects) = mpsc::channel(QUEUE);
-    let source = FileSource::new(&config.manifests, config.node_name.as_str(), Timing::default());
-    tokio::spawn(source.run(events));
+    tokio::spawn(source);
     let (events, routes) = mpsc::channel(QUEUE);
     let watching = tokio::spawn(net::watch(events));
     let (events, proxies) = mpsc::channel(QUEUE);
@@ -109,6 +113,8 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         health,
         keeper,
         unserved: Vec::new(),
+        recorder,
+        ready: Some(ready),
         said: None,
         state,
         awaited: 2,
@@ -139,6 +145,38 @@ async fn attach_pods(
         reconciler.handle(Change::Attachment(addr, Some(ifindex)), Instant::now());
     }
     Ok(server)
+}
+
+/// Says what there is, and what changes, until nobody listens; with an API also posts what is noted.
+async fn source(
+    config: &config::Agent,
+    events: Sender<Event>,
+    notes: Receiver<Note>,
+    served: oneshot::Receiver<()>,
+) -> Result<BoxFuture<'static, ()>, AccessError> {
+    let node = config.node_name.as_str();
+    let Some(dir) = &config.manifests else {
+        let access =
+            Access { kubeconfig: config.api.kubeconfig.clone(), servers: config.api.api_server.clone() };
+        let source = KubeSource::open(access, node, ApiTiming::default()).await?;
+        let announcing = source.announce(readiness(&config.api));
+        let announcing = async {
+            if served.await.is_ok() {
+                announcing.await;
+            }
+        };
+        let posting = source.post(notes);
+        return Ok(future::join3(source.run(events), posting, announcing).map(drop).boxed());
+    };
+    if !dir.is_dir() {
+        tracing::warn!(dir = %dir.display(), "no such directory: nothing is served until it is there");
+    }
+    Ok(FileSource::new(dir, node, Timing::default()).run(events).boxed())
+}
+
+fn readiness(api: &config::Api) -> kube::Readiness {
+    let network = if api.set_network_available { Network::Ours } else { Network::Others };
+    kube::Readiness { startup_taint: api.startup_taint.clone(), network }
 }
 
 fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
@@ -180,6 +218,9 @@ struct Daemon {
     keeper: Keeper,
     /// Pods whose rows and programs are being made, and who waits for it.
     unserved: Vec<(Place, oneshot::Sender<()>)>,
+    recorder: Recorder,
+    /// To be told once everything is in the tables.
+    ready: Option<oneshot::Sender<()>>,
     /// What was last said where `ferroflow status` finds it; nothing yet.
     said: Option<AgentState>,
     state: AgentState,
@@ -235,6 +276,7 @@ impl Daemon {
                 self.order(order);
             }
             self.reconciler.tick(Instant::now());
+            self.reconciler.take_notes().into_iter().for_each(|note| self.recorder.note(note));
             if self.awaited == 0 {
                 self.attach();
             }
@@ -251,10 +293,17 @@ impl Daemon {
         let world = self.reconciler.world();
         let stay = world.own_node().map(|node| node.stay).unwrap_or_default();
         let checks = health::service::checks(world);
-        let progress = if self.is_synced() { Progress::Done } else { Progress::Pending };
+        // What has not been listed yet is not late: an agent that waits for the API is healthy.
+        let progress = if self.awaited > 0 || self.is_synced() { Progress::Done } else { Progress::Pending };
         self.health.set_proxy(progress, stay);
         if self.awaited == 0 {
             self.keeper.tell(&checks, self.health.verdict(), clock::seconds());
+        }
+        for (port, message) in self.keeper.take_news() {
+            if let Some(check) = checks.get(&Port::new(port)) {
+                let reason = Reason::FailedToStartServiceHealthcheck;
+                self.recorder.note_service(&check.service, reason, format!("port {port}: {message}"));
+            }
         }
         let problems = self.keeper.problems() + usize::from(self.health.has_problem());
         self.state.health_problems = u32::try_from(problems).unwrap_or(u32::MAX);
@@ -270,9 +319,12 @@ impl Daemon {
             Event::Change(change) => self.reconciler.handle(change, Instant::now()),
             Event::Problems(problems) => {
                 self.state.rejected = u32::try_from(problems.len()).unwrap_or(u32::MAX);
+                problems.iter().filter_map(refused).for_each(|note| self.recorder.note(note));
                 self.reconciler.hold(watch::withheld(&problems), Instant::now());
             }
             Event::Synced => self.source_synced(),
+            Event::Contact(Contact::Lost) => self.state.away_since = clock::seconds().max(1),
+            Event::Contact(Contact::Regained) => self.state.away_since = 0,
         }
     }
 
@@ -399,6 +451,10 @@ impl Daemon {
     fn report(&mut self) -> Result<(), MapError> {
         let stats = self.reconciler.stats();
         let synced = self.is_synced();
+        if synced && let Some(ready) = self.ready.take() {
+            // With a directory there is nobody to tell.
+            let _nobody = ready.send(());
+        }
         self.state.synced = u32::from(synced);
         self.state.writes = stats.writes;
         self.state.retries = stats.failures;
@@ -416,6 +472,12 @@ impl Daemon {
     }
 }
 
+/// For the users of an object that is refused.
+fn refused(problem: &watch::Problem) -> Option<Note> {
+    let object = problem.object.clone()?;
+    Some(Note { object, reason: Reason::InvalidObject, message: problem.message.clone() })
+}
+
 fn first_words(config: &config::Agent) -> AgentState {
     AgentState {
         pid: std::process::id(),
@@ -426,7 +488,7 @@ fn first_words(config: &config::Agent) -> AgentState {
         rejected: 0,
         kube_proxy: 0,
         health_problems: 0,
-        reserved: 0,
+        away_since: 0,
         version: text(env!("CARGO_PKG_VERSION")),
         node: text(&config.node_name),
     }
@@ -447,6 +509,8 @@ fn far_away() -> Instant {
 
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
+    #[error(transparent)]
+    Access(#[from] AccessError),
     #[error(transparent)]
     Lock(#[from] LockError),
     #[error(transparent)]

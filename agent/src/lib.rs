@@ -10,7 +10,8 @@
 //! `cni/` attaches pods to the network: it has addresses from `ipam/` and links from `net/`, and answers when their rows
 //! are in the tables. `net/` also reports the host's own addresses and routes, which are Changes too; `datapath/` loads
 //! the programs and attaches them where the plan says; `daemon` joins the stages in one loop; `health/` answers load
-//! balancers; `kube_proxy/` finds and removes what the proxy before left; `cli/` reads the maps without any of these.
+//! balancers; `kube_proxy/` finds and removes what the proxy before left; `events/` takes what users should know of their
+//! objects, which `watch/kube/` posts; `cli/` reads the maps without any of these.
 //!
 //! A folder is a stage. What a stage may import (`cargo xtask layers` enforces it):
 //!
@@ -31,6 +32,7 @@ pub mod config;
 pub mod daemon;
 pub mod datapath;
 pub mod durable;
+pub mod events;
 pub mod gc;
 pub mod health;
 pub mod ipam;

@@ -57,6 +57,9 @@ fn main() -> ExitCode {
     }
 }
 
+/// The client of the Kubernetes API calls every fault an error; the source says which matter.
+const LOG: &str = "info,kube_client=off";
+
 fn agent(config: &config::Agent) -> anyhow::Result<()> {
     Ok(runtime()?.block_on(daemon::run(config))?)
 }
@@ -67,7 +70,7 @@ fn health(options: &health::answering::Options) -> anyhow::Result<()> {
 
 /// With the log on standard error.
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    let filter = EnvFilter::try_from_env("FERROFLOW_LOG").unwrap_or_else(|_unset| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("FERROFLOW_LOG").unwrap_or_else(|_unset| EnvFilter::new(LOG));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }

@@ -17,7 +17,12 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::{cluster::Node, netns::Netns, traffic::pod_command};
+use crate::{
+    apiserver::{ApiServer, Follower},
+    cluster::Node,
+    netns::Netns,
+    traffic::pod_command,
+};
 
 /// Killed when dropped.
 #[derive(Debug)]
@@ -32,13 +37,31 @@ pub struct Agent {
     child: Option<Child>,
 }
 
+/// The Kubernetes API of one node: it listens where only that node reaches it.
+#[derive(Debug)]
+pub struct Api {
+    pub server: ApiServer,
+    kubeconfig: PathBuf,
+    /// Brings the manifests of the cluster, where they are what is served.
+    follower: Option<Follower>,
+}
+
 const SYNC_LIMIT: Duration = Duration::from_secs(10);
 const VERB_LIMIT: Duration = Duration::from_secs(10);
 
 impl Agent {
     /// Starts it on the node's manifests, with further arguments.
     pub fn start(node: &Node, more: &[&str]) -> Result<Self> {
-        let (manifests, bpffs, cgroup) = (path(&node.manifests)?, path(&node.bpffs)?, path(&node.cgroup)?);
+        Self::start_on(node, ["--manifests", path(&node.manifests)?], more)
+    }
+
+    /// Starts it on a Kubernetes API, with further arguments.
+    pub fn start_over(api: &Api, node: &Node, more: &[&str]) -> Result<Self> {
+        Self::start_on(node, ["--kubeconfig", path(&api.kubeconfig)?], more)
+    }
+
+    fn start_on(node: &Node, source: [&str; 2], more: &[&str]) -> Result<Self> {
+        let (bpffs, cgroup) = (path(&node.bpffs)?, path(&node.cgroup)?);
         let run_dir = node.logs.join(format!("{}-run", node.name));
         let args = [
             "agent",
@@ -46,8 +69,6 @@ impl Agent {
             path(&run_dir)?,
             "--node-name",
             &node.name,
-            "--manifests",
-            manifests,
             "--bpffs",
             bpffs,
             "--cgroup",
@@ -56,7 +77,7 @@ impl Agent {
         let mut agent = Self {
             node: node.name.clone(),
             binary: binary()?,
-            args: args.iter().chain(more).map(|&arg| arg.to_owned()).collect(),
+            args: args.iter().chain(&source).chain(more).map(|&arg| arg.to_owned()).collect(),
             bpffs: node.bpffs.clone(),
             cgroup: node.agent_cgroup.clone(),
             log: node.logs.join(format!("{}.log", node.name)),
@@ -69,7 +90,11 @@ impl Agent {
 
     /// Until it has programmed everything its sources list.
     pub fn wait_synced(&mut self) -> Result<Value> {
-        let deadline = Instant::now() + SYNC_LIMIT;
+        self.wait_synced_within(SYNC_LIMIT)
+    }
+
+    pub fn wait_synced_within(&mut self, limit: Duration) -> Result<Value> {
+        let deadline = Instant::now() + limit;
         loop {
             let status = self.status();
             if let Ok(status) = &status
@@ -192,12 +217,15 @@ impl Agent {
         format!("--- log of the agent of {}\n{}\n---", self.node, tail.join("\n"))
     }
 
-    /// Resident memory in KiB.
-    pub fn memory_kib(&self) -> Result<u64> {
+    /// Memory in KiB; `which` as in `/proc/PID/status`: `VmRSS` is what is resident.
+    pub fn memory_kib(&self, which: &str) -> Result<u64> {
         let child = self.child.as_ref().with_context(|| format!("{} has no agent", self.node))?;
         let status = fs::read_to_string(format!("/proc/{}/status", child.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-        Ok(line.trim().trim_end_matches(" kB").parse()?)
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix(which))
+            .with_context(|| format!("no {which}"))?;
+        Ok(line.trim_start_matches(':').trim().trim_end_matches(" kB").parse()?)
     }
 
     fn spawn(&mut self, env: &[(&str, &str)]) -> Result<()> {
@@ -218,6 +246,31 @@ impl Agent {
 
     fn ended(&mut self) -> Result<Option<ExitStatus>> {
         Ok(self.child.as_mut().map(Child::try_wait).transpose()?.flatten())
+    }
+}
+
+impl Api {
+    /// A server without objects, for the agent of this node.
+    pub fn start(node: &Node) -> Result<Self> {
+        let listener = node.netns.run(|_| std::net::TcpListener::bind("127.0.0.1:0"))??;
+        let server = ApiServer::listen(listener)?;
+        let kubeconfig = node.logs.join(format!("{}.kubeconfig", node.name));
+        server.write_kubeconfig(&kubeconfig, None)?;
+        Ok(Self { server, kubeconfig, follower: None })
+    }
+
+    /// A server of the cluster's manifests.
+    pub fn of_manifests(node: &Node) -> Result<Self> {
+        let mut api = Self::start(node)?;
+        api.follower = Some(api.server.follow(&node.manifests)?);
+        Ok(api)
+    }
+
+    /// Listens again after [`ApiServer::go_away`].
+    pub fn come_back(&mut self, node: &Node) -> Result<()> {
+        let address = self.server.address();
+        let listener = node.netns.run(move |_| std::net::TcpListener::bind(address))??;
+        self.server.come_back_on(listener)
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
 use crate::{
-    agent::Agent,
+    agent::{Agent, Api},
     cluster::{Cluster, Family, Pod},
     cni::Runtime,
     manifests::{Endpoint, Port, Service},
@@ -23,6 +23,8 @@ use crate::{
 #[derive(Debug)]
 pub struct World {
     pub agents: Vec<Agent>,
+    /// One a node, in worlds over an API.
+    pub apis: Vec<Api>,
     /// Backends: `a2` and `b2`, so `a1` and `b1` have a local and a remote one.
     pub web: Service,
     pub empty: Service,
@@ -67,6 +69,28 @@ impl World {
                 cluster.attach(node, &format!("{node}{number}"), runtime)?;
             }
         }
+        let mut world = Self::served(cluster)?;
+        world.agents = agents;
+        world.wait_programmed()?;
+        world.wait_synced()?;
+        Ok(world)
+    }
+
+    /// The same over a Kubernetes API, one a node, with the same manifests, and pods that another plugin has attached.
+    pub fn over_api(sandbox: &Sandbox, agent_args: &[&str]) -> Result<Self> {
+        crate::agent::binary()?;
+        let mut world = Self::served(Cluster::new(sandbox, &["a", "b"])?)?;
+        for node in world.cluster.nodes() {
+            let api = Api::of_manifests(node)?;
+            world.agents.push(Agent::start_over(&api, node, agent_args)?);
+            world.apis.push(api);
+        }
+        world.wait_synced()?;
+        Ok(world)
+    }
+
+    /// With the manifests of the cluster and of its services, and no agents yet.
+    fn served(cluster: Cluster) -> Result<Self> {
         let (web, empty) = (service("web", 10), service("empty", 99));
         let manifests = cluster.manifests();
         manifests.write_cluster(&cluster)?;
@@ -74,10 +98,17 @@ impl World {
         manifests.write_endpoints(&web, &Endpoint::ready(BACKENDS.map(|name| cluster.pod(name))))?;
         manifests.write_service(&empty)?;
         manifests.write_endpoints(&empty, &[])?;
-        let mut world = Self { agents, web, empty, cluster };
-        world.wait_programmed()?;
-        world.wait_synced()?;
-        Ok(world)
+        Ok(Self { agents: Vec::new(), apis: Vec::new(), web, empty, cluster })
+    }
+
+    /// [`World::test`] over a Kubernetes API.
+    pub fn test_over_api(
+        sandbox: &Sandbox,
+        agent_args: &[&str],
+        test: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let mut world = Self::over_api(sandbox, agent_args)?;
+        test(&mut world).map_err(|error| anyhow!("{error:#}\n{}", world.logs()))
     }
 
     /// Until the agents, which were in sync before there were services, have them.

@@ -7,11 +7,13 @@
 //!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
 //!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
+//!  apiserver: a Kubernetes API on the same manifests, with faults ── tests/apiserver.rs
 //!  bench (how fast it is, beside kernel routing and kube-proxy's rules)
 //! ```
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod apiserver;
 pub mod bench;
 pub mod cgroup;
 pub mod checks;

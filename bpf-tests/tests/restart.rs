@@ -30,6 +30,7 @@ fn main() -> ExitCode {
         ),
         ("tables_can_be_listed_without_an_agent", tables_can_be_listed_without_an_agent),
         ("a_restart_applies_what_changed_meanwhile", a_restart_applies_what_changed_meanwhile),
+        ("an_api_server_that_is_away_changes_nothing", an_api_server_that_is_away_changes_nothing),
     ])
 }
 
@@ -92,20 +93,58 @@ fn a_restart_applies_what_changed_meanwhile(sandbox: &Sandbox) -> Result<()> {
         world.set_backends(&["a2"])?;
         world.agents.iter_mut().try_for_each(Agent::restart)?;
         world.wait_synced()?;
-        for from in ["a1", "b1"] {
-            for protocol in [Protocol::Http, Protocol::Dns] {
-                for family in Family::BOTH {
-                    let ask = Ask::new(protocol, target(&world.web, protocol, family)).count(20);
-                    let outcomes = world.cluster.pod(from).ask(&ask)?;
-                    let right = |outcome: &Outcome| outcome.answer().is_some_and(|answer| answer.by == "a2");
-                    let wrong = outcomes.iter().find(|outcome| !right(outcome));
-                    ensure!(wrong.is_none(), "{from}, {protocol}, {family:?}: {wrong:?}");
-                }
-            }
-        }
-        Ok(())
+        only_a2_answers(world)
     })
 }
+
+fn only_a2_answers(world: &World) -> Result<()> {
+    for from in ["a1", "b1"] {
+        for protocol in [Protocol::Http, Protocol::Dns] {
+            for family in Family::BOTH {
+                let ask = Ask::new(protocol, target(&world.web, protocol, family)).count(20);
+                let outcomes = world.cluster.pod(from).ask(&ask)?;
+                let right = |outcome: &Outcome| outcome.answer().is_some_and(|answer| answer.by == "a2");
+                let wrong = outcomes.iter().find(|outcome| !right(outcome));
+                ensure!(wrong.is_none(), "{from}, {protocol}, {family:?}: {wrong:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Also for agents that start meanwhile; when it is back, what changed is applied.
+fn an_api_server_that_is_away_changes_nothing(sandbox: &Sandbox) -> Result<()> {
+    World::test_over_api(sandbox, &[], |world| {
+        let traffic = Traffic::start(world)?;
+        traffic.flows()?;
+        world.apis.iter_mut().for_each(|api| api.server.go_away());
+        for agent in &world.agents {
+            agent.wait_status(AWAY_LIMIT, |status| status["api_away"].is_u64())?;
+        }
+        traffic.flows().context("without the API")?;
+        for agent in &mut world.agents {
+            agent.kill9()?;
+            agent.restart()?;
+            agent
+                .wait_status(AWAY_LIMIT, |status| status["api_away"].is_u64() && status["synced"] == false)?;
+        }
+        thread::sleep(PHASE);
+        traffic.flows().context("with agents that have never seen the API")?;
+        traffic.finish()?;
+        world.set_backends(&["a2"])?;
+        for (api, node) in world.apis.iter_mut().zip(world.cluster.nodes()) {
+            api.come_back(node)?;
+        }
+        for agent in &world.agents {
+            agent
+                .wait_status(AWAY_LIMIT, |status| status["api_away"].is_null() && status["synced"] == true)?;
+        }
+        only_a2_answers(world)
+    })
+}
+
+/// Within it an agent has noticed, at the third try.
+const AWAY_LIMIT: Duration = Duration::from_secs(60);
 
 /// Of traffic before the agents end, without them, and after their return.
 const PHASE: Duration = Duration::from_millis(500);

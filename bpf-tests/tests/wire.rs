@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         ("the_packet_path_alone_serves", the_packet_path_alone_serves),
         ("the_socket_path_serves_udp", the_socket_path_serves_udp),
         ("clsact_serves", clsact_serves),
+        ("the_kubernetes_api_serves", the_kubernetes_api_serves),
         ("pod_addresses_stay_reachable_under_an_agent", pod_addresses_stay_reachable_under_an_agent),
         ("a_dropped_packet_is_named", a_dropped_packet_is_named),
         ("bad_documents_are_named_and_cost_nothing_else", bad_documents_are_named_and_cost_nothing_else),
@@ -158,6 +159,14 @@ fn the_socket_path_serves_udp(sandbox: &Sandbox) -> Result<()> {
 
 fn clsact_serves(sandbox: &Sandbox) -> Result<()> {
     World::test(sandbox, &["--attach", "clsact", "--socket-lb", "off"], serves)
+}
+
+/// The objects come from an API server instead of a directory; all else is the same.
+fn the_kubernetes_api_serves(sandbox: &Sandbox) -> Result<()> {
+    World::test_over_api(sandbox, &[], |world| {
+        serves(world)?;
+        world.scale_down().into_result()
+    })
 }
 
 fn pod_addresses_stay_reachable_under_an_agent(sandbox: &Sandbox) -> Result<()> {

@@ -41,6 +41,8 @@ struct Agent {
     retries: u64,
     /// Documents that are not served because they are bad.
     rejected: u32,
+    /// For how many seconds the Kubernetes API has given no answers; what it said last is served meanwhile.
+    api_away: Option<u64>,
     kube_proxy: OtherProxy,
     /// Ports for health checks that cannot be answered.
     health_problems: u32,
@@ -94,6 +96,7 @@ fn lines(status: &Status) -> String {
         rejected,
         kube_proxy,
         health_problems,
+        api_away,
     } = &status.agent;
     let running = match (running, synced) {
         (true, true) => format!("running (pid {pid}, for {age} s), in sync"),
@@ -110,6 +113,10 @@ fn lines(status: &Status) -> String {
         ["rows written".to_owned(), format!("{writes} since the agent's start, {retries} tried again")],
         ["rejected".to_owned(), format!("{rejected} documents")],
     ];
+    if let Some(seconds) = api_away {
+        let away = format!("no answers for {seconds} s; what it said last is served");
+        lines.push(["Kubernetes API".to_owned(), away]);
+    }
     if let OtherProxy::Present = kube_proxy {
         let what =
             "or its rules are here: what it opened is the kernel's to finish; then `ferroflow cleanup`";
@@ -140,6 +147,8 @@ fn agent(maps: &KernelMaps, life: Life) -> Result<Agent, MapError> {
         rejected: state.rejected,
         health_problems: state.health_problems,
         kube_proxy: if state.kube_proxy == 0 { OtherProxy::Absent } else { OtherProxy::Present },
+        api_away: (state.away_since != 0)
+            .then(|| u64::from(clock::seconds()).saturating_sub(u64::from(state.away_since))),
     })
 }
 

@@ -34,6 +34,8 @@ pub struct Keeper {
     /// Where this agent started it: to be waited for.
     child: Option<Child>,
     problems: BTreeMap<u16, String>,
+    /// Those of them that were not there before.
+    news: Vec<(u16, String)>,
 }
 
 impl Keeper {
@@ -45,7 +47,15 @@ impl Keeper {
         fs::create_dir_all(dir)?;
         let path = dir.join("health.json");
         let told = Told::read(&path).ok().flatten().unwrap_or_default();
-        Ok(Self { path, cgroup, told, written: false, child: None, problems: BTreeMap::new() })
+        Ok(Self {
+            path,
+            cgroup,
+            told,
+            written: false,
+            child: None,
+            problems: BTreeMap::new(),
+            news: Vec::new(),
+        })
     }
 
     /// Says what is answered from now on; to be called whenever something changed, and every few seconds.
@@ -72,6 +82,11 @@ impl Keeper {
     /// How many ports cannot be answered.
     pub fn problems(&self) -> usize {
         self.problems.len()
+    }
+
+    /// Ports that cannot be answered any more, and why, since this was last asked.
+    pub fn take_news(&mut self) -> Vec<(u16, String)> {
+        std::mem::take(&mut self.news)
     }
 
     fn try_tell(&mut self, told: Told) -> io::Result<()> {
@@ -117,6 +132,7 @@ impl Keeper {
         let problems: BTreeMap<u16, String> = serde_json::from_slice(&bytes).unwrap_or_default();
         for (port, message) in problems.iter().filter(|it| !self.problems.contains_key(it.0)) {
             tracing::warn!(port, "FailedToStartServiceHealthcheck: {message}; trying again");
+            self.news.push((*port, message.clone()));
         }
         self.problems = problems;
     }

@@ -19,13 +19,15 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::addr::Addr;
 
+use crate::events::{Note, Reason};
 use crate::maps::{MapError, Maps};
-use crate::model::{Change, Touched, Withheld, World};
+use crate::model::{Change, Kind, ObjectId, Touched, Withheld, World};
 use crate::plan::policy::Concern;
 use crate::plan::{self, endpoints};
 use policy::PolicyError;
@@ -54,6 +56,8 @@ pub struct Reconciler<M> {
     queue: Queue,
     synced: bool,
     failures: u64,
+    /// For the users of the objects; not taken yet.
+    notes: BTreeSet<Note>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -95,7 +99,7 @@ impl<M: Maps> Reconciler<M> {
         queue.touch(Touched::Node, now);
         queue.touch(Touched::Policies, now);
         let world = World::new(config.node.clone());
-        Ok(Self { world, tables, queue, synced: false, failures: 0 })
+        Ok(Self { world, tables, queue, synced: false, failures: 0, notes: BTreeSet::new() })
     }
 
     /// Takes a change in; it is written at the next [`Reconciler::tick`].
@@ -146,6 +150,7 @@ impl<M: Maps> Reconciler<M> {
                 Ok(()) => self.queue.succeeded(&key),
                 Err(error) => {
                     self.failures += 1;
+                    self.notes.extend(note(&key, &error));
                     self.queue.failed(key, error.to_string().into(), now);
                 }
             }
@@ -181,6 +186,11 @@ impl<M: Maps> Reconciler<M> {
     /// What is not in the tables as it should be, and why.
     pub fn failing(&self) -> impl Iterator<Item = (&Touched, &str)> {
         self.queue.failing()
+    }
+
+    /// What users are to be told of objects since this was called last.
+    pub fn take_notes(&mut self) -> BTreeSet<Note> {
+        std::mem::take(&mut self.notes)
     }
 
     /// The local pods as they are in the table.
@@ -242,6 +252,20 @@ enum KeyError {
     Policy(#[from] PolicyError),
     #[error(transparent)]
     Map(#[from] MapError),
+}
+
+/// Of a Service; the rest is nobody's object.
+fn note(key: &Touched, error: &KeyError) -> Option<Note> {
+    let (Touched::Service(name), KeyError::Service(error)) = (key, error) else { return None };
+    let reason = match error {
+        ServiceError::Conflict { .. } => Reason::ServiceConflict,
+        ServiceError::Plan(_)
+        | ServiceError::Exhausted(_)
+        | ServiceError::Map(_)
+        | ServiceError::Ranges(_) => Reason::NotProgrammed,
+    };
+    let object = ObjectId { kind: Kind::Service, name: name.clone() };
+    Some(Note { object, reason, message: error.to_string().into() })
 }
 
 /// A few milliseconds' worth.

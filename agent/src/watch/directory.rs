@@ -234,7 +234,7 @@ impl Directory {
     }
 }
 
-fn hash_of(value: &(impl Hash + ?Sized)) -> u64 {
+pub(super) fn hash_of(value: &(impl Hash + ?Sized)) -> u64 {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
     hasher.finish()
@@ -285,6 +285,7 @@ mod tests {
                     Event::Change(other) => format!("{other:?}"),
                     Event::Problems(problems) => format!("!{}", problems.len()),
                     Event::Synced => "synced".into(),
+                    Event::Contact(contact) => format!("{contact:?}"),
                 });
             });
             said.join(" ")

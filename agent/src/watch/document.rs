@@ -1,7 +1,9 @@
 //! The text of a file to the objects in it: documents are told apart before any is parsed, so that one that does not
 //! parse does not take others with it.
 
-use serde::de::{DeserializeOwned, DeserializeSeed};
+use std::fmt;
+
+use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer};
 use serde_json::{Map, Value};
 
 use super::convert::{self, LABEL, SUBDOMAIN};
@@ -76,7 +78,15 @@ fn kind_of(version: &str, kind: &str) -> Option<Kind> {
     }
 }
 
-fn change(kind: Kind, value: Value, node: &str) -> Result<Change, String> {
+/// The object of a kind, wherever it is read from.
+///
+/// # Errors
+/// The first field that is of another type or makes no sense, as text.
+pub(super) fn change<'de, D>(kind: Kind, value: D, node: &str) -> Result<Change, String>
+where
+    D: Deserializer<'de>,
+    D::Error: fmt::Display,
+{
     match kind {
         Kind::Service => typed(value, convert::service),
         Kind::EndpointSlice => typed(value, |object| convert::endpoint_slice(object, node)),
@@ -88,7 +98,7 @@ fn change(kind: Kind, value: Value, node: &str) -> Result<Change, String> {
     }
 }
 
-fn name_limit(kind: Kind) -> usize {
+pub(super) fn name_limit(kind: Kind) -> usize {
     match kind {
         Kind::Service | Kind::Namespace => LABEL,
         Kind::EndpointSlice | Kind::Node | Kind::Pod | Kind::ServiceCidr | Kind::NetworkPolicy => SUBDOMAIN,
@@ -96,7 +106,7 @@ fn name_limit(kind: Kind) -> usize {
 }
 
 /// The Service that an object is, or of which it is a part.
-fn service_of(id: &ObjectId, metadata: &Map<String, Value>) -> Option<Name> {
+pub(super) fn service_of(id: &ObjectId, metadata: &Map<String, Value>) -> Option<Name> {
     match id.kind {
         Kind::Service => Some(id.name.clone()),
         Kind::EndpointSlice => {
@@ -108,10 +118,13 @@ fn service_of(id: &ObjectId, metadata: &Map<String, Value>) -> Option<Name> {
     }
 }
 
-fn typed<T: DeserializeOwned>(
-    value: Value,
+fn typed<'de, T: DeserializeOwned, D: Deserializer<'de>>(
+    value: D,
     convert: impl FnOnce(&T) -> Result<Change, Invalid>,
-) -> Result<Change, String> {
+) -> Result<Change, String>
+where
+    D::Error: fmt::Display,
+{
     let object: T = serde_path_to_error::deserialize(value).map_err(|error| error.to_string())?;
     convert(&object).map_err(|error| error.to_string())
 }

@@ -1,6 +1,7 @@
 //! Where the objects come from: sources that turn Kubernetes objects into [`Change`]s.
 //!
-//! Two sources share one converter: [`mod@file`], a directory of ordinary Kubernetes YAML, and the Kubernetes API.
+//! Two sources share one converter: [`mod@file`], a directory of ordinary Kubernetes YAML, and [`mod@kube`], the
+//! Kubernetes API.
 
 pub mod convert;
 mod directory;
@@ -8,6 +9,7 @@ mod document;
 mod exposure;
 mod fault;
 pub mod file;
+pub mod kube;
 mod list;
 pub mod policy;
 mod weights;
@@ -30,6 +32,15 @@ pub enum Event {
     Problems(Box<[Problem]>),
     /// Every object that exists has been sent, bad ones apart. Sent once.
     Synced,
+    /// Whether the source can be asked; sent when it changes. What it said stays in force.
+    Contact(Contact),
+}
+
+/// Whether a source can be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contact {
+    Lost,
+    Regained,
 }
 
 /// Something that is not served, and why.

@@ -115,7 +115,7 @@ fn settled(maps: &KernelMaps) -> Result<AgentState> {
 }
 
 fn megabytes(agent: &Agent) -> Result<f64> {
-    Ok(agent.memory_kib()? as f64 * 1024.0 / 1e6)
+    Ok(agent.memory_kib("VmRSS")? as f64 * 1024.0 / 1e6)
 }
 
 /// Reads, plans and writes what the agent of the first node would.
@@ -171,6 +171,7 @@ fn read(manifests: &Path, node: &str) -> Result<Vec<Change>> {
                     let first = problems.first().map(ToString::to_string).unwrap_or_default();
                     bail!("{} bad documents; {first}", problems.len());
                 }
+                Event::Contact(_) => {}
                 Event::Synced => break,
             }
         }

@@ -21,7 +21,8 @@ pub struct AgentState {
     pub kube_proxy: u32,
     /// Ports for health checks that are another process's.
     pub health_problems: u32,
-    pub reserved: u32,
+    /// Seconds of `CLOCK_MONOTONIC` since when the source of objects gives no answers; 0 while it does.
+    pub away_since: u32,
     /// The agent's version, ended by zeros.
     pub version: [u8; 32],
     /// The node's name, ended by zeros.
