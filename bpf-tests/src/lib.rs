@@ -26,3 +26,4 @@ pub mod runner;
 pub mod sandbox;
 pub mod traffic;
 pub mod verify;
+pub mod vm;

@@ -1,10 +1,11 @@
 //! The real programs in this machine's kernel, run on one packet at a time (`BPF_PROG_TEST_RUN`), and the library on
 //! the same packet.
 
-use std::{collections::BTreeMap, env, fs, path::PathBuf, thread, time::Duration};
+use std::{collections::BTreeMap, env, fmt, fs, path::PathBuf, thread, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
+    VerifierLogLevel,
     maps::{HashMap, Map, MapData},
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
@@ -104,24 +105,49 @@ pub fn thrown(packet: &[u8]) -> Option<u32> {
     conntrack::throw_for(port)
 }
 
+/// What is fixed when the programs are loaded. Displayed: what an agent is told to load them so, nothing by default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Constants {
+    pub socket_lb: SocketLb,
+    pub log_drops: bool,
+}
+
 /// What an agent without options loads.
-pub const DEFAULTS: (SocketLb, bool) = (SocketLb::Tcp, false);
+pub const DEFAULTS: Constants = Constants { socket_lb: SocketLb::Tcp, log_drops: false };
+
+impl Constants {
+    /// Every combination; `SocketLb::Off` loads what `Tcp` does, and attaches less. What a kernel has (its coarse
+    /// clock) is no choice.
+    pub const ALL: [Self; 4] = [
+        DEFAULTS,
+        Self { socket_lb: SocketLb::All, log_drops: false },
+        Self { socket_lb: SocketLb::Tcp, log_drops: true },
+        Self { socket_lb: SocketLb::All, log_drops: true },
+    ];
+}
+
+impl fmt::Display for Constants {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut options = Vec::new();
+        options.extend((self.socket_lb == SocketLb::All).then_some("--socket-lb all"));
+        options.extend(self.log_drops.then_some("--log-drops"));
+        f.write_str(&options.join(" "))
+    }
+}
 
 impl Programs {
-    /// Loads the object that `FERROFLOW_OBJECT` names, with these load-time constants: which sockets are translated,
-    /// and whether drops are logged.
-    pub fn load(place: &Place, (socket_lb, log_drops): (SocketLb, bool)) -> Result<Self> {
+    /// Loads the object that `FERROFLOW_OBJECT` names.
+    pub fn load(place: &Place, constants: Constants) -> Result<Self> {
         let bpffs = Bpffs { dir: place.bpffs.clone() };
-        let options = Options {
-            bpffs: bpffs.clone(),
-            socket_lb,
-            attach: Attach::Auto,
-            max_endpoints: MAX_ENDPOINTS,
-            log_drops,
-        };
-        let datapath = Datapath::load(&object()?, options)?;
+        let datapath = Datapath::load(&object()?, options(&bpffs, constants))?;
         let tables = KernelMaps::open(&bpffs.maps())?;
         Ok(Self { datapath, tables, bpffs })
+    }
+
+    /// With its maps made and its programs still to be loaded; the verifier shall say what they cost.
+    pub fn create(place: &Place, constants: Constants) -> Result<Datapath> {
+        let bpffs = Bpffs { dir: place.bpffs.clone() };
+        Ok(Datapath::create(&object()?, options(&bpffs, constants), VerifierLogLevel::STATS)?)
     }
 
     /// Where a map is pinned.
@@ -228,6 +254,10 @@ impl Programs {
 
 /// Until so many nanoseconds of a second it is taken to last: longer than a machine pauses a process by chance.
 const STEADY: i64 = 700_000_000;
+
+fn options(bpffs: &Bpffs, Constants { socket_lb, log_drops }: Constants) -> Options {
+    Options { bpffs: bpffs.clone(), socket_lb, attach: Attach::Auto, max_endpoints: MAX_ENDPOINTS, log_drops }
+}
 
 /// The object under test.
 pub fn object() -> Result<Vec<u8>> {

@@ -1,0 +1,185 @@
+//! Tests on other kernels: boots each in QEMU with an initramfs that holds the tests, and counts what they say.
+//!
+//! ```text
+//!  kernel (Debian's package) -> modules (in the order to load them) -> cpio (with the static binaries) -> guest (QEMU)
+//! ```
+
+mod cpio;
+mod guest;
+mod kernel;
+mod modules;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::compile::{self, Built, Profile};
+use crate::test::Tally;
+use crate::toolchain::{Toolchain, output, succeed};
+use crate::vm::cpio::Archive;
+
+pub(crate) use kernel::{KERNELS, Kernel, named};
+
+/// What to do on which kernels.
+pub(crate) struct Plan {
+    pub(crate) kernels: Vec<Kernel>,
+    /// Write the table of verified instructions instead of comparing with it.
+    pub(crate) update: bool,
+    /// Only tests whose name contains this.
+    pub(crate) filter: Option<String>,
+}
+
+/// The table, from the workspace's root.
+const TABLE: &str = "bpf-tests/verified.json";
+const QEMU: &str = "qemu-system-x86_64";
+/// The files of tests that run there.
+const TESTS: [&str; 4] = ["programs", "wire", "north_south", "restart"];
+/// Tests that are not about the kernel: it shows what the object says of its maps, through a program of the host.
+const NOT_THERE: &str = "bpftool_shows_the_tables_by_name";
+
+/// Runs the plan on one kernel after the other, also after one failed.
+pub(crate) fn run(toolchain: &Toolchain, plan: &Plan) -> Tally {
+    match prepare(toolchain) {
+        Ok(programs) => plan.kernels.iter().map(|kernel| one(toolchain, plan, *kernel, &programs)).sum(),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            Tally::FAILED
+        }
+    }
+}
+
+fn one(toolchain: &Toolchain, plan: &Plan, kernel: Kernel, programs: &Programs) -> Tally {
+    println!("\n== kernel {}", kernel.version);
+    let start = Instant::now();
+    let tally = boot(toolchain, plan, kernel, programs).unwrap_or_else(|error| {
+        eprintln!("error: kernel {}: {error:#}", kernel.version);
+        Tally::FAILED
+    });
+    println!("kernel {}: {tally}, {:.0} s", kernel.version, start.elapsed().as_secs_f64());
+    tally
+}
+
+fn boot(toolchain: &Toolchain, plan: &Plan, kernel: Kernel, programs: &Programs) -> Result<Tally> {
+    let image = kernel::image(kernel)?;
+    let (modules, lacking) = modules::in_order(&image.modules, &modules::WANTED)?;
+    for name in lacking {
+        println!("kernel {} has no module {name}", kernel.version);
+    }
+    let dir = toolchain.target("vm");
+    fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let table = toolchain.root().join(TABLE);
+    let archive = archive(programs, &modules, &commands(plan), &read(&table)?)?;
+    let initrd = dir.join(format!("initrd-{}", kernel.version));
+    fs::write(&initrd, archive).with_context(|| format!("cannot write {}", initrd.display()))?;
+    let returned = dir.join(format!("verified-{}.json", kernel.version));
+    let tally = guest::run(&image.vmlinuz, &initrd, &returned)?;
+    fs::remove_file(&initrd).with_context(|| format!("cannot remove {}", initrd.display()))?;
+    if plan.update {
+        // A serial port ends lines as terminals do.
+        let text = String::from_utf8_lossy(&read(&returned)?).replace('\r', "");
+        fs::write(&table, text).with_context(|| format!("cannot write {}", table.display()))?;
+    }
+    Ok(tally)
+}
+
+fn commands(plan: &Plan) -> String {
+    let filter = plan.filter.as_ref().map(|filter| format!(" {filter}")).unwrap_or_default();
+    let verify = if plan.update { "verify --update" } else { "verify" };
+    let mut commands = format!("{verify} --repeat 0 --table verified.json\n");
+    for test in TESTS {
+        commands += &format!("{test} --test-threads 1 --skip {NOT_THERE}{filter}\n");
+    }
+    commands
+}
+
+/// What runs in the machine, by the name of its file there, and the object.
+struct Programs {
+    files: BTreeMap<String, PathBuf>,
+    object: PathBuf,
+}
+
+/// Builds what runs in the machine, and installs QEMU where it is missing.
+fn prepare(toolchain: &Toolchain) -> Result<Programs> {
+    install_qemu()?;
+    let built = compile::run(toolchain, Profile::Dev)?;
+    let [(_, object), (_, agent)] = built.env();
+    let mut files = BTreeMap::from([("ferroflow".to_owned(), agent.to_owned())]);
+    files.extend(executables(toolchain, &built)?);
+    let dir = toolchain.target("vm").join("bin");
+    fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    for name in TESTS.iter().chain(&["init", "verify", "ferroflow"]) {
+        let path = files.get(*name).with_context(|| format!("cargo built no {name}"))?;
+        let stripped = dir.join(name);
+        // Nine tenths are debug information, and all of it would be unpacked into the machine's memory.
+        succeed(Command::new("strip").arg("-o").args([&stripped, path]))?;
+        files.insert((*name).to_owned(), stripped);
+    }
+    Ok(Programs { files, object: object.to_owned() })
+}
+
+/// Of bpf-tests, with its programs: name and path, from the lines of JSON that cargo writes.
+fn executables(toolchain: &Toolchain, built: &Built) -> Result<BTreeMap<String, PathBuf>> {
+    let mut cargo = built.cargo(toolchain, "test")?;
+    cargo.args(["--no-run", "--message-format", "json-render-diagnostics"]);
+    TESTS.iter().for_each(|test| _ = cargo.args(["--test", test]));
+    let text = output(&mut cargo).context("the tests do not build")?;
+    Ok(text.lines().filter_map(executable).collect())
+}
+
+fn executable(line: &str) -> Option<(String, PathBuf)> {
+    let string = |key: &str, text: &str| {
+        let (_, rest) = text.split_once(&format!("\"{key}\":\""))?;
+        Some(rest.split_once('"')?.0.to_owned())
+    };
+    let target = line.split_once("\"target\":")?.1;
+    Some((string("name", target)?, string("executable", line)?.into()))
+}
+
+fn install_qemu() -> Result<()> {
+    if output(Command::new(QEMU).arg("--version")).is_ok() {
+        eprintln!("present    {QEMU}");
+        return Ok(());
+    }
+    eprintln!("missing    {QEMU}: installing the package qemu-system-x86");
+    let mut apt = Command::new("apt-get");
+    apt.args(["--quiet", "--quiet", "--yes", "--no-install-recommends", "install", "qemu-system-x86"]);
+    succeed(apt.env("DEBIAN_FRONTEND", "noninteractive"))
+        .with_context(|| format!("{QEMU} cannot be installed; install it (as root) and run this again"))?;
+    eprintln!("installed  {QEMU}");
+    Ok(())
+}
+
+fn archive(
+    programs: &Programs,
+    modules: &[modules::Module],
+    commands: &str,
+    table: &[u8],
+) -> Result<Vec<u8>> {
+    let mut archive = Archive::new();
+    for dir in ["dev", "vm", "vm/bin", "vm/modules.d"] {
+        archive.directory(dir);
+    }
+    let mut order = String::new();
+    for module in modules {
+        let path = format!("vm/modules.d/{}", module.name);
+        archive.file(&path, &module.bytes);
+        order += &format!("/{path}\n");
+    }
+    archive.file("vm/modules", order.as_bytes());
+    archive.file("vm/commands", commands.as_bytes());
+    archive.file("vm/verified.json", table);
+    archive.file("vm/object", &read(&programs.object)?);
+    for name in TESTS.iter().chain(&["verify", "ferroflow"]) {
+        archive.file(&format!("vm/bin/{name}"), &read(&programs.files[*name])?);
+    }
+    archive.file("init", &read(&programs.files["init"])?);
+    Ok(archive.finish())
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
