@@ -24,6 +24,10 @@ const AF_INET6: u8 = 10;
 
 /// How far into the packet direct reads go: the verifier wants a bound, and headers end long before.
 const DIRECT: u32 = 0x700;
+const DIRECT_MASK: u32 = 0x7ff;
+/// The multiples of four that a sum's length less four may be.
+const SUM_MASK: u32 = SUM_MAX - 4;
+const _: () = assert!(SUM_MAX.is_power_of_two());
 
 impl Skb {
     /// The device that the kernel's routes send the packet out of, as it now is.
@@ -82,9 +86,17 @@ impl Skb {
         let (data, end) = self.bounds();
         let mut start = data;
         // SAFETY: one addition, hidden from the compiler so that the check and the loads use one register: to the
-        // verifier two sums of a packet pointer and the same number are two pointers.
+        // verifier two sums of a packet pointer and the same number are two pointers. The mask takes nothing away: it is
+        // for kernels before 6.8, where the check above bounds one copy of the offset and none that was on the stack.
         unsafe {
-            asm!("{0} += {1}", inout(reg) start, in(reg) u64::from(offset), options(pure, nomem, nostack));
+            asm!(
+                "{offset} &= {mask}",
+                "{start} += {offset}",
+                start = inout(reg) start,
+                offset = inout(reg) u64::from(offset) => _,
+                mask = const DIRECT_MASK,
+                options(pure, nomem, nostack),
+            );
         }
         if start + N as u64 * 4 > end {
             return None;
@@ -157,12 +169,21 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn sum(&self, offset: u32, length: u32) -> Option<Sum> {
-        let mut length = u64::from(length);
-        // SAFETY: adds nothing; the compiler no longer knows a bound that it may have seen elsewhere, and so leaves
-        // the check below to the register that the verifier looks at.
-        unsafe { asm!("{0} += 0", inout(reg) length, options(pure, nomem, nostack)) };
-        if length == 0 || length > u64::from(SUM_MAX) || length & 3 != 0 {
+        if length == 0 || length > SUM_MAX || length & 3 != 0 {
             return None;
+        }
+        let mut length = u64::from(length);
+        // SAFETY: changes nothing, as was just checked; but the verifier may have looked at another copy of the number
+        // (before 6.8 at none that was on the stack), and sees here that this one is from 4 to SUM_MAX.
+        unsafe {
+            asm!(
+                "{length} += -4",
+                "{length} &= {mask}",
+                "{length} += 4",
+                length = inout(reg) length,
+                mask = const SUM_MASK,
+                options(pure, nomem, nostack),
+            );
         }
         let length = length as u32;
         let mut bytes = [0u32; SUM_MAX as usize / 4];
