@@ -13,6 +13,7 @@ use crate::{
     agent::Agent,
     cluster::{Cluster, Family, Pod},
     manifests::{Endpoint, Port, Service},
+    patience::stretched,
     pod::{DNS_PORT, ECHO_PORT, FailureKind, HTTP_PORT, Outcome},
     sandbox::Sandbox,
     traffic::{Ask, Protocol},
@@ -46,8 +47,14 @@ pub const ECHO_SERVICE_PORT: u16 = 7;
 const BACKENDS: [&str; 2] = ["a2", "b2"];
 /// A backend of two is missed by chance once in a million million.
 const REQUESTS: u32 = 40;
-const REFUSAL_LIMIT: Duration = Duration::from_millis(200);
-const REMOVAL_LIMIT: Duration = Duration::from_secs(2);
+
+fn refusal_limit() -> Duration {
+    stretched(Duration::from_millis(200))
+}
+
+fn removal_limit() -> Duration {
+    stretched(Duration::from_secs(2))
+}
 
 impl World {
     /// Agents with these further arguments, synced.
@@ -111,7 +118,7 @@ impl World {
         let ask = Ask::new(protocol, target).count(5).timeout(Duration::from_millis(500));
         let seen = self.cluster.pod(from).ask(&ask).and_then(|outcomes| refused(&outcomes));
         let step = format!("no endpoints, {protocol}");
-        let expected = format!("refused in {} ms", REFUSAL_LIMIT.as_millis());
+        let expected = format!("refused in {} ms", refusal_limit().as_millis());
         Check { step, from: from.into(), to: target.to_string(), expected, seen }
     }
 
@@ -121,7 +128,7 @@ impl World {
             step: "scaled down".into(),
             from: "a1, b1".into(),
             to: "web".into(),
-            expected: format!("none fails, b2 idle in {} s", REMOVAL_LIMIT.as_secs()),
+            expected: format!("none fails, b2 idle in {} s", removal_limit().as_secs()),
             seen: self.run_scale_down(),
         }
     }
@@ -143,7 +150,7 @@ impl World {
         }
         let removed = SystemTime::now();
         self.set_backends(&["a2"])?;
-        thread::sleep(REMOVAL_LIMIT + Duration::from_millis(300));
+        thread::sleep(removal_limit() + Duration::from_millis(300));
         let mut outcomes = Vec::new();
         for client in clients {
             outcomes.extend(client.stop()?);
@@ -233,7 +240,7 @@ fn refused(outcomes: &[Outcome]) -> Result<String> {
         }
     }
     let longest = outcomes.iter().map(Outcome::took).max().context("no request was made")?;
-    ensure!(longest < REFUSAL_LIMIT, "refused after {longest:?}");
+    ensure!(longest < refusal_limit(), "refused after {longest:?}");
     Ok(format!("refused in {:.1} ms", longest.as_secs_f64() * 1000.0))
 }
 
@@ -246,11 +253,12 @@ fn drained(outcomes: &[Outcome], gone: &str, removed: SystemTime) -> Result<Stri
         || outcomes.iter().filter(|outcome| outcome.answer().is_some_and(|answer| answer.by == gone));
     ensure!(of_gone().any(|outcome| after(outcome).is_none()), "{gone} never answered");
     ensure!(
-        outcomes.iter().filter_map(after).any(|at| at > REMOVAL_LIMIT),
-        "no request after {REMOVAL_LIMIT:?}"
+        outcomes.iter().filter_map(after).any(|at| at > removal_limit()),
+        "no request after {:?}",
+        removal_limit()
     );
     let last = of_gone().filter_map(after).max().unwrap_or_default();
-    ensure!(last < REMOVAL_LIMIT, "{gone} still answered {last:?} after it was removed");
+    ensure!(last < removal_limit(), "{gone} still answered {last:?} after it was removed");
     Ok(format!("{}, b2 idle in {} ms", failures(outcomes), last.as_millis()))
 }
 

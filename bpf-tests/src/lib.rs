@@ -20,6 +20,7 @@ pub mod demo;
 pub mod ethtool;
 pub mod manifests;
 pub mod netns;
+pub mod patience;
 pub mod pod;
 pub mod run;
 pub mod runner;

@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::de::DeserializeOwned;
 
+use crate::patience::stretched;
 use crate::pod::{Answer, Failure, FailureKind, Outcome, VERB};
 
 /// Requests to make, each on a new connection or socket.
@@ -94,7 +95,7 @@ impl Ask {
 
     /// The longest it can take, if no answer comes at all.
     pub(crate) fn limit(&self) -> Duration {
-        (self.interval + self.timeout) * self.count + Duration::from_secs(5)
+        (self.interval + stretched(self.timeout)) * self.count + Duration::from_secs(5)
     }
 
     pub(crate) fn args(&self) -> Vec<String> {
@@ -108,7 +109,7 @@ impl Ask {
         for (name, value) in [
             ("--count", self.count.to_string()),
             ("--interval-ms", self.interval.as_millis().to_string()),
-            ("--timeout-ms", self.timeout.as_millis().to_string()),
+            ("--timeout-ms", stretched(self.timeout).as_millis().to_string()),
             ("--source-port", self.source_port.to_string()),
         ] {
             args.extend([name.to_owned(), value]);
@@ -158,7 +159,7 @@ impl<T: DeserializeOwned + Clone + Send + 'static> Client<T> {
 
     /// Waits until `enough` holds for what it has written.
     pub fn wait_until(&self, limit: Duration, enough: impl Fn(&[T]) -> bool) -> Result<Vec<T>> {
-        let read = self.lines.wait(limit, |read| read.ended || enough(&read.values));
+        let read = self.lines.wait(stretched(limit), |read| read.ended || enough(&read.values));
         if let Some(garbage) = &read.garbage {
             bail!("a line that is no result: {garbage}");
         }
@@ -171,7 +172,7 @@ impl<T: DeserializeOwned + Clone + Send + 'static> Client<T> {
 
     /// Waits for its end.
     pub fn finish(mut self, limit: Duration) -> Result<Vec<T>> {
-        let read = self.lines.wait(limit, |read| read.ended);
+        let read = self.lines.wait(stretched(limit), |read| read.ended);
         if !read.ended {
             bail!("a client did not end within {limit:?}; {} results so far", read.values.len());
         }

@@ -23,17 +23,13 @@ fn command(vmlinuz: &Path, initrd: &Path, returned: &Path) -> Command {
     // Hours would pass before anyone looks, were it to hang.
     let mut command = Command::new("timeout");
     command.args(["--kill-after=10", LIMIT, super::QEMU, "-nodefaults", "-no-user-config", "-no-reboot"]);
-    command.args(["-accel", accelerator(), "-cpu", "max", "-smp", "2", "-m", MEMORY]);
-    command.arg("-kernel").arg(vmlinuz).arg("-initrd").arg(initrd);
-    command.args([
-        "-append",
-        "console=ttyS0 quiet panic=-1",
-        "-display",
-        "none",
-        "-serial",
-        "stdio",
-        "-serial",
-    ]);
+    let accelerator = accelerator();
+    command.args(["-accel", accelerator, "-cpu", "max", "-smp", "2", "-m", MEMORY]);
+    // What the kernel does not know becomes the first process's environment.
+    let patience = if accelerator == "tcg" { EMULATED } else { "1" };
+    let append = format!("console=ttyS0 quiet panic=-1 BPF_TESTS_PATIENCE={patience}");
+    command.arg("-kernel").arg(vmlinuz).arg("-initrd").arg(initrd).args(["-append", &append]);
+    command.args(["-display", "none", "-serial", "stdio", "-serial"]);
     command.arg(format!("file:{}", returned.display()));
     command
 }
@@ -47,7 +43,9 @@ fn accelerator() -> &'static str {
 
 /// Seconds that all tests may take under emulation.
 const LIMIT: &str = "1500";
-const MEMORY: &str = "3G";
+const MEMORY: &str = "2G";
+/// So many times as long as on a real machine the tests wait.
+const EMULATED: &str = "20";
 
 /// What the lines of the console say; see bpf_tests::vm.
 #[derive(Default)]

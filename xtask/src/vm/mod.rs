@@ -105,19 +105,10 @@ struct Programs {
 /// Builds what runs in the machine, and installs QEMU where it is missing.
 fn prepare(toolchain: &Toolchain) -> Result<Programs> {
     install_qemu()?;
-    let built = compile::run(toolchain, Profile::Dev)?;
+    let built = compile::run(toolchain, Profile::Vm)?;
     let [(_, object), (_, agent)] = built.env();
     let mut files = BTreeMap::from([("ferroflow".to_owned(), agent.to_owned())]);
     files.extend(executables(toolchain, &built)?);
-    let dir = toolchain.target("vm").join("bin");
-    fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    for name in TESTS.iter().chain(&["init", "verify", "ferroflow"]) {
-        let path = files.get(*name).with_context(|| format!("cargo built no {name}"))?;
-        let stripped = dir.join(name);
-        // Nine tenths are debug information, and all of it would be unpacked into the machine's memory.
-        succeed(Command::new("strip").arg("-o").args([&stripped, path]))?;
-        files.insert((*name).to_owned(), stripped);
-    }
     Ok(Programs { files, object: object.to_owned() })
 }
 
@@ -127,7 +118,9 @@ fn executables(toolchain: &Toolchain, built: &Built) -> Result<BTreeMap<String, 
     cargo.args(["--no-run", "--message-format", "json-render-diagnostics"]);
     TESTS.iter().for_each(|test| _ = cargo.args(["--test", test]));
     let text = output(&mut cargo).context("the tests do not build")?;
-    Ok(text.lines().filter_map(executable).collect())
+    let used =
+        |(name, _): &(String, PathBuf)| TESTS.iter().chain(&["init", "verify"]).any(|used| used == name);
+    Ok(text.lines().filter_map(executable).filter(used).collect())
 }
 
 fn executable(line: &str) -> Option<(String, PathBuf)> {
@@ -173,10 +166,10 @@ fn archive(
     archive.file("vm/commands", commands.as_bytes());
     archive.file("vm/verified.json", table);
     archive.file("vm/object", &read(&programs.object)?);
-    for name in TESTS.iter().chain(&["verify", "ferroflow"]) {
-        archive.file(&format!("vm/bin/{name}"), &read(&programs.files[*name])?);
+    for (name, path) in &programs.files {
+        let place = if name == "init" { name.clone() } else { format!("vm/bin/{name}") };
+        archive.file(&place, &read(path)?);
     }
-    archive.file("init", &read(&programs.files["init"])?);
     Ok(archive.finish())
 }
 
