@@ -14,7 +14,7 @@ use crate::{
     cluster::{Cluster, Family, Pod},
     manifests::{Endpoint, Port, Service},
     patience::stretched,
-    pod::{DNS_PORT, ECHO_PORT, FailureKind, HTTP_PORT, Outcome},
+    pod::{DNS_PORT, ECHO_PORT, FailureKind, HTTP_PORT, Outcome, SCTP_PORT},
     sandbox::Sandbox,
     traffic::{Ask, Protocol},
 };
@@ -43,6 +43,7 @@ pub struct Check {
 pub const WEB_PORT: u16 = 80;
 pub const DNS_SERVICE_PORT: u16 = 53;
 pub const ECHO_SERVICE_PORT: u16 = 7;
+pub const SCTP_SERVICE_PORT: u16 = 132;
 
 const BACKENDS: [&str; 2] = ["a2", "b2"];
 /// A backend of two is missed by chance once in a million million.
@@ -180,6 +181,7 @@ pub fn service(name: &str, number: u8) -> Service {
             port("http", "TCP", WEB_PORT, HTTP_PORT),
             port("dns", "UDP", DNS_SERVICE_PORT, DNS_PORT),
             port("echo", "TCP", ECHO_SERVICE_PORT, ECHO_PORT),
+            port("sctp", "SCTP", SCTP_SERVICE_PORT, SCTP_PORT),
         ],
         more: String::new(),
     }
@@ -190,6 +192,7 @@ pub fn target(service: &Service, protocol: Protocol, family: Family) -> SocketAd
     let port = match protocol {
         Protocol::Http => WEB_PORT,
         Protocol::Dns | Protocol::DnsUnconnected => DNS_SERVICE_PORT,
+        Protocol::Sctp => SCTP_SERVICE_PORT,
     };
     SocketAddr::new(service.ip(family), port)
 }
@@ -199,6 +202,7 @@ pub fn pod_target(pod: &Pod, protocol: Protocol, family: Family) -> SocketAddr {
     let port = match protocol {
         Protocol::Http => HTTP_PORT,
         Protocol::Dns | Protocol::DnsUnconnected => DNS_PORT,
+        Protocol::Sctp => SCTP_PORT,
     };
     SocketAddr::new(pod.ip(family), port)
 }

@@ -34,6 +34,8 @@ pub enum Protocol {
     Dns,
     /// DNS over a socket that is not connected.
     DnsUnconnected,
+    /// HTTP over SCTP.
+    Sctp,
 }
 
 /// A process that writes one line of JSON per result. Dropping it kills the process.
@@ -103,6 +105,7 @@ impl Ask {
             Protocol::Http => &["http"],
             Protocol::Dns => &["dns"],
             Protocol::DnsUnconnected => &["dns", "--unconnected"],
+            Protocol::Sctp => &["http", "--sctp"],
         };
         let mut args: Vec<_> = verb.iter().map(|&arg| arg.to_owned()).collect();
         args.push(self.target.to_string());
@@ -125,6 +128,7 @@ impl fmt::Display for Protocol {
             Self::Http => "HTTP",
             Self::Dns => "DNS",
             Self::DnsUnconnected => "DNS (unconnected)",
+            Self::Sctp => "SCTP",
         })
     }
 }

@@ -209,7 +209,7 @@ fn bad_documents_are_named_and_cost_nothing_else(sandbox: &Sandbox) -> Result<()
         ensure!(spoilt != world.web.yaml(), "the service was not spoilt");
         manifests.write("service-web", &spoilt)?;
         for agent in &world.agents {
-            agent.wait_status(SOON, |status| status["rejected"] == 4 && status["frontends"] == 18)?;
+            agent.wait_status(SOON, |status| status["rejected"] == 4 && status["frontends"] == 24)?;
             let log = agent.log_tail();
             for named in [
                 ["bad.yaml", "document 1", "ports[0].port"],

@@ -14,9 +14,9 @@ pub(super) fn run(vmlinuz: &Path, initrd: &Path, returned: &Path) -> Result<Tall
     let mut console = Console::default();
     let ended = stream(&mut command(vmlinuz, initrd, returned), stdout(), |line| console.read(line))?;
     if !ended || !console.done {
-        bail!("the machine did not get to the end, after {}", console.tally);
+        bail!("the machine did not get to the end, after {}", console.result());
     }
-    Ok(console.tally)
+    Ok(console.result())
 }
 
 fn command(vmlinuz: &Path, initrd: &Path, returned: &Path) -> Command {
@@ -51,6 +51,8 @@ const EMULATED: &str = "20";
 #[derive(Default)]
 struct Console {
     tally: Tally,
+    /// Among the passed.
+    skips: usize,
     done: bool,
 }
 
@@ -58,9 +60,7 @@ impl Console {
     fn read(&mut self, line: &str) {
         let line = line.trim_end();
         self.tally += Tally::of_line(line);
-        if line.starts_with("SKIP ") {
-            self.tally.skip(1);
-        }
+        self.skips += usize::from(line.starts_with("SKIP "));
         if let Some((name, code)) = line.strip_prefix("vm: ").and_then(|rest| rest.split_once(" ended with "))
         {
             // The harness's own line has counted what failed, where it came to write one.
@@ -73,6 +73,12 @@ impl Console {
         }
         self.done |= line == "vm: done";
     }
+
+    /// These kernels lack nothing that a test here needs: what is skipped all the same is a failure.
+    fn result(self) -> Tally {
+        let Tally { passed, failed, skipped } = self.tally;
+        Tally { passed: passed.saturating_sub(self.skips), failed: failed + self.skips, skipped }
+    }
 }
 
 #[cfg(test)]
@@ -82,7 +88,7 @@ mod tests {
     fn tally(lines: &[&str]) -> String {
         let mut console = Console::default();
         lines.iter().for_each(|line| console.read(line));
-        console.tally.to_string()
+        console.result().to_string()
     }
 
     #[test]
@@ -93,7 +99,7 @@ mod tests {
             "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.00s\r\n",
             "vm: wire ended with 0\r\n",
         ];
-        assert_eq!(tally(&lines), "3 passed, 0 failed, 1 skipped");
+        assert_eq!(tally(&lines), "3 passed, 1 failed");
         assert_eq!(tally(&["vm: verify ended with 1\r\n"]), "0 passed, 1 failed");
         let failed = "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out";
         assert_eq!(tally(&[failed, "vm: wire ended with 101"]), "3 passed, 2 failed");

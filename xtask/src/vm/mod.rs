@@ -37,7 +37,7 @@ pub(crate) struct Plan {
 const TABLE: &str = "bpf-tests/verified.json";
 const QEMU: &str = "qemu-system-x86_64";
 /// The files of tests that run there.
-const TESTS: [&str; 4] = ["programs", "wire", "north_south", "restart"];
+const TESTS: [&str; 5] = ["programs", "sctp", "wire", "north_south", "restart"];
 /// Tests that are not about the kernel: it shows what the object says of its maps, through a program of the host.
 const NOT_THERE: &str = "bpftool_shows_the_tables_by_name";
 
