@@ -16,26 +16,12 @@ use crate::toolchain::{Toolchain, succeed};
 pub(crate) enum Profile {
     Dev,
     Release,
-    /// For emulated machines.
-    Vm,
-}
-
-impl Profile {
-    /// Its name for cargo, and that of its folder.
-    const fn names(self) -> (&'static str, &'static str) {
-        match self {
-            Self::Dev => ("dev", "debug"),
-            Self::Release => ("release", "release"),
-            Self::Vm => ("vm", "vm"),
-        }
-    }
 }
 
 /// What a build leaves. Displayed: the two paths with their sizes.
 pub(crate) struct Built {
     object: PathBuf,
     binary: PathBuf,
-    profile: Profile,
 }
 
 impl Built {
@@ -47,7 +33,7 @@ impl Built {
     /// A cargo command for bpf-tests. It is built as the binary was, so that what both need is compiled once.
     pub(crate) fn cargo(&self, toolchain: &Toolchain, verb: &str) -> Result<Command> {
         let mut cargo = static_cargo(toolchain, verb, &self.object)?;
-        cargo.args(["--package", "bpf-tests", "--profile", self.profile.names().0]).envs(self.env());
+        cargo.args(["--package", "bpf-tests"]).envs(self.env());
         Ok(cargo)
     }
 
@@ -71,7 +57,7 @@ pub(crate) fn run(toolchain: &Toolchain, profile: Profile) -> Result<Built> {
     let linker = setup::run(toolchain)?;
     let object = object(toolchain, &linker).context("the BPF object does not build")?;
     let binary = binary(toolchain, profile, &object).context("the binary does not build")?;
-    Ok(Built { object, binary, profile })
+    Ok(Built { object, binary })
 }
 
 /// The one ELF with all programs. Always optimised: unoptimised programs do not fit the verifier's limits.
@@ -101,7 +87,11 @@ fn object_target(toolchain: &Toolchain) -> PathBuf {
 
 fn binary(toolchain: &Toolchain, profile: Profile, object: &Path) -> Result<PathBuf> {
     let mut cargo = static_cargo(toolchain, "build", object)?;
-    cargo.args(["--package", "ferroflow", "--bin", BINARY, "--profile", profile.names().0]);
+    cargo.args(["--package", "ferroflow", "--bin", BINARY]);
+    match profile {
+        Profile::Dev => {}
+        Profile::Release => _ = cargo.arg("--release"),
+    }
     succeed(&mut cargo)?;
     Ok(static_target(toolchain, profile)?.join(BINARY))
 }
@@ -118,7 +108,11 @@ fn static_cargo(toolchain: &Toolchain, verb: &str, object: &Path) -> Result<Comm
 }
 
 fn static_target(toolchain: &Toolchain, profile: Profile) -> Result<PathBuf> {
-    Ok(toolchain.target("static").join(toolchain.host()?).join(profile.names().1))
+    let folder = match profile {
+        Profile::Dev => "debug",
+        Profile::Release => "release",
+    };
+    Ok(toolchain.target("static").join(toolchain.host()?).join(folder))
 }
 
 /// cargo's environment variable for one target's setting.

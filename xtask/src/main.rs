@@ -74,8 +74,8 @@ enum Verb {
     },
     /// Verify and test the programs on other kernels, each booted in QEMU
     ///
-    /// The kernels are Debian's, downloaded once through apt (and QEMU, where it is missing). Runs every program's load
-    /// with every combination of load-time constants, the packet tables, and the tests on the wire.
+    /// The kernels are Debian's, downloaded once through apt (and QEMU, where it is missing). Loads every program with
+    /// every combination of load-time constants, then runs the packet tables and a choice of the tests on the wire.
     Vm {
         /// Of which kernels [default: all]
         #[arg(long, value_name = "VERSIONS", value_delimiter = ',', value_parser = vm::named)]
@@ -83,7 +83,7 @@ enum Verb {
         /// Write the kernels' rows of bpf-tests/verified.json instead of comparing with them
         #[arg(long)]
         update: bool,
-        /// Run only tests whose name contains this
+        /// Run all tests whose name contains this, and none of the choice
         filter: Option<String>,
     },
     /// Measure beside plain routing and kube-proxy's rules, optimised, in ten minutes or (`--quick`) two; needs root

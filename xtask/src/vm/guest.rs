@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::stdout;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Result, bail};
 
@@ -30,7 +30,7 @@ fn command(vmlinuz: &Path, initrd: &Path, returned: &Path) -> Command {
     let append = format!("console=ttyS0 quiet panic=-1 BPF_TESTS_PATIENCE={patience}");
     command.arg("-kernel").arg(vmlinuz).arg("-initrd").arg(initrd).args(["-append", &append]);
     command.args(["-display", "none", "-serial", "stdio", "-serial"]);
-    command.arg(format!("file:{}", returned.display()));
+    command.arg(format!("file:{}", returned.display())).stdin(Stdio::null());
     command
 }
 
