@@ -51,7 +51,7 @@ const TESTS: [(&str, &[&str]); 5] = [
         ],
     ),
     ("north_south", &["rule_26_a_node_port_reaches_every_backend_by_masquerade"]),
-    ("restart", &["kill_9_loses_nothing", "kill_9_loses_nothing_on_the_packet_path"]),
+    ("restart", &["kill_9_loses_nothing_on_the_packet_path"]),
 ];
 /// One test at a time, without the one that is not about the kernel: it shows what the object says of its maps, through
 /// a program of the host.
