@@ -21,6 +21,7 @@ use crate::{
     apiserver::{ApiServer, Follower},
     cluster::Node,
     netns::Netns,
+    patience::stretched,
     traffic::pod_command,
 };
 
@@ -94,7 +95,7 @@ impl Agent {
     }
 
     pub fn wait_synced_within(&mut self, limit: Duration) -> Result<Value> {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + stretched(limit);
         loop {
             let status = self.status();
             if let Ok(status) = &status
@@ -116,7 +117,7 @@ impl Agent {
 
     /// Until its status is as wanted.
     pub fn wait_status(&self, limit: Duration, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + stretched(limit);
         loop {
             let status = self.status()?;
             if wanted(&status) {
@@ -146,7 +147,7 @@ impl Agent {
             let _too_late = done.send(child.wait_with_output());
         })?;
         let shown = args.join(" ");
-        let Ok(output) = output.recv_timeout(VERB_LIMIT) else {
+        let Ok(output) = output.recv_timeout(stretched(VERB_LIMIT)) else {
             let _ended = kill(pid, Signal::SIGKILL);
             bail!("`{shown}` gave no answer within {VERB_LIMIT:?}");
         };
@@ -170,7 +171,7 @@ impl Agent {
     pub fn stop(&mut self) -> Result<ExitStatus> {
         let child = self.child.as_mut().with_context(|| format!("{} has no agent", self.node))?;
         kill(pid_of(child), Signal::SIGTERM).context("ask the agent to end")?;
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + stretched(Duration::from_secs(5));
         while Instant::now() < deadline {
             if let Some(ended) = self.ended()? {
                 self.child = None;

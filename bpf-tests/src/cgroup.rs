@@ -14,6 +14,8 @@ use nix::{
     unistd::Pid,
 };
 
+use crate::patience::stretched;
+
 /// A subtree that is emptied and removed when dropped.
 #[derive(Debug)]
 pub struct Tree {
@@ -59,7 +61,7 @@ pub fn enter(path: &Path) -> io::Result<()> {
 
 /// Kills every process in the subtree, then removes its directories from the leaves up.
 pub fn remove(path: &Path) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + stretched(Duration::from_secs(5));
     while path.exists() {
         kill_all(path);
         match remove_directories(path) {

@@ -14,7 +14,8 @@ use crate::{
     cluster::{Cluster, Family, Pod},
     cni::Runtime,
     manifests::{Endpoint, Port, Service},
-    pod::{DNS_PORT, ECHO_PORT, FailureKind, HTTP_PORT, Outcome},
+    patience::stretched,
+    pod::{DNS_PORT, ECHO_PORT, FailureKind, HTTP_PORT, Outcome, SCTP_PORT},
     sandbox::Sandbox,
     traffic::{Ask, Protocol},
 };
@@ -45,6 +46,7 @@ pub struct Check {
 pub const WEB_PORT: u16 = 80;
 pub const DNS_SERVICE_PORT: u16 = 53;
 pub const ECHO_SERVICE_PORT: u16 = 7;
+pub const SCTP_SERVICE_PORT: u16 = 132;
 
 const DEMO_NODE_PORT: u16 = 30080;
 const BACKENDS: [&str; 2] = ["a2", "b2"];
@@ -52,8 +54,14 @@ const BACKENDS: [&str; 2] = ["a2", "b2"];
 const REQUESTS: u32 = 40;
 const PODS_PER_NODE: u32 = 2;
 const PROGRAM_LIMIT: Duration = Duration::from_secs(20);
-const REFUSAL_LIMIT: Duration = Duration::from_millis(200);
-const REMOVAL_LIMIT: Duration = Duration::from_secs(2);
+
+fn refusal_limit() -> Duration {
+    stretched(Duration::from_millis(200))
+}
+
+fn removal_limit() -> Duration {
+    stretched(Duration::from_secs(2))
+}
 
 impl World {
     /// Agents with these further arguments, synced.
@@ -123,7 +131,7 @@ impl World {
             })
             .map(|addr| addr.to_string())
             .collect();
-        let deadline = Instant::now() + PROGRAM_LIMIT;
+        let deadline = Instant::now() + stretched(PROGRAM_LIMIT);
         for agent in &self.agents {
             loop {
                 let listed = agent.verb(&["service", "list"])?;
@@ -197,7 +205,7 @@ impl World {
         let ask = Ask::new(protocol, target).count(5).timeout(Duration::from_millis(500));
         let seen = self.cluster.pod(from).ask(&ask).and_then(|outcomes| refused(&outcomes));
         let step = format!("no endpoints, {protocol}");
-        let expected = format!("refused in {} ms", REFUSAL_LIMIT.as_millis());
+        let expected = format!("refused in {} ms", refusal_limit().as_millis());
         Check { step, from: from.into(), to: target.to_string(), expected, seen }
     }
 
@@ -207,7 +215,7 @@ impl World {
             step: "scaled down".into(),
             from: "a1, b1".into(),
             to: "web".into(),
-            expected: format!("none fails, b2 idle in {} s", REMOVAL_LIMIT.as_secs()),
+            expected: format!("none fails, b2 idle in {} s", removal_limit().as_secs()),
             seen: self.run_scale_down(),
         }
     }
@@ -229,7 +237,7 @@ impl World {
         }
         let removed = SystemTime::now();
         self.set_backends(&["a2"])?;
-        thread::sleep(REMOVAL_LIMIT + Duration::from_millis(300));
+        thread::sleep(removal_limit() + Duration::from_millis(300));
         let mut outcomes = Vec::new();
         for client in clients {
             outcomes.extend(client.stop()?);
@@ -270,6 +278,7 @@ pub fn service(name: &str, number: u8) -> Service {
             port("http", "TCP", WEB_PORT, HTTP_PORT),
             port("dns", "UDP", DNS_SERVICE_PORT, DNS_PORT),
             port("echo", "TCP", ECHO_SERVICE_PORT, ECHO_PORT),
+            port("sctp", "SCTP", SCTP_SERVICE_PORT, SCTP_PORT),
         ],
         more: String::new(),
     }
@@ -280,6 +289,7 @@ pub fn target(service: &Service, protocol: Protocol, family: Family) -> SocketAd
     let port = match protocol {
         Protocol::Http => WEB_PORT,
         Protocol::Dns | Protocol::DnsUnconnected | Protocol::DnsOneSocket => DNS_SERVICE_PORT,
+        Protocol::Sctp => SCTP_SERVICE_PORT,
     };
     SocketAddr::new(service.ip(family), port)
 }
@@ -289,6 +299,7 @@ pub fn pod_target(pod: &Pod, protocol: Protocol, family: Family) -> SocketAddr {
     let port = match protocol {
         Protocol::Http => HTTP_PORT,
         Protocol::Dns | Protocol::DnsUnconnected | Protocol::DnsOneSocket => DNS_PORT,
+        Protocol::Sctp => SCTP_PORT,
     };
     SocketAddr::new(pod.ip(family), port)
 }
@@ -330,7 +341,7 @@ fn refused(outcomes: &[Outcome]) -> Result<String> {
         }
     }
     let longest = outcomes.iter().map(Outcome::took).max().context("no request was made")?;
-    ensure!(longest < REFUSAL_LIMIT, "refused after {longest:?}");
+    ensure!(longest < refusal_limit(), "refused after {longest:?}");
     Ok(format!("refused in {:.1} ms", longest.as_secs_f64() * 1000.0))
 }
 
@@ -343,11 +354,12 @@ fn drained(outcomes: &[Outcome], gone: &str, removed: SystemTime) -> Result<Stri
         || outcomes.iter().filter(|outcome| outcome.answer().is_some_and(|answer| answer.by == gone));
     ensure!(of_gone().any(|outcome| after(outcome).is_none()), "{gone} never answered");
     ensure!(
-        outcomes.iter().filter_map(after).any(|at| at > REMOVAL_LIMIT),
-        "no request after {REMOVAL_LIMIT:?}"
+        outcomes.iter().filter_map(after).any(|at| at > removal_limit()),
+        "no request after {:?}",
+        removal_limit()
     );
     let last = of_gone().filter_map(after).max().unwrap_or_default();
-    ensure!(last < REMOVAL_LIMIT, "{gone} still answered {last:?} after it was removed");
+    ensure!(last < removal_limit(), "{gone} still answered {last:?} after it was removed");
     Ok(format!("{}, b2 idle in {} ms", failures(outcomes), last.as_millis()))
 }
 

@@ -31,6 +31,8 @@ use rtnetlink::{
 };
 use tokio::runtime::Runtime;
 
+use crate::patience::stretched;
+
 /// Its thread ends, and the namespace with it, when this is dropped.
 #[derive(Debug)]
 pub struct Netns {
@@ -267,7 +269,7 @@ impl Inside {
     }
 
     fn request<T>(&self, request: impl Future<Output = Result<T, rtnetlink::Error>>) -> Result<T> {
-        let bounded = async { tokio::time::timeout(Duration::from_secs(5), request).await };
+        let bounded = async { tokio::time::timeout(stretched(Duration::from_secs(5)), request).await };
         Ok(self.runtime.block_on(bounded).context("no answer from netlink")??)
     }
 }

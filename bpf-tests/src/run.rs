@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    env, fs,
+    env, fmt, fs,
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
+    VerifierLogLevel,
     maps::{HashMap, Map, MapData},
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
@@ -110,8 +111,40 @@ pub fn thrown(packet: &[u8]) -> Option<u32> {
     conntrack::throw_for(port)
 }
 
+/// What is fixed when the programs are loaded. Displayed: what an agent is told to load them so, nothing by default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Constants {
+    pub socket_lb: SocketLb,
+    pub log_drops: bool,
+}
+
 /// What an agent without options loads.
-pub const DEFAULTS: (SocketLb, bool) = (SocketLb::Tcp, false);
+pub const DEFAULTS: Constants = Constants { socket_lb: SocketLb::Tcp, log_drops: false };
+
+impl Constants {
+    /// Every combination; `SocketLb::Off` loads what `Tcp` does, and attaches less. What a kernel has (its coarse
+    /// clock) is no choice.
+    pub const ALL: [Self; 4] = [
+        DEFAULTS,
+        Self { socket_lb: SocketLb::All, log_drops: false },
+        Self { socket_lb: SocketLb::Tcp, log_drops: true },
+        Self { socket_lb: SocketLb::All, log_drops: true },
+    ];
+
+    fn options(self, place: &Place) -> Options {
+        let Self { socket_lb, log_drops } = self;
+        Options { socket_lb, log_drops, ..options(&place.bpffs, Xdp::Off) }
+    }
+}
+
+impl fmt::Display for Constants {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut options = Vec::new();
+        options.extend((self.socket_lb == SocketLb::All).then_some("--socket-lb all"));
+        options.extend(self.log_drops.then_some("--log-drops"));
+        f.write_str(&options.join(" "))
+    }
+}
 
 /// What an agent loads by default, on a BPF file system of its own.
 pub fn options(bpffs: &Path, xdp: Xdp) -> Options {
@@ -126,14 +159,17 @@ pub fn options(bpffs: &Path, xdp: Xdp) -> Options {
 }
 
 impl Programs {
-    /// Loads the object that `FERROFLOW_OBJECT` names, with these load-time constants: which sockets are translated,
-    /// and whether drops are logged.
-    pub fn load(place: &Place, (socket_lb, log_drops): (SocketLb, bool)) -> Result<Self> {
+    /// Loads the object that `FERROFLOW_OBJECT` names.
+    pub fn load(place: &Place, constants: Constants) -> Result<Self> {
         let bpffs = Bpffs { dir: place.bpffs.clone() };
-        let options = Options { socket_lb, log_drops, ..options(&place.bpffs, Xdp::Off) };
-        let datapath = Datapath::load(&object()?, options)?;
+        let datapath = Datapath::load(&object()?, constants.options(place))?;
         let tables = KernelMaps::open(&bpffs.maps())?;
         Ok(Self { datapath, tables, bpffs })
+    }
+
+    /// With its maps made and its programs still to be loaded; the verifier shall say what they cost.
+    pub fn create(place: &Place, constants: Constants) -> Result<Datapath> {
+        Ok(Datapath::create(&object()?, constants.options(place), VerifierLogLevel::STATS)?)
     }
 
     /// Where a map is pinned.

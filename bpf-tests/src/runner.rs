@@ -52,12 +52,22 @@ pub fn require_root(test: &str) -> Result<Privilege> {
     Ok(Privilege::Skip)
 }
 
+/// For a test of what this kernel lacks, whoever runs it: the skip is recorded as by [`require_root`]. `cargo xtask vm`
+/// runs the test on a kernel that has it, and allows no skip there.
+pub fn kernel_lacks(test: &str, what: &str) -> Result<()> {
+    record(test, &format!("this kernel has no {what}"))
+}
+
 /// For a test that this machine cannot run: fails, unless `BPF_TESTS=skip`; the skip is recorded as by
 /// [`require_root`].
 pub fn skip(test: &str, why: &str) -> Result<()> {
     if env::var_os("BPF_TESTS").is_none_or(|value| value != "skip") {
         bail!("{test} {why}; set BPF_TESTS=skip to go on without it");
     }
+    record(test, why)
+}
+
+fn record(test: &str, why: &str) -> Result<()> {
     let line = format!("SKIP {test}: {why}\n");
     print!("{line}");
     if let Some(path) = env::var_os("BPF_TESTS_SKIPPED") {

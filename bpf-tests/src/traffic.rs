@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::de::DeserializeOwned;
 
+use crate::patience::stretched;
 use crate::pod::{Answer, Failure, FailureKind, Outcome, VERB};
 
 /// Requests to make, each on a new connection or socket.
@@ -37,6 +38,8 @@ pub enum Protocol {
     DnsUnconnected,
     /// The same, and all questions from one socket.
     DnsOneSocket,
+    /// HTTP over SCTP.
+    Sctp,
 }
 
 /// A process that writes one line of JSON per result. Dropping it kills the process.
@@ -119,7 +122,7 @@ impl Ask {
 
     /// The longest it can take, if no answer comes at all.
     pub(crate) fn limit(&self) -> Duration {
-        (self.interval + self.timeout) * self.count + Duration::from_secs(5)
+        (self.interval + stretched(self.timeout)) * self.count + Duration::from_secs(5)
     }
 
     pub(crate) fn args(&self) -> Vec<String> {
@@ -128,13 +131,14 @@ impl Ask {
             Protocol::Dns => &["dns"],
             Protocol::DnsUnconnected => &["dns", "--unconnected"],
             Protocol::DnsOneSocket => &["resolver"],
+            Protocol::Sctp => &["http", "--sctp"],
         };
         let mut args: Vec<_> = verb.iter().map(|&arg| arg.to_owned()).collect();
         args.push(self.target.to_string());
         for (name, value) in [
             ("--count", self.count.to_string()),
             ("--interval-ms", self.interval.as_millis().to_string()),
-            ("--timeout-ms", self.timeout.as_millis().to_string()),
+            ("--timeout-ms", stretched(self.timeout).as_millis().to_string()),
             ("--source-port", self.source_port.to_string()),
         ] {
             args.extend([name.to_owned(), value]);
@@ -153,6 +157,7 @@ impl fmt::Display for Protocol {
             Self::Dns => "DNS",
             Self::DnsUnconnected => "DNS (unconnected)",
             Self::DnsOneSocket => "DNS (one socket)",
+            Self::Sctp => "SCTP",
         })
     }
 }
@@ -187,7 +192,7 @@ impl<T: DeserializeOwned + Clone + Send + 'static> Client<T> {
 
     /// Waits until `enough` holds for what it has written.
     pub fn wait_until(&self, limit: Duration, enough: impl Fn(&[T]) -> bool) -> Result<Vec<T>> {
-        let read = self.lines.wait(limit, |read| read.ended || enough(&read.values));
+        let read = self.lines.wait(stretched(limit), |read| read.ended || enough(&read.values));
         if let Some(garbage) = &read.garbage {
             bail!("a line that is no result: {garbage}");
         }
@@ -200,7 +205,7 @@ impl<T: DeserializeOwned + Clone + Send + 'static> Client<T> {
 
     /// Waits for its end.
     pub fn finish(mut self, limit: Duration) -> Result<Vec<T>> {
-        let read = self.lines.wait(limit, |read| read.ended);
+        let read = self.lines.wait(stretched(limit), |read| read.ended);
         if !read.ended {
             bail!("a client did not end within {limit:?}; {} results so far", read.values.len());
         }

@@ -151,6 +151,7 @@ fn node_port(protocol: Protocol) -> u16 {
     match protocol {
         Protocol::Http => HTTP_NODE_PORT,
         Protocol::Dns | Protocol::DnsUnconnected | Protocol::DnsOneSocket => DNS_NODE_PORT,
+        Protocol::Sctp => panic!("sockets of SCTP are not translated"),
     }
 }
 

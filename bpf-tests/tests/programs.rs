@@ -5,11 +5,10 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
-    run::{Action, DEFAULTS, Program, Programs, Wide, thrown},
+    run::{Action, Constants, DEFAULTS, Program, Programs, Wide, thrown},
     runner,
     sandbox::Sandbox,
 };
-use ferroflow::config::SocketLb;
 use ferroflow_common::{
     abi::conntrack::Entry,
     addr::Addr,
@@ -517,18 +516,16 @@ fn age(programs: &mut Programs, fake: &mut Fake, noise: &mut Noise) -> Result<()
 }
 
 fn every_program_loads_with_every_constant(sandbox: &Sandbox) -> Result<()> {
-    for socket_lb in [SocketLb::Tcp, SocketLb::All] {
-        for log_drops in [false, true] {
-            let mut programs = Programs::load(&sandbox.place()?, (socket_lb, log_drops))
-                .with_context(|| format!("{socket_lb:?}, log_drops {log_drops}"))?;
-            let mut names = Vec::new();
-            for (name, program) in programs.datapath.programs().programs() {
-                program.fd().with_context(|| format!("{name} is not loaded"))?;
-                names.push(name.to_owned());
-            }
-            names.sort();
-            ensure!(names == PROGRAMS, "{names:?}");
+    for constants in Constants::ALL {
+        let mut programs =
+            Programs::load(&sandbox.place()?, constants).with_context(|| format!("{constants:?}"))?;
+        let mut names = Vec::new();
+        for (name, program) in programs.datapath.programs().programs() {
+            program.fd().with_context(|| format!("{name} is not loaded"))?;
+            names.push(name.to_owned());
         }
+        names.sort();
+        ensure!(names == PROGRAMS, "{names:?}");
     }
     Ok(())
 }

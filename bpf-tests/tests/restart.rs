@@ -12,6 +12,7 @@ use bpf_tests::{
     agent::Agent,
     checks::{ECHO_SERVICE_PORT, World, failures, target},
     cluster::Family,
+    patience::stretched,
     pod::{Outcome, Progress},
     runner,
     sandbox::Sandbox,
@@ -198,7 +199,7 @@ impl Traffic {
         for stream in self.streams {
             let last = stream.stop()?.pop().context("a stream said nothing")?;
             ensure!(last.ended == Some(Ok(())), "{last:?}");
-            ensure!(Duration::from_micros(last.longest_gap_us) < LONGEST_GAP, "{last:?}");
+            ensure!(Duration::from_micros(last.longest_gap_us) < stretched(LONGEST_GAP), "{last:?}");
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
     checks::{self, ECHO_SERVICE_PORT, World, pod_target, tally, target},
     cluster::{Cluster, Family, Pod},
+    patience::stretched,
     pod::{ECHO_PORT, FailureKind, Outcome},
     runner,
     sandbox::Sandbox,
@@ -192,7 +193,7 @@ fn a_dropped_packet_is_named(sandbox: &Sandbox) -> Result<()> {
             })
         })?;
         let logged = || agent.log_tail().matches("dropped: fragment-of-service").count();
-        let deadline = Instant::now() + SOON;
+        let deadline = Instant::now() + stretched(SOON);
         while logged() < 2 {
             ensure!(Instant::now() < deadline, "{} lines in the log", logged());
             thread::sleep(TICK);
@@ -217,7 +218,7 @@ fn bad_documents_are_named_and_cost_nothing_else(sandbox: &Sandbox) -> Result<()
         ensure!(spoilt != world.web.yaml(), "the service was not spoilt");
         manifests.write("service-web", &spoilt)?;
         for agent in &world.agents {
-            agent.wait_status(SOON, |status| status["rejected"] == 4 && status["frontends"] == 18)?;
+            agent.wait_status(SOON, |status| status["rejected"] == 4 && status["frontends"] == 24)?;
             let log = agent.log_tail();
             for named in [
                 ["bad.yaml", "document 1", "ports[0].port"],
@@ -259,7 +260,7 @@ fn checksums_stay_right(world: &mut World) -> Result<()> {
     for family in Family::BOTH {
         let echo = (world.web.ip(family), ECHO_SERVICE_PORT).into();
         let stream = world.cluster.pod("a1").stream(echo)?;
-        thread::sleep(Duration::from_millis(300));
+        thread::sleep(stretched(Duration::from_millis(300)));
         let last = stream.stop()?.pop().context("no report")?;
         ensure!(last.ended == Some(Ok(())) && last.verified > 0, "{last:?}");
     }

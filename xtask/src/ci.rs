@@ -8,18 +8,19 @@ use anyhow::Result;
 
 use crate::test::{Scope, Tally};
 use crate::toolchain::{Toolchain, succeed};
-use crate::{compile, demo, layers, setup, test, verify};
+use crate::{compile, demo, layers, setup, test, verify, vm};
 
 /// Runs one part and returns its tests.
 type Part = fn(&Toolchain) -> Result<Tally>;
 
-const PARTS: [(&str, Part); 7] = [
+const PARTS: [(&str, Part); 8] = [
     ("setup", setup),
     ("format", format),
     ("lints", lints),
     ("layers", layers),
     ("test", all_tests),
     ("verify", verify::part),
+    ("vm", kernels),
     ("demo", demonstrate),
 ];
 
@@ -76,6 +77,13 @@ fn layers(toolchain: &Toolchain) -> Result<Tally> {
 
 fn all_tests(toolchain: &Toolchain) -> Result<Tally> {
     Ok(test::run(toolchain, Scope::All, None))
+}
+
+/// The oldest kernel that is supported, and the newest long-term one that Debian packages.
+fn kernels(toolchain: &Toolchain) -> Result<Tally> {
+    let kernels =
+        vm::KERNELS.into_iter().filter(|kernel| ["5.10", "6.12"].contains(&kernel.version)).collect();
+    Ok(vm::run(toolchain, &vm::Plan { kernels, update: false, filter: None }))
 }
 
 fn demonstrate(toolchain: &Toolchain) -> Result<Tally> {

@@ -13,6 +13,7 @@ mod setup;
 mod test;
 mod toolchain;
 mod verify;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -71,6 +72,20 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Verify and test the programs on other kernels, each booted in QEMU
+    ///
+    /// The kernels are Debian's, downloaded once through apt (and QEMU, where it is missing). Loads every program with
+    /// every combination of load-time constants, then runs the packet tables and a choice of the tests on the wire.
+    Vm {
+        /// Of which kernels [default: all]
+        #[arg(long, value_name = "VERSIONS", value_delimiter = ',', value_parser = vm::named)]
+        kernel: Vec<vm::Kernel>,
+        /// Write the kernels' rows of bpf-tests/verified.json instead of comparing with them
+        #[arg(long)]
+        update: bool,
+        /// Run all tests whose name contains this, and none of the choice
+        filter: Option<String>,
+    },
     /// Measure beside plain routing and kube-proxy's rules, optimised, in ten minutes or (`--quick`) two; needs root
     ///
     /// One line of JSON per figure, a table with the budgets, and charts in target/bench. Numbers never fail it.
@@ -108,6 +123,10 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         }
         Verb::Demo { args } => return demo::run(&toolchain, "demo", &args),
         Verb::Verify { args } => return verify::run(&toolchain, &args),
+        Verb::Vm { kernel, update, filter } => {
+            let kernels = if kernel.is_empty() { vm::KERNELS.to_vec() } else { kernel };
+            return Ok(vm::run(&toolchain, &vm::Plan { kernels, update, filter }).report());
+        }
         Verb::Bench { args } => return bench::run(&toolchain, &args),
         Verb::Test { unit, filter } => {
             let scope = if unit { Scope::Unit } else { Scope::All };

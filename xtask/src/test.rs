@@ -32,7 +32,7 @@ impl Tally {
     pub(crate) const FAILED: Self = Self { passed: 0, failed: 1, skipped: 0 };
 
     /// Of one line `test result: ok. 3 passed; 0 failed; 1 ignored; ..`, zero of any other.
-    fn of_line(line: &str) -> Self {
+    pub(crate) fn of_line(line: &str) -> Self {
         let Some((_, counts)) = line.split_once("test result: ") else { return Self::default() };
         let count = |what: &str| {
             let number = counts.split_once(what).and_then(|(before, _)| before.trim_end().rsplit(' ').next());
@@ -59,6 +59,15 @@ impl AddAssign for Tally {
         self.passed += other.passed;
         self.failed += other.failed;
         self.skipped += other.skipped;
+    }
+}
+
+impl std::iter::Sum for Tally {
+    fn sum<I: Iterator<Item = Self>>(tallies: I) -> Self {
+        tallies.fold(Self::default(), |mut sum, tally| {
+            sum += tally;
+            sum
+        })
     }
 }
 

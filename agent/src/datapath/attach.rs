@@ -47,7 +47,11 @@ const SOCKET: [&str; 8] =
 /// One fixed place for our filter on a clsact qdisc, so that the next agent finds and replaces it.
 const FILTER: NlOptions = NlOptions { priority: 1, handle: TcHandle::new(0, 1), classid: None };
 
-pub(super) fn load(program: &mut Program) -> Result<(), ProgramError> {
+/// Loads one program.
+///
+/// # Errors
+/// What the kernel refuses, with the verifier's words.
+pub fn load(program: &mut Program) -> Result<(), ProgramError> {
     if let Program::SchedClassifier(program) = program {
         return program.load();
     }

@@ -10,12 +10,12 @@ use aya::maps::MapError;
 use aya::pin::PinError;
 use aya::programs::ProgramError;
 use aya::programs::links::LinkError;
-use aya::{Ebpf, EbpfError, EbpfLoader};
+use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 
 use crate::config::{Attach, Bpffs, SocketLb, Xdp};
 use crate::maps::{ArrayTable as _, Backends, ConnectionCounts, Slots};
 
-pub use attach::Interface;
+pub use attach::{Interface, load as load_program};
 pub use host::{cgroup2_mount, prepare};
 
 /// What is fixed when the programs are loaded.
@@ -57,6 +57,24 @@ impl Datapath {
     /// # Errors
     /// What the kernel refuses, with the verifier's words where it is the verifier.
     pub fn load(object: &[u8], options: Options) -> Result<Self, DatapathError> {
+        let mut datapath = Self::create(object, options, VerifierLogLevel::default())?;
+        for (name, program) in datapath.ebpf.programs_mut() {
+            attach::load(program)
+                .map_err(|source| DatapathError::Program { name: name.to_owned(), source })?;
+        }
+        Ok(datapath)
+    }
+
+    /// Creates the maps, or takes over those that are pinned; the programs are ready to be loaded, one by one, and the
+    /// verifier is to say so much of each that fails.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn create(
+        object: &[u8],
+        options: Options,
+        verifier_log: VerifierLogLevel,
+    ) -> Result<Self, DatapathError> {
         prepare(&options.bpffs)?;
         host::raise_memlock_limit();
         // aya's levels: 0 compiles every log statement out, 3 is `info`, which dropped packets are logged at.
@@ -66,7 +84,7 @@ impl Datapath {
         let host_netns = host::netns_cookie();
         let coarse_clock = u8::from(host::kernel_is_at_least(5, 11));
         let slots = options.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
-        let mut ebpf = EbpfLoader::new()
+        let ebpf = EbpfLoader::new()
             .default_map_pin_directory(options.bpffs.maps())
             .map_max_entries(Backends::NAME, options.max_endpoints)
             .map_max_entries(ConnectionCounts::NAME, options.max_endpoints)
@@ -76,11 +94,8 @@ impl Datapath {
             .override_global("HOST_NETNS", &host_netns, true)
             .override_global("POD_TCP", &pod_tcp, true)
             .override_global("POD_UDP", &pod_udp, true)
+            .verifier_log_level(verifier_log)
             .load(object)?;
-        for (name, program) in ebpf.programs_mut() {
-            attach::load(program)
-                .map_err(|source| DatapathError::Program { name: name.to_owned(), source })?;
-        }
         Ok(Self { ebpf, options })
     }
 

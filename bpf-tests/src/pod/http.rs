@@ -7,7 +7,7 @@ use serde::Deserialize;
 use std::net::SocketAddr;
 use tokio::net::{TcpSocket, TcpStream};
 
-use super::{Answer, Failure, FailureKind, Requests};
+use super::{Answer, Failure, FailureKind, Requests, sctp};
 
 #[derive(Deserialize)]
 struct Body {
@@ -16,7 +16,20 @@ struct Body {
 }
 
 pub(super) async fn request(requests: Requests) -> Result<Answer, Failure> {
-    let stream = connect(&requests).await?;
+    let socket = match requests.target {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    exchange(socket, &requests).await
+}
+
+/// One association carries the request and its answer.
+pub(super) async fn request_over_sctp(requests: Requests) -> Result<Answer, Failure> {
+    exchange(sctp::client(requests.target)?, &requests).await
+}
+
+async fn exchange(socket: TcpSocket, requests: &Requests) -> Result<Answer, Failure> {
+    let stream = connect(socket, requests).await?;
     let server = stream.peer_addr()?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(failed)?;
     tokio::spawn(connection);
@@ -31,11 +44,7 @@ pub(super) async fn request(requests: Requests) -> Result<Answer, Failure> {
     Ok(Answer { by, client, server })
 }
 
-async fn connect(requests: &Requests) -> Result<TcpStream, Failure> {
-    let socket = match requests.target {
-        SocketAddr::V4(_) => TcpSocket::new_v4()?,
-        SocketAddr::V6(_) => TcpSocket::new_v6()?,
-    };
+async fn connect(socket: TcpSocket, requests: &Requests) -> Result<TcpStream, Failure> {
     if requests.names_source() {
         // The port may be in TIME_WAIT from the request before.
         socket.set_reuseaddr(true)?;

@@ -6,6 +6,7 @@
 mod dns;
 mod http;
 pub mod load;
+pub mod sctp;
 mod serve;
 mod stream;
 
@@ -34,6 +35,8 @@ use tokio::sync::Notify;
 pub const HTTP_PORT: u16 = 8080;
 pub const DNS_PORT: u16 = 5353;
 pub const ECHO_PORT: u16 = 9000;
+/// HTTP over SCTP.
+pub const SCTP_PORT: u16 = 8132;
 
 /// The first argument that makes an executable of this crate a process of a pod.
 pub const VERB: &str = "pod";
@@ -127,7 +130,13 @@ enum Verb {
         name: String,
     },
     /// HTTP requests, each on a new connection.
-    Http(Requests),
+    Http {
+        #[command(flatten)]
+        requests: Requests,
+        /// Each on a new association of SCTP.
+        #[arg(long)]
+        sctp: bool,
+    },
     /// DNS questions, each on a new socket.
     Dns {
         #[command(flatten)]
@@ -201,7 +210,10 @@ impl Cli {
                     ended = serve::serve(name) => ended,
                     () = closed.notified() => Ok(()),
                 },
-                Verb::Http(requests) => repeat(&requests, &closed, http::request).await,
+                Verb::Http { requests, sctp: false } => repeat(&requests, &closed, http::request).await,
+                Verb::Http { requests, sctp: true } => {
+                    repeat(&requests, &closed, http::request_over_sctp).await
+                }
                 Verb::Dns { requests, unconnected: false } => {
                     repeat(&requests, &closed, dns::ask_connected).await
                 }

@@ -1,4 +1,4 @@
-//! The server of a pod: HTTP, DNS and echo, each on both families.
+//! The server of a pod: HTTP (also over SCTP, where the kernel has it), DNS and echo, each on both families.
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc};
 
@@ -12,15 +12,27 @@ use tokio::{
     net::{TcpListener, TcpStream, UdpSocket},
 };
 
-use super::{DNS_PORT, ECHO_PORT, HTTP_PORT, Ready, canonical, dns, say};
+use super::{DNS_PORT, ECHO_PORT, HTTP_PORT, Ready, SCTP_PORT, canonical, dns, say, sctp};
 
 pub(super) async fn serve(name: String) -> Result<()> {
     let web = listen(HTTP_PORT).await?;
     let echo = listen(ECHO_PORT).await?;
+    let sctp = sctp::listen(([0; 8], SCTP_PORT).into()).context("listen on the SCTP port")?;
     let dns = UdpSocket::bind(("::", DNS_PORT)).await.context("bind the DNS port")?;
     say(&Ready { ready: name.clone() })?;
     let name: Arc<str> = name.into();
-    tokio::try_join!(serve_http(web, name.clone()), serve_echo(echo), serve_dns(dns, name))?;
+    let over_sctp = async {
+        match sctp {
+            Some(sctp) => serve_http(sctp, name.clone()).await,
+            None => Ok(()),
+        }
+    };
+    tokio::try_join!(
+        serve_http(web, name.clone()),
+        over_sctp,
+        serve_echo(echo),
+        serve_dns(dns, name.clone())
+    )?;
     Ok(())
 }
 

@@ -17,6 +17,7 @@ use tokio::{
 };
 
 use super::{Failure, Progress, micros, say};
+use crate::patience::stretched;
 
 /// 2 MB a second: enough to have bytes under way at any time, little enough for a small machine.
 const CHUNK: usize = 8 * 1024;
@@ -41,7 +42,7 @@ pub(super) async fn run(target: SocketAddr, closed: &Notify) -> Result<()> {
 }
 
 async fn connect(target: SocketAddr) -> Result<(OwnedReadHalf, OwnedWriteHalf), Failure> {
-    let connected = timeout(Duration::from_secs(2), TcpStream::connect(target)).await;
+    let connected = timeout(stretched(Duration::from_secs(2)), TcpStream::connect(target)).await;
     Ok(connected.unwrap_or_else(|_elapsed| Err(std::io::ErrorKind::TimedOut.into()))?.into_split())
 }
 
@@ -57,7 +58,7 @@ async fn send(mut stream: OwnedWriteHalf, closed: &Notify) -> Result<u64, Failur
             () = sleep(PACE) => {}
         }
         fill(&mut chunk, sent);
-        let written = timeout(PATIENCE, stream.write_all(&chunk)).await;
+        let written = timeout(stretched(PATIENCE), stream.write_all(&chunk)).await;
         written.unwrap_or_else(|_elapsed| Err(std::io::ErrorKind::TimedOut.into()))?;
         sent += CHUNK as u64;
     }
@@ -70,7 +71,7 @@ async fn verify(mut stream: OwnedReadHalf, progress: &mut Progress) -> Result<u6
     let (mut last_byte, mut last_report) = (Instant::now(), Instant::now());
     let (mut received, mut expected) = ([0; CHUNK], [0; CHUNK]);
     loop {
-        let read = timeout(PATIENCE, stream.read(&mut received)).await;
+        let read = timeout(stretched(PATIENCE), stream.read(&mut received)).await;
         let len = read.unwrap_or_else(|_elapsed| Err(std::io::ErrorKind::TimedOut.into()))?;
         if len == 0 {
             return Ok(progress.verified);

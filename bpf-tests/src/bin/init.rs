@@ -1,0 +1,6 @@
+//! The first process of a virtual machine; see [`bpf_tests::vm`].
+#![forbid(unsafe_code)]
+
+fn main() {
+    bpf_tests::vm::main();
+}
