@@ -6,6 +6,7 @@ mod bench;
 mod ci;
 mod compile;
 mod demo;
+mod image;
 mod layers;
 mod paths;
 mod privileged;
@@ -79,6 +80,10 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Write the container image as a tar for `ctr images import`, `docker load` and `podman load`
+    ///
+    /// It needs no container engine. The same commit gives the same bytes.
+    Image(image::Options),
     /// Check the architecture: who may import whom, file names, where `unsafe` may stand
     Layers,
     /// Run what CI runs: format, lints, layers, tests, demo
@@ -113,6 +118,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             let scope = if unit { Scope::Unit } else { Scope::All };
             return Ok(test::run(&toolchain, scope, filter.as_deref()).report());
         }
+        Verb::Image(options) => image::run(&toolchain, &options)?,
         Verb::Layers => layers::run(toolchain.root())?,
         Verb::Ci => return ci::run(&toolchain),
     }
