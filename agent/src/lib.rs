@@ -33,6 +33,7 @@ pub mod lock;
 pub mod maps;
 pub mod model;
 pub mod net;
+pub mod node;
 pub mod plan;
 pub mod reconcile;
 pub mod watch;

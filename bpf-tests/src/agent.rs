@@ -23,6 +23,8 @@ use crate::{cluster::Node, netns::Netns, traffic::pod_command};
 #[derive(Debug)]
 pub struct Agent {
     node: String,
+    /// Starts the binary: the command line that follows it.
+    launcher: Vec<String>,
     binary: PathBuf,
     args: Vec<String>,
     bpffs: PathBuf,
@@ -38,6 +40,11 @@ const VERB_LIMIT: Duration = Duration::from_secs(10);
 impl Agent {
     /// Starts it on the node's manifests, with further arguments.
     pub fn start(node: &Node, more: &[&str]) -> Result<Self> {
+        Self::start_under(node, &[], more)
+    }
+
+    /// Lets another command start it, which must become it (exec).
+    pub fn start_under(node: &Node, launcher: &[&str], more: &[&str]) -> Result<Self> {
         let (manifests, bpffs, cgroup) = (path(&node.manifests)?, path(&node.bpffs)?, path(&node.cgroup)?);
         let args = [
             "agent",
@@ -52,6 +59,7 @@ impl Agent {
         ];
         let mut agent = Self {
             node: node.name.clone(),
+            launcher: launcher.iter().map(|&word| word.to_owned()).collect(),
             binary: binary()?,
             args: args.iter().chain(more).map(|&arg| arg.to_owned()).collect(),
             bpffs: node.bpffs.clone(),
@@ -180,7 +188,8 @@ impl Agent {
     fn spawn(&mut self) -> Result<()> {
         let log = File::options().create(true).append(true).open(&self.log)?;
         let mut command = pod_command();
-        command.arg("--cgroup").arg(&self.cgroup).args(["exec", "--"]).arg(&self.binary).args(&self.args);
+        command.arg("--cgroup").arg(&self.cgroup).args(["exec", "--"]).args(&self.launcher);
+        command.arg(&self.binary).args(&self.args);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.child = Some(self.netns.spawn(command)?);
         Ok(())

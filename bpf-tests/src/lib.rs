@@ -7,6 +7,7 @@
 //!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
 //!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
+//!  chart (the Helm chart, rendered and checked)
 //!  bench (how fast it is, beside kernel routing and kube-proxy's rules)
 //! ```
 #![forbid(unsafe_code)]
@@ -14,6 +15,7 @@
 pub mod agent;
 pub mod bench;
 pub mod cgroup;
+pub mod chart;
 pub mod checks;
 pub mod cluster;
 pub mod demo;

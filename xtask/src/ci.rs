@@ -8,12 +8,12 @@ use anyhow::Result;
 
 use crate::test::{Scope, Tally};
 use crate::toolchain::{Toolchain, succeed};
-use crate::{compile, demo, layers, setup, test, verify};
+use crate::{chart, compile, demo, image, layers, setup, test, verify};
 
 /// Runs one part and returns its tests.
 type Part = fn(&Toolchain) -> Result<Tally>;
 
-const PARTS: [(&str, Part); 7] = [
+const PARTS: [(&str, Part); 9] = [
     ("setup", setup),
     ("format", format),
     ("lints", lints),
@@ -21,6 +21,8 @@ const PARTS: [(&str, Part); 7] = [
     ("test", all_tests),
     ("verify", verify::part),
     ("demo", demonstrate),
+    ("chart", chart::part),
+    ("image", image::part),
 ];
 
 pub(crate) fn run(toolchain: &Toolchain) -> Result<ExitCode> {

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod chart;
 mod ci;
 mod compile;
 mod demo;
@@ -80,6 +81,10 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Lint the Helm chart, render it with many values, check the objects and the flags in them, and pack it
+    ///
+    /// It needs python3 with venv; Helm itself is installed there as a library, once.
+    Chart,
     /// Write the container image as a tar for `ctr images import`, `docker load` and `podman load`
     ///
     /// It needs no container engine. The same commit gives the same bytes.
@@ -118,6 +123,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             let scope = if unit { Scope::Unit } else { Scope::All };
             return Ok(test::run(&toolchain, scope, filter.as_deref()).report());
         }
+        Verb::Chart => chart::run(&toolchain)?,
         Verb::Image(options) => image::run(&toolchain, &options)?,
         Verb::Layers => layers::run(toolchain.root())?,
         Verb::Ci => return ci::run(&toolchain),

@@ -176,7 +176,7 @@ fn relink(to: &Path, at: &Path) -> Result<()> {
     symlink(to, at).with_context(|| format!("cannot link {} to {}", at.display(), to.display()))
 }
 
-fn remove(path: &Path) -> Result<()> {
+pub(crate) fn remove(path: &Path) -> Result<()> {
     let removed = match fs::symlink_metadata(path) {
         Ok(found) if found.is_dir() => fs::remove_dir_all(path),
         Ok(_) => fs::remove_file(path),
@@ -186,7 +186,7 @@ fn remove(path: &Path) -> Result<()> {
     removed.with_context(|| format!("cannot remove {}", path.display()))
 }
 
-fn cache() -> Result<PathBuf> {
+pub(crate) fn cache() -> Result<PathBuf> {
     let base = match env::var_os("XDG_CACHE_HOME").filter(|base| !base.is_empty()) {
         Some(base) => base.into(),
         None => PathBuf::from(env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
@@ -196,14 +196,14 @@ fn cache() -> Result<PathBuf> {
 }
 
 /// `<path>.<suffix>`; `with_extension` would cut the version short.
-fn beside(path: &Path, suffix: &str) -> PathBuf {
+pub(crate) fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".");
     name.push(suffix);
     name.into()
 }
 
-fn lock(home: &Path) -> Result<File> {
+pub(crate) fn lock(home: &Path) -> Result<File> {
     let path = beside(home, "lock");
     let cannot = || format!("cannot lock {}", path.display());
     fs::create_dir_all(home.parent().unwrap_or(home)).with_context(cannot)?;

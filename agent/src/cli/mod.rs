@@ -1,7 +1,9 @@
-//! The verbs that look into the pinned maps. They need no agent: what they show is what the programs use.
+//! The verbs that look into the pinned maps. They need no agent: what they show is what the programs use. And those about
+//! the machine, before and after an agent.
 
 mod conntrack;
 mod map;
+mod node;
 mod service;
 mod status;
 mod table;
@@ -13,6 +15,8 @@ use clap::Subcommand;
 use crate::config::{Output, Query};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
+use crate::node::prepare::{Prepare, PrepareError};
+use crate::node::remove::RemoveError;
 
 /// What can be asked.
 #[derive(Subcommand, Debug)]
@@ -28,6 +32,15 @@ pub enum Verb {
     /// The maps themselves
     #[command(subcommand)]
     Map(MapVerb),
+    /// Say what of this machine stands in the agent's way, and what to do about it; exits with 1 where a check fails
+    Doctor(node::Doctor),
+    /// Ready a machine for the agent: mount the BPF file system, install the network plugin
+    Prepare(Prepare),
+    /// Remove everything of Ferroflow from this machine, as root in the host's network namespace, once the agent has ended
+    ///
+    /// Services and policies stop working, and pods that Ferroflow attached lose their network. What others made stays;
+    /// so do kernel settings such as forwarding, which others may rely on. A second run finds nothing.
+    Cleanup(node::Cleanup),
 }
 
 #[derive(Subcommand, Debug)]
@@ -58,21 +71,30 @@ pub enum MapVerb {
 /// # Errors
 /// [`CliError`], in words for the person who asked.
 pub fn run(verb: &Verb) -> Result<(), CliError> {
-    let (query, answer): (&Query, Answer) = match verb {
-        Verb::Status(query) => (query, status::status(query)?),
-        Verb::Service(ServiceVerb::List(query)) => (query, service::list(&open(query)?)?),
-        Verb::Conntrack(ConntrackVerb::List(query)) => (query, conntrack::list(&open(query)?)?),
-        Verb::Map(MapVerb::Dump { name, query }) => (query, map::dump(&open(query)?, name)?),
+    let mut failed = 0;
+    let mut count = |(answer, failures)| {
+        failed = failures;
+        answer
     };
-    let text = match query.output {
+    let (output, answer): (Output, Answer) = match verb {
+        Verb::Status(query) => (query.output, status::status(query)?),
+        Verb::Service(ServiceVerb::List(query)) => (query.output, service::list(&open(query)?)?),
+        Verb::Conntrack(ConntrackVerb::List(query)) => (query.output, conntrack::list(&open(query)?)?),
+        Verb::Map(MapVerb::Dump { name, query }) => (query.output, map::dump(&open(query)?, name)?),
+        Verb::Doctor(asked) => (asked.query.output, count(node::doctor(asked)?)),
+        Verb::Prepare(asked) => (Output::Table, node::prepare(asked)?),
+        Verb::Cleanup(asked) => (asked.query.output, count(node::cleanup(asked)?)),
+    };
+    let text = match output {
         Output::Table => answer.table,
         Output::Json => serde_json::to_string_pretty(&answer.json)?,
     };
     // A reader that has seen enough (`| head`) closes the pipe: no error of ours.
     match writeln!(std::io::stdout(), "{text}") {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
-        _ => Ok(()),
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => return Err(error.into()),
+        _ => {}
     }
+    if failed == 0 { Ok(()) } else { Err(CliError::Failed { failed }) }
 }
 
 /// One answer in both forms.
@@ -89,6 +111,12 @@ fn open(query: &Query) -> Result<KernelMaps, CliError> {
 pub enum CliError {
     #[error(transparent)]
     Map(#[from] MapError),
+    #[error(transparent)]
+    Prepare(#[from] PrepareError),
+    #[error(transparent)]
+    Remove(#[from] RemoveError),
+    #[error("{failed} failed")]
+    Failed { failed: usize },
     #[error("there is no map `{name}`: ask for one of {known}")]
     NoMap { name: String, known: String },
     #[error(transparent)]

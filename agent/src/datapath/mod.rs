@@ -15,8 +15,10 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 use crate::config::{Attach, Bpffs, SocketLb, Xdp};
 use crate::maps::{ArrayTable as _, Backends, Slots};
 
+pub(crate) use attach::FILTER;
 pub use attach::Interface;
-pub use host::{cgroup2_mount, prepare};
+pub(crate) use host::kernel_is_at_least;
+pub use host::{cgroup2_mount, prepare, unlock_settings};
 
 /// What is fixed when the programs are loaded.
 #[derive(Clone, Debug)]
@@ -62,7 +64,7 @@ impl Datapath {
         // aya's levels: 0 compiles every log statement out, 3 is `info`, which dropped packets are logged at.
         let log_level: u8 = if options.log_drops { 3 } else { 0 };
         let socket_udp = u8::from(options.socket_lb == SocketLb::All);
-        let coarse_clock = u8::from(host::kernel_is_at_least(5, 11));
+        let coarse_clock = u8::from(kernel_is_at_least(5, 11));
         let slots = options.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
         let mut ebpf = EbpfLoader::new()
             .default_map_pin_directory(options.bpffs.maps())

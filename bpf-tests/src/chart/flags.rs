@@ -1,0 +1,100 @@
+//! The command lines of the chart, parsed by the binary that they are for: a flag that was renamed is found here and not
+//! on the first node.
+
+use std::collections::BTreeSet;
+use std::env;
+use std::ffi::OsString;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use ferroflow::health::server::PROXY_PORT;
+use serde_json::Value;
+
+/// Flags that the chart passes and the agent is about to have. Once it has one, this check fails until it is off the
+/// list.
+const ABSENT: &[&str] = &[
+    "--api-server",
+    "--cni",
+    "--cni-conf-dir",
+    "--cni-conf-name",
+    "--cni-socket",
+    "--external-ips",
+    "--masquerade-all",
+    "--metrics-port",
+    "--service-cidr",
+    "--set-network-available",
+    "--startup-taint",
+    "--state-dir",
+];
+
+pub(super) struct Flags {
+    binary: OsString,
+    parsed: BTreeSet<Vec<String>>,
+    absent: BTreeSet<&'static str>,
+}
+
+impl Flags {
+    pub(super) fn new() -> Result<Self> {
+        let binary =
+            env::var_os("FERROFLOW_BIN").context("FERROFLOW_BIN is not set: run `cargo xtask chart`")?;
+        Ok(Self { binary, parsed: BTreeSet::new(), absent: BTreeSet::new() })
+    }
+
+    /// How many different command lines were tried.
+    pub(super) fn parsed(&self) -> usize {
+        self.parsed.len()
+    }
+
+    /// # Errors
+    /// What the binary does not take, in its words; a health port that is not the agent's.
+    pub(super) fn check(&mut self, object: &Value) -> Result<()> {
+        let pod = &object["spec"]["template"]["spec"];
+        for list in ["initContainers", "containers"] {
+            for container in pod[list].as_array().into_iter().flatten() {
+                let args: Vec<String> = serde_json::from_value(container["args"].clone())
+                    .with_context(|| format!("{}: args", container["name"]))?;
+                self.parse(args)?;
+                health_port(container)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `--help` at the end makes it stop before it does anything, after it has read what precedes.
+    fn parse(&mut self, args: Vec<String>) -> Result<()> {
+        if !self.parsed.insert(args.clone()) {
+            return Ok(());
+        }
+        let mut args = args;
+        loop {
+            let output = Command::new(&self.binary).args(&args).arg("--help").env_clear().output()?;
+            if output.status.success() {
+                return Ok(());
+            }
+            let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+            let Some(flag) = ABSENT.iter().find(|flag| complaint.contains(&format!("'{flag}'"))) else {
+                bail!("`ferroflow {}`: {}", args.join(" "), complaint.lines().next().unwrap_or_default());
+            };
+            let count = args.len();
+            args.retain(|arg| arg != flag && !arg.starts_with(&format!("{flag}=")));
+            ensure!(args.len() < count, "{}", complaint.lines().next().unwrap_or_default());
+            self.absent.insert(flag);
+        }
+    }
+
+    /// Those on the list that the binary has, or that the chart does not pass.
+    pub(super) fn present_after_all(&self) -> Vec<String> {
+        let present = ABSENT.iter().filter(|flag| !self.absent.contains(*flag));
+        present
+            .map(|flag| format!("the agent has {flag}: take it off ABSENT in bpf-tests/src/chart/flags.rs"))
+            .collect()
+    }
+}
+
+fn health_port(container: &Value) -> Result<()> {
+    let ports = container["ports"].as_array().into_iter().flatten();
+    for port in ports.filter(|port| port["name"] == "health") {
+        ensure!(port["containerPort"] == PROXY_PORT, "the agent's health port is {PROXY_PORT}");
+    }
+    Ok(())
+}
