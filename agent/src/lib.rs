@@ -9,7 +9,7 @@
 //!
 //! `net/` reports the host's own addresses and routes, which are Changes too; `datapath/` loads the programs and attaches
 //! them where the plan says; `daemon` joins the stages in one loop; `health/` answers load balancers; `cli/` reads the
-//! maps without any of these.
+//! maps without any of these; `node/` readies a machine, examines it, and leaves it as it was.
 //!
 //! A folder is a stage. What a stage may import (`cargo xtask layers` enforces it):
 //!
@@ -21,6 +21,7 @@
 //! | `reconcile` | `model`, `plan`, `maps` | `watch`, Kubernetes types, aya |
 //! | `maps` | `common`, aya in `kernel` only | `model`, `plan` |
 //! | `health` | `model` | `maps`, `reconcile`, aya |
+//! | `node` | `config`, `datapath` | `model`, `plan`, `maps`, Kubernetes types |
 
 pub mod cli;
 pub mod clock;

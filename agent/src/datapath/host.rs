@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
-use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, FsFlags, statfs};
+use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
+use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::DatapathError;
 use crate::config::Bpffs;
@@ -45,7 +46,7 @@ const SETTINGS: &str = "/proc/sys";
 /// Container runtimes mount the kernel's settings read-only, in the container's own mount namespace; those of pods'
 /// interfaces have to be made all the same. Outside of a container nothing is done.
 pub fn unlock_settings() {
-    let locked = statfs(SETTINGS).is_ok_and(|found| found.flags().contains(FsFlags::ST_RDONLY));
+    let locked = statvfs(SETTINGS).is_ok_and(|found| found.flags().contains(FsFlags::ST_RDONLY));
     if !locked {
         return;
     }

@@ -20,7 +20,6 @@ const ABSENT: &[&str] = &[
     "--cni-socket",
     "--external-ips",
     "--masquerade-all",
-    "--metrics-port",
     "--service-cidr",
     "--set-network-available",
     "--startup-taint",

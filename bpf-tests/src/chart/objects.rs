@@ -4,8 +4,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::ServiceAccount;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// The documents of a manifest that hold anything.
@@ -28,7 +28,6 @@ pub(super) fn check(object: &Value) -> Result<()> {
             rights(object)?;
         }
         ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding") => strict::<ClusterRoleBinding>(object)?,
-        ("monitoring.coreos.com/v1", "PodMonitor") => strict::<PodMonitor>(object)?,
         (version, kind) => {
             bail!("{version} {kind} {name}: bpf-tests/src/chart/objects.rs does not know the kind")
         }
@@ -85,31 +84,6 @@ fn rights(role: &Value) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// monitoring.coreos.com/v1, the fields that the chart uses; the operator's API reference has the others.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
-struct PodMonitor {
-    api_version: String,
-    kind: String,
-    metadata: Value,
-    spec: PodMonitorSpec,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
-struct PodMonitorSpec {
-    selector: k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector,
-    pod_metrics_endpoints: Vec<PodMetricsEndpoint>,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
-struct PodMetricsEndpoint {
-    port: String,
-    path: String,
-    interval: String,
 }
 
 #[cfg(test)]

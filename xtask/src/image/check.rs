@@ -27,8 +27,13 @@ pub(crate) struct Tree {
 }
 
 /// Returns the manifest's digest.
-pub(crate) fn run(tar: &Path, facts: &Facts) -> Result<String> {
+pub(crate) fn run(tar: &Path, facts: &Facts, binary: &Path) -> Result<String> {
     let tree = unpack(tar, facts)?;
+    ensure!(tree.binary == fs::read(binary)?, "/ferroflow is another binary than {}", binary.display());
+    ensure!(tree.config["config"]["Entrypoint"][0] == "/ferroflow", "another entry point");
+    for name in ["ferroflow-cni", "run", "tmp", "var/run"] {
+        ensure!(tree.entries.iter().any(|entry| entry == name), "the layer holds no /{name}");
+    }
     if facts.arch.triple().starts_with(std::env::consts::ARCH) && is_root()? {
         start(&tree, facts)?;
     }

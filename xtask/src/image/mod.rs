@@ -63,7 +63,8 @@ pub(crate) fn run(toolchain: &Toolchain, options: &Options) -> Result<()> {
         let facts = facts(toolchain, arch, &options.name)?;
         let binary = compile::release_for(toolchain, arch)?;
         let path = write(&binary, &facts, &out)?;
-        let digest = check::run(&path, &facts).with_context(|| format!("{} is not sound", path.display()))?;
+        let digest =
+            check::run(&path, &facts, &binary).with_context(|| format!("{} is not sound", path.display()))?;
         let kib = fs::metadata(&path)?.len().div_ceil(1024);
         println!("{kib:>8} KiB  {}\n          {}:{}  {digest}", path.display(), facts.name, facts.version);
     }
