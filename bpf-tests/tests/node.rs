@@ -116,7 +116,7 @@ fn cleanup(world: &mut World, stays: &str) -> Result<()> {
     let said = String::from_utf8_lossy(&early.stderr);
     ensure!(!early.status.success() && said.contains("an agent is running"), "not refused: {said}");
 
-    let agent = world.agents.iter_mut().next().context("no agent")?;
+    let agent = world.agents.first_mut().context("no agent")?;
     agent.kill9()?;
     let planned = removed(&verb(node, &places, &["cleanup", "--all", "--dry-run", "-o", "json"])?)?;
     ensure!(
@@ -170,7 +170,7 @@ fn still_routes(world: &World) -> Result<()> {
 fn starts_anew(world: &mut World) -> Result<()> {
     let node = world.cluster.node("a");
     fs::create_dir_all(&node.bpffs)?;
-    let agent = world.agents.iter_mut().next().context("no agent")?;
+    let agent = world.agents.first_mut().context("no agent")?;
     agent.restart()?;
     agent.wait_synced()?;
     world.spread("a1", Protocol::Http, Family::V4).into_result()
@@ -265,7 +265,7 @@ fn an_agent_in_a_container_can_set_up_interfaces(sandbox: &Sandbox) -> Result<()
     let status = agent.wait_synced()?;
     let root = format!("/proc/{}", status["pid"]);
     let mounts = fs::read_to_string(format!("{root}/mounts"))?;
-    let settings = mounts.lines().filter(|line| line.contains(" /proc/sys ")).next_back();
+    let settings = mounts.lines().rfind(|line| line.contains(" /proc/sys "));
     ensure!(settings.is_some_and(|line| line.contains(" rw,")), "/proc/sys: {settings:?}");
     // net_admin 12, sys_admin 21, sys_resource 24, perfmon 38, bpf 39: include/uapi/linux/capability.h
     let given = [12, 21, 24, 38, 39].into_iter().fold(0_u64, |set, bit| set | 1 << bit);

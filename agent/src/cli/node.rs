@@ -23,13 +23,10 @@ pub struct Doctor {
 
 #[derive(Args, Debug)]
 pub struct Cleanup {
-    /// Everything of Ferroflow: programs, tables, pods' links, the network plugin, directories
-    #[arg(long, required = true)]
-    all: bool,
-
-    /// Also while an agent runs; it may put things back
-    #[arg(long)]
-    force: bool,
+    #[command(flatten)]
+    _target: Target,
+    #[command(flatten)]
+    caution: Caution,
 
     /// Only print what would be removed
     #[arg(long)]
@@ -39,6 +36,20 @@ pub struct Cleanup {
     pub(super) query: Query,
     #[command(flatten)]
     places: Places,
+}
+
+#[derive(Args, Debug)]
+struct Target {
+    /// Everything of Ferroflow: programs, tables, pods' links, the network plugin, directories
+    #[arg(long, required = true)]
+    all: bool,
+}
+
+#[derive(Args, Debug)]
+struct Caution {
+    /// Also while an agent runs, which may put things back
+    #[arg(long)]
+    force: bool,
 }
 
 pub(super) fn prepare(asked: &prepare::Prepare) -> Result<Answer, CliError> {
@@ -66,7 +77,7 @@ pub(super) fn doctor(asked: &Doctor) -> Result<(Answer, usize), CliError> {
 
 /// What was removed, and what could not be.
 pub(super) fn cleanup(asked: &Cleanup) -> Result<(Answer, usize), CliError> {
-    let Cleanup { all: _, force, dry_run, query, places } = asked;
+    let Cleanup { _target: Target { all: _ }, caution: Caution { force }, dry_run, query, places } = asked;
     let running = if *force || *dry_run { Running::Ignore } else { Running::Refuse };
     let found = remove::find(&query.bpffs, places, running)?;
     let (mut removed, mut failed) = (Vec::new(), Vec::new());

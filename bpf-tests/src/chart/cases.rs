@@ -11,7 +11,7 @@ pub(super) struct Good {
     pub(super) values: &'static str,
     /// Parts of what is rendered.
     pub(super) has: &'static [&'static str],
-    /// What must not be in it.
+    /// What must not be in its objects.
     pub(super) lacks: &'static [&'static str],
 }
 
@@ -51,7 +51,7 @@ impl Bad {
 #[rustfmt::skip]
 pub(super) const GOOD: &[Good] = &[
     Good { values: "{}", has: &["--api-server=https://10.0.0.1:6443", "image: localhost/ferroflow:0.1.0", "- --cni\n",
-        "--socket-lb=tcp", "--xdp=off", "mountPropagation: Bidirectional", "operator: Exists", "maxUnavailable: 1\n"],
+        "--socket-lb=tcp", "--xdp=off", "mountPropagation: Bidirectional", "operator: Exists", "maxUnavailable: 1\n", "/ferroflow cleanup --all", "--bpffs=/host/sys/fs/bpf/ferroflow"],
         lacks: &["--log-drops", "--masquerade-all", "--service-cidr", "--node-port-addresses", "[patch]",
             "imagePullSecrets", "affinity:", "annotations:"] },
     Good { values: EVERYTHING, has: &["--service-cidr=10.96.0.0/12,fd00:10:96::/112", "name: registry-key",
@@ -68,7 +68,7 @@ pub(super) const GOOD: &[Good] = &[
         has: &["kubernetes.io/arch: arm64", "kubernetes.io/os: linux", "--node-port-addresses=all"], lacks: &[] },
     Good { values: r#"{"cni": {"enabled": false}}"#, has: &["--socket-lb=tcp"],
         lacks: &["--cni", "/opt/cni", "/etc/cni", "/var/lib/ferroflow", "--state-dir", "/run/netns"] },
-    Good { values: r#"{"host": {"mountBpffs": false}}"#, has: &["allowPrivilegeEscalation: false"],
+    Good { values: r#"{"host": {"mountBpffs": false}}"#, has: &["allowPrivilegeEscalation: false", "drop: [ALL]"],
         lacks: &["privileged: true", "Bidirectional"] },
     Good { values: r#"{"socketLb": "off", "xdp": "native", "attach": "tcx", "maxEndpoints": 1024}"#,
         has: &["--socket-lb=off", "--xdp=native", "--attach=tcx", "--max-endpoints=1024"], lacks: &[] },

@@ -53,6 +53,7 @@ impl Flags {
                 let args: Vec<String> = serde_json::from_value(container["args"].clone())
                     .with_context(|| format!("{}: args", container["name"]))?;
                 self.parse(args)?;
+                self.environment(container)?;
                 health_port(container)?;
             }
         }
@@ -79,6 +80,19 @@ impl Flags {
             ensure!(args.len() < count, "{}", complaint.lines().next().unwrap_or_default());
             self.absent.insert(flag);
         }
+    }
+
+    /// Variables of ours stand for flags, and nothing complains of one that is not known.
+    fn environment(&self, container: &Value) -> Result<()> {
+        /// What is logged: no flag.
+        const LOG: &str = "FERROFLOW_LOG";
+        let names = container["env"].as_array().into_iter().flatten().filter_map(|it| it["name"].as_str());
+        for name in names.filter(|name| name.starts_with("FERROFLOW_") && *name != LOG) {
+            let help = Command::new(&self.binary).args(["agent", "--help"]).env_clear().output()?;
+            let known = String::from_utf8_lossy(&help.stdout).contains(&format!("[env: {name}="));
+            ensure!(known, "the agent has no variable {name}");
+        }
+        Ok(())
     }
 
     /// Those on the list that the binary has, or that the chart does not pass.

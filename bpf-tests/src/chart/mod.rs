@@ -97,26 +97,27 @@ fn leaves(path: &str, value: &Value) -> Vec<String> {
 /// Returns how many objects it makes.
 fn check(case: &Good, rendered: &Rendered, flags: &mut flags::Flags) -> Result<usize> {
     let Rendered::Manifests(manifests) = rendered else { bail!("refused: {}", rendered.error()) };
-    let text = manifests.values().cloned().collect::<Vec<_>>().join("\n---\n");
+    let all = manifests.values().cloned().collect::<Vec<_>>().join("\n");
+    let objects = || manifests.iter().filter(|(path, _)| path.ends_with(".yaml"));
     for part in case.has {
-        if !text.contains(part) {
+        if !all.contains(part) {
             bail!("`{part}` is not in what it renders");
         }
     }
     for part in case.lacks {
-        if text.contains(part) {
-            bail!("`{part}` is in what it renders");
+        if let Some((path, _)) = objects().find(|(_, text)| text.contains(part)) {
+            bail!("{path}: `{part}` is in it");
         }
     }
-    let mut objects = 0;
-    for (path, manifest) in manifests.iter().filter(|(path, _)| path.ends_with(".yaml")) {
+    let mut count = 0;
+    for (path, manifest) in objects() {
         for object in objects::parse(manifest).with_context(|| path.clone())? {
             objects::check(&object).with_context(|| path.clone())?;
             flags.check(&object).with_context(|| path.clone())?;
-            objects += 1;
+            count += 1;
         }
     }
-    Ok(objects)
+    Ok(count)
 }
 
 #[cfg(test)]

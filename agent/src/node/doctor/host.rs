@@ -13,21 +13,26 @@ use crate::node::PLUGIN;
 const METRICS_PORT: u16 = 10249;
 
 pub(super) fn findings(subject: &Subject) -> Vec<Finding> {
-    let running = Lock::is_held(&subject.bpffs.dir);
-    let mut findings = vec![agent(running), configurations(subject), plugin(subject), kube_proxy()];
-    findings.extend([PROXY_PORT, METRICS_PORT].map(|number| port(number, running)));
+    let state = if Lock::is_held(&subject.bpffs.dir) { Agent::Runs } else { Agent::Rests };
+    let mut findings = vec![agent(state), configurations(subject), plugin(subject), kube_proxy()];
+    findings.extend([PROXY_PORT, METRICS_PORT].map(|number| port(number, state)));
     findings
 }
 
-fn agent(running: bool) -> Finding {
-    if running {
-        Finding::ok("agent", "running; `ferroflow status` says more")
-    } else {
-        Finding::warn(
+#[derive(Clone, Copy)]
+enum Agent {
+    Runs,
+    Rests,
+}
+
+fn agent(state: Agent) -> Finding {
+    match state {
+        Agent::Runs => Finding::ok("agent", "running; `ferroflow status` says more"),
+        Agent::Rests => Finding::warn(
             "agent",
             "not running",
             "start it, or see why it ended: kubectl logs --previous, or its log",
-        )
+        ),
     }
 }
 
@@ -124,12 +129,12 @@ fn rules() -> Vec<&'static str> {
     tools.iter().filter(|tool| shows(tool)).map(|(tool, _, _)| *tool).collect()
 }
 
-fn port(number: u16, agent: bool) -> Finding {
+fn port(number: u16, state: Agent) -> Finding {
     let check = if number == PROXY_PORT { "port 10256" } else { "port 10249" };
-    match (is_listened_to(number), agent) {
+    match (is_listened_to(number), state) {
         (false, _) => Finding::ok(check, "free"),
-        (true, true) => Finding::ok(check, "in use; the agent runs"),
-        (true, false) => Finding::fail(
+        (true, Agent::Runs) => Finding::ok(check, "in use; the agent runs"),
+        (true, Agent::Rests) => Finding::fail(
             check,
             "in use, and no agent runs",
             format!("end what listens there (ss -ltnp sport = :{number}): kube-proxy uses the same port"),
@@ -202,7 +207,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let number = listener.local_addr().unwrap().port();
         assert!(is_listened_to(number));
-        assert_eq!(port(number, false).grade, Grade::Fail);
+        assert_eq!(port(number, Agent::Rests).grade, Grade::Fail);
         drop(listener);
         assert!(!is_listened_to(number));
     }

@@ -86,14 +86,16 @@ fn program(message: &TcMessage) -> Option<String> {
     let NlOptions { priority, handle, classid: _ } = FILTER;
     let header = &message.header;
     let here = header.info >> 16 == u32::from(priority) && header.handle == TcHandle::from(u32::from(handle));
-    let options = message.attributes.iter().filter_map(|attribute| match attribute {
-        TcAttribute::Options(options) => Some(options),
-        _ => None,
-    });
-    let name = options.flatten().find_map(|option| match option {
-        TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => Some(name.trim_end_matches('\0').to_owned()),
-        _ => None,
-    })?;
+    let mut name = None;
+    for attribute in &message.attributes {
+        let TcAttribute::Options(options) = attribute else { continue };
+        for option in options {
+            if let TcOption::Bpf(TcFilterBpfOption::ProgName(text)) = option {
+                name = Some(text.trim_end_matches('\0').to_owned());
+            }
+        }
+    }
+    let name = name?;
     let ours = Interface::ALL.iter().flat_map(|kind| kind.programs()).any(|(program, _)| program == name);
     (here && ours).then_some(name)
 }
@@ -107,7 +109,7 @@ pub(super) fn remove_filter(filter: &Filter) -> Result<(), RemoveError> {
     let failed = |source| RemoveError::Filter {
         program: filter.program.clone(),
         link: filter.link.name.clone(),
-        source,
+        source: Box::new(source),
     };
     let link = SchedClassifierLink::attached(filter.link.index, hook.into(), priority, handle, classid);
     link.map_err(|error| failed(ProgramError::IOError(error)))?.detach().map_err(failed)

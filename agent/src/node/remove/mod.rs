@@ -175,7 +175,7 @@ pub enum RemoveError {
     #[error(transparent)]
     Netlink(#[from] LinksError),
     #[error("filter {program} on {link}: {source}")]
-    Filter { program: String, link: String, source: aya::programs::ProgramError },
+    Filter { program: String, link: String, source: Box<aya::programs::ProgramError> },
 }
 
 #[cfg(test)]
