@@ -124,7 +124,7 @@ fn way_out(error: &EbpfError) -> &'static str {
 }
 
 /// An error with everything that caused it, on one line.
-struct Causes<'a, E>(&'a E);
+pub(crate) struct Causes<'a, E>(pub(crate) &'a E);
 
 impl<E: std::error::Error> std::fmt::Display for Causes<'_, E> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

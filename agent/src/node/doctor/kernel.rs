@@ -9,7 +9,7 @@ use aya::sys::{is_map_supported, is_program_supported};
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 
 use super::{Finding, Subject};
-use crate::datapath::{cgroup2_mount, kernel_is_at_least};
+use crate::datapath::{Causes, cgroup2_mount, kernel_is_at_least};
 
 pub(super) fn findings(subject: &Subject) -> Vec<Finding> {
     let mut findings = vec![version(), bpf(), jit(), btf(), tcx(), bpffs(&subject.bpffs.dir)];
@@ -38,8 +38,8 @@ fn bpf() -> Finding {
     ];
     let maps = [("LRU hash maps", MapType::LruHash), ("prefix maps", MapType::LpmTrie)];
     let programs =
-        programs.map(|(name, kind)| (name, is_program_supported(kind).map_err(|it| it.to_string())));
-    let maps = maps.map(|(name, kind)| (name, is_map_supported(kind).map_err(|it| it.to_string())));
+        programs.map(|(name, kind)| (name, is_program_supported(kind).map_err(|it| Causes(&it).to_string())));
+    let maps = maps.map(|(name, kind)| (name, is_map_supported(kind).map_err(|it| Causes(&it).to_string())));
     let missing: Vec<_> = programs
         .into_iter()
         .chain(maps)
