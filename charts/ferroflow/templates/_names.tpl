@@ -22,13 +22,11 @@ The API servers, separated by commas: those of the values, or those that the clu
 {{- define "ferroflow.apiServer" -}}
 {{- $servers := .Values.apiServer -}}
 {{- if not $servers -}}
-{{- range (list "kubernetes" "kubernetes-ipv6") -}}
-{{- $slice := lookup "discovery.k8s.io/v1" "EndpointSlice" "default" . -}}
+{{- $slice := lookup "discovery.k8s.io/v1" "EndpointSlice" "default" "kubernetes" -}}
 {{- range $endpoint := ($slice.endpoints | default list) -}}
 {{- range $address := $endpoint.addresses -}}
 {{- $host := ternary (printf "[%s]" $address) $address (contains ":" $address) -}}
 {{- $servers = append $servers (printf "https://%s:%d" $host (int (index $slice.ports 0).port)) -}}
-{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
