@@ -59,6 +59,7 @@ const QUEUE: usize = 1024;
 /// [`DaemonError`] where it cannot start.
 pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     datapath::prepare(&config.bpffs)?;
+    datapath::unlock_settings();
     let _lock = Lock::acquire(&config.bpffs.dir)?;
     let cgroup = match &config.cgroup {
         Some(dir) => dir.clone(),

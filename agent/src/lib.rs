@@ -11,7 +11,8 @@
 //! are in the tables. `net/` also reports the host's own addresses and routes, which are Changes too; `datapath/` loads
 //! the programs and attaches them where the plan says; `daemon` joins the stages in one loop; `health/` answers load
 //! balancers; `kube_proxy/` finds and removes what the proxy before left; `events/` takes what users should know of their
-//! objects, which `watch/kube/` posts; `cli/` reads the maps without any of these.
+//! objects, which `watch/kube/` posts; `cli/` reads the maps without any of these; `node/`
+//! readies a machine, examines it, and leaves it as it was.
 //!
 //! A folder is a stage. What a stage may import (`cargo xtask layers` enforces it):
 //!
@@ -24,6 +25,7 @@
 //! | `maps` | `common`, aya in `kernel` only | `model`, `plan` |
 //! | `health` | `model` | `maps`, `reconcile`, aya |
 //! | `cni`, `ipam`, `net` | `model` | `maps`, aya |
+//! | `node` | `config`, `datapath` | `model`, `plan`, `maps`, Kubernetes types |
 
 pub mod cli;
 pub mod clock;
@@ -41,6 +43,7 @@ pub mod lock;
 pub mod maps;
 pub mod model;
 pub mod net;
+pub mod node;
 pub mod plan;
 pub mod reconcile;
 pub mod watch;

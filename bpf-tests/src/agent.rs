@@ -29,6 +29,8 @@ use crate::{
 #[derive(Debug)]
 pub struct Agent {
     node: String,
+    /// Starts the binary: the command line that follows it.
+    launcher: Vec<String>,
     binary: PathBuf,
     args: Vec<String>,
     bpffs: PathBuf,
@@ -53,15 +55,20 @@ const VERB_LIMIT: Duration = Duration::from_secs(10);
 impl Agent {
     /// Starts it on the node's manifests, with further arguments.
     pub fn start(node: &Node, more: &[&str]) -> Result<Self> {
-        Self::start_on(node, ["--manifests", path(&node.manifests)?], more)
+        Self::start_on(node, ["--manifests", path(&node.manifests)?], &[], more)
     }
 
     /// Starts it on a Kubernetes API, with further arguments.
     pub fn start_over(api: &Api, node: &Node, more: &[&str]) -> Result<Self> {
-        Self::start_on(node, ["--kubeconfig", path(&api.kubeconfig)?], more)
+        Self::start_on(node, ["--kubeconfig", path(&api.kubeconfig)?], &[], more)
     }
 
-    fn start_on(node: &Node, source: [&str; 2], more: &[&str]) -> Result<Self> {
+    /// Lets another command start it, which must become it (exec).
+    pub fn start_under(node: &Node, launcher: &[&str], more: &[&str]) -> Result<Self> {
+        Self::start_on(node, ["--manifests", path(&node.manifests)?], launcher, more)
+    }
+
+    fn start_on(node: &Node, source: [&str; 2], launcher: &[&str], more: &[&str]) -> Result<Self> {
         let (bpffs, cgroup) = (path(&node.bpffs)?, path(&node.cgroup)?);
         let run_dir = node.logs.join(format!("{}-run", node.name));
         let args = [
@@ -77,6 +84,7 @@ impl Agent {
         ];
         let mut agent = Self {
             node: node.name.clone(),
+            launcher: launcher.iter().map(|&word| word.to_owned()).collect(),
             binary: binary()?,
             args: args.iter().chain(&source).chain(more).map(|&arg| arg.to_owned()).collect(),
             bpffs: node.bpffs.clone(),
@@ -232,7 +240,8 @@ impl Agent {
     fn spawn(&mut self, env: &[(&str, &str)]) -> Result<()> {
         let log = File::options().create(true).append(true).open(&self.log)?;
         let mut command = pod_command();
-        command.arg("--cgroup").arg(&self.cgroup).args(["exec", "--"]).arg(&self.binary).args(&self.args);
+        command.arg("--cgroup").arg(&self.cgroup).args(["exec", "--"]).args(&self.launcher);
+        command.arg(&self.binary).args(&self.args);
         command.envs(env.iter().copied());
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.child = Some(self.netns.spawn(command)?);

@@ -8,6 +8,7 @@
 //!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
 //!  apiserver: a Kubernetes API on the same manifests, with faults ── tests/apiserver.rs
+//!  chart (the Helm chart, rendered and checked)
 //!  bench (how fast it is, beside kernel routing and kube-proxy's rules)
 //! ```
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ pub mod agent;
 pub mod apiserver;
 pub mod bench;
 pub mod cgroup;
+pub mod chart;
 pub mod checks;
 pub mod cluster;
 pub mod cni;

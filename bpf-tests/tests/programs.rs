@@ -530,11 +530,12 @@ fn every_program_loads_with_every_constant(sandbox: &Sandbox) -> Result<()> {
     Ok(())
 }
 
-const PROGRAMS: [&str; 12] = [
+const PROGRAMS: [&str; 13] = [
     "connect4",
     "connect6",
     "device_egress",
     "device_ingress",
+    "device_xdp",
     "getpeername4",
     "getpeername6",
     "pod_egress",

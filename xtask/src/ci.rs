@@ -8,12 +8,12 @@ use anyhow::Result;
 
 use crate::test::{Scope, Tally};
 use crate::toolchain::{Toolchain, succeed};
-use crate::{compile, demo, layers, setup, test, verify, vm};
+use crate::{chart, compile, demo, image, layers, setup, test, verify, vm};
 
 /// Runs one part and returns its tests.
 type Part = fn(&Toolchain) -> Result<Tally>;
 
-const PARTS: [(&str, Part); 8] = [
+const PARTS: [(&str, Part); 10] = [
     ("setup", setup),
     ("format", format),
     ("lints", lints),
@@ -22,6 +22,8 @@ const PARTS: [(&str, Part); 8] = [
     ("verify", verify::part),
     ("vm", kernels),
     ("demo", demonstrate),
+    ("chart", chart::part),
+    ("image", image::part),
 ];
 
 pub(crate) fn run(toolchain: &Toolchain) -> Result<ExitCode> {

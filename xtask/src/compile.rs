@@ -9,6 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::image::Arch;
 use crate::setup;
 use crate::toolchain::{Toolchain, succeed};
 
@@ -32,7 +33,7 @@ impl Built {
 
     /// A cargo command for bpf-tests. It is built as the binary was, so that what both need is compiled once.
     pub(crate) fn cargo(&self, toolchain: &Toolchain, verb: &str) -> Result<Command> {
-        let mut cargo = static_cargo(toolchain, verb, &self.object)?;
+        let mut cargo = static_cargo(toolchain, &toolchain.host()?, verb, &self.object);
         cargo.args(["--package", "bpf-tests"]).envs(self.env());
         Ok(cargo)
     }
@@ -58,6 +59,21 @@ pub(crate) fn run(toolchain: &Toolchain, profile: Profile) -> Result<Built> {
     let object = object(toolchain, &linker).context("the BPF object does not build")?;
     let binary = binary(toolchain, profile, &object).context("the binary does not build")?;
     Ok(Built { object, binary })
+}
+
+/// The optimised binary for machines of an architecture, this one's or another. The object in it is the same for all.
+pub(crate) fn release_for(toolchain: &Toolchain, arch: Arch) -> Result<PathBuf> {
+    let compiler = arch.linker(toolchain)?;
+    let linker = setup::run(toolchain)?;
+    let object = object(toolchain, &linker).context("the BPF object does not build")?;
+    let mut cargo = static_cargo(toolchain, arch.triple(), "build", &object);
+    cargo.args(["--package", "ferroflow", "--bin", BINARY, "--release"]);
+    if let Some(compiler) = compiler {
+        toolchain.add_target(arch.triple())?;
+        cargo.env(target_key(arch.triple(), "LINKER"), compiler);
+    }
+    succeed(&mut cargo).with_context(|| format!("the binary does not build for {}", arch.name()))?;
+    Ok(static_target(toolchain, arch.triple(), Profile::Release).join(BINARY))
 }
 
 /// The one ELF with all programs. Always optimised: unoptimised programs do not fit the verifier's limits.
@@ -86,33 +102,33 @@ fn object_target(toolchain: &Toolchain) -> PathBuf {
 }
 
 fn binary(toolchain: &Toolchain, profile: Profile, object: &Path) -> Result<PathBuf> {
-    let mut cargo = static_cargo(toolchain, "build", object)?;
+    let host = toolchain.host()?;
+    let mut cargo = static_cargo(toolchain, &host, "build", object);
     cargo.args(["--package", "ferroflow", "--bin", BINARY]);
     match profile {
         Profile::Dev => {}
         Profile::Release => _ = cargo.arg("--release"),
     }
     succeed(&mut cargo)?;
-    Ok(static_target(toolchain, profile)?.join(BINARY))
+    Ok(static_target(toolchain, &host, profile).join(BINARY))
 }
 
 /// cargo for what is linked statically and carries the object.
-fn static_cargo(toolchain: &Toolchain, verb: &str, object: &Path) -> Result<Command> {
-    // Named even though it is this machine's: flags for a named target leave out build scripts and macros.
-    let host = toolchain.host()?;
+fn static_cargo(toolchain: &Toolchain, target: &str, verb: &str, object: &Path) -> Command {
     let mut cargo = toolchain.cargo();
-    cargo.args([verb, "--locked", "--target", &host]);
+    // Named even where it is this machine's: flags for a named target leave out build scripts and macros.
+    cargo.args([verb, "--locked", "--target", target]);
     cargo.env("CARGO_TARGET_DIR", toolchain.target("static")).env("FERROFLOW_OBJECT", object);
-    cargo.env(target_key(&host, "RUSTFLAGS"), "-Ctarget-feature=+crt-static");
-    Ok(cargo)
+    cargo.env(target_key(target, "RUSTFLAGS"), "-Ctarget-feature=+crt-static");
+    cargo
 }
 
-fn static_target(toolchain: &Toolchain, profile: Profile) -> Result<PathBuf> {
+fn static_target(toolchain: &Toolchain, target: &str, profile: Profile) -> PathBuf {
     let folder = match profile {
         Profile::Dev => "debug",
         Profile::Release => "release",
     };
-    Ok(toolchain.target("static").join(toolchain.host()?).join(folder))
+    toolchain.target("static").join(target).join(folder)
 }
 
 /// cargo's environment variable for one target's setting.

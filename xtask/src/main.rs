@@ -3,9 +3,11 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod chart;
 mod ci;
 mod compile;
 mod demo;
+mod image;
 mod layers;
 mod paths;
 mod privileged;
@@ -94,6 +96,14 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Lint the Helm chart, render it with many values, check the objects and the flags in them, and pack it
+    ///
+    /// It needs python3 with venv; Helm itself is installed there as a library, once.
+    Chart,
+    /// Write the container image as a tar for `ctr images import`, `docker load` and `podman load`
+    ///
+    /// It needs no container engine. The same commit gives the same bytes.
+    Image(image::Options),
     /// Check the architecture: who may import whom, file names, where `unsafe` may stand
     Layers,
     /// Run what CI runs: format, lints, layers, tests, demo
@@ -132,6 +142,8 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             let scope = if unit { Scope::Unit } else { Scope::All };
             return Ok(test::run(&toolchain, scope, filter.as_deref()).report());
         }
+        Verb::Chart => chart::run(&toolchain)?,
+        Verb::Image(options) => image::run(&toolchain, &options)?,
         Verb::Layers => layers::run(toolchain.root())?,
         Verb::Ci => return ci::run(&toolchain),
     }

@@ -81,6 +81,18 @@ impl Toolchain {
         succeed(&mut install).context("installing the toolchain failed; it is downloaded once, by rustup")
     }
 
+    /// Installs the standard library for another machine; done already, rustup says nothing.
+    pub(crate) fn add_target(&self, triple: &str) -> Result<()> {
+        match self.manager {
+            Manager::Rustup => {
+                let mut add = Command::new("rustup");
+                output(add.args(["target", "add", "--toolchain", self.channel(), triple])).map(drop)
+            }
+            // Whoever installed that Rust installs its targets; cargo names the one that is missing.
+            Manager::None => Ok(()),
+        }
+    }
+
     pub(crate) fn cargo(&self) -> Command {
         self.command("cargo")
     }

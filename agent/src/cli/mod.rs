@@ -1,9 +1,10 @@
-//! The verbs that look into the pinned maps. They need no agent: what they show is what the programs use. And the one
-//! that clears up after kube-proxy.
+//! The verbs that look into the pinned maps. They need no agent: what they show is what the programs use. And those about
+//! the machine, before and after an agent.
 
 mod cleanup;
 mod conntrack;
 mod map;
+mod node;
 mod policy;
 mod service;
 mod status;
@@ -11,12 +12,14 @@ mod table;
 
 use std::io::Write;
 
-use clap::{Args, Subcommand};
+use clap::Subcommand;
 
 use crate::config::{Output, Query};
-use crate::kube_proxy::{Mode, ToolError};
+use crate::kube_proxy::ToolError;
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
+use crate::node::prepare::{Prepare, PrepareError};
+use crate::node::remove::RemoveError;
 
 /// What can be asked.
 #[derive(Subcommand, Debug)]
@@ -35,25 +38,22 @@ pub enum Verb {
     /// The maps themselves
     #[command(subcommand)]
     Map(MapVerb),
-    /// Remove the rules that kube-proxy left in the kernel, and nothing else
+    /// Say what of this machine stands in the agent's way, and what to do about it; exits with 1 where a check fails
+    Doctor(node::Doctor),
+    /// Ready a machine for the agent: mount the BPF file system, install the network plugin
+    Prepare(Prepare),
+    /// Remove the rules that kube-proxy left in the kernel, and nothing else; with `--all`, everything of Ferroflow instead
     ///
     /// To move a node from kube-proxy without losing a connection: start the agent beside it, stop kube-proxy, wait until
     /// the connections that it opened have ended (new ones are the agent's), then run this. Connections that still go
     /// through its rules then lose their way. Removed are the chains of kube-proxy in every iptables table (both kinds,
     /// IPv4 and IPv6) with the jumps into them, and its nftables tables; the kubelet's own chains stay. It needs root, the
     /// host's network namespace, and `nft` and `iptables` where their rules are to be found. A second run finds nothing.
-    Cleanup(Cleanup),
-}
-
-#[derive(Args, Debug)]
-pub struct Cleanup {
-    /// Only print what would be removed
-    #[arg(long)]
-    dry_run: bool,
-
-    /// Format of the answer
-    #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    output: Output,
+    ///
+    /// With `--all`, as root in the host's network namespace, once the agent has ended: services and policies stop
+    /// working, and pods that Ferroflow attached lose their network. What others made stays; so do kernel settings such
+    /// as forwarding, which others may rely on.
+    Cleanup(node::Cleanup),
 }
 
 #[derive(Subcommand, Debug)]
@@ -92,6 +92,11 @@ pub enum MapVerb {
 /// # Errors
 /// [`CliError`], in words for the person who asked.
 pub fn run(verb: &Verb) -> Result<(), CliError> {
+    let mut failed = 0;
+    let mut count = |(answer, failures)| {
+        failed = failures;
+        answer
+    };
     let (output, answer): (Output, Answer) = match verb {
         Verb::Status(query) => (query.output, status::status(query)?),
         Verb::Service(ServiceVerb::List(query)) => (query.output, service::list(&open(query)?)?),
@@ -101,10 +106,9 @@ pub fn run(verb: &Verb) -> Result<(), CliError> {
         }
         Verb::Conntrack(ConntrackVerb::List(query)) => (query.output, conntrack::list(&open(query)?)?),
         Verb::Map(MapVerb::Dump { name, query }) => (query.output, map::dump(&open(query)?, name)?),
-        Verb::Cleanup(Cleanup { dry_run, output }) => {
-            let mode = if *dry_run { Mode::DryRun } else { Mode::Remove };
-            (*output, cleanup::cleanup(mode)?)
-        }
+        Verb::Doctor(asked) => (asked.query.output, count(node::doctor(asked)?)),
+        Verb::Prepare(asked) => (Output::Table, node::prepare(asked)?),
+        Verb::Cleanup(asked) => (asked.query.output, count(node::cleanup(asked)?)),
     };
     let text = match output {
         Output::Table => answer.table,
@@ -112,9 +116,10 @@ pub fn run(verb: &Verb) -> Result<(), CliError> {
     };
     // A reader that has seen enough (`| head`) closes the pipe: no error of ours.
     match writeln!(std::io::stdout(), "{text}") {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
-        _ => Ok(()),
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => return Err(error.into()),
+        _ => {}
     }
+    if failed == 0 { Ok(()) } else { Err(CliError::Failed { failed }) }
 }
 
 /// One answer in both forms.
@@ -135,6 +140,12 @@ pub enum CliError {
         "{addr} is no pod of this node, or its interface is not known yet: `ferroflow policy list` has them"
     )]
     NoPod { addr: std::net::IpAddr },
+    #[error(transparent)]
+    Prepare(#[from] PrepareError),
+    #[error(transparent)]
+    Remove(#[from] RemoveError),
+    #[error("{failed} failed")]
+    Failed { failed: usize },
     #[error("there is no map `{name}`: ask for one of {known}")]
     NoMap { name: String, known: String },
     #[error(transparent)]

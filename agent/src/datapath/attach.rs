@@ -25,10 +25,10 @@ pub enum Interface {
 }
 
 impl Interface {
-    const ALL: [Self; 2] = [Self::Pod, Self::Device];
+    pub(crate) const ALL: [Self; 2] = [Self::Pod, Self::Device];
 
     /// Its programs: what a pod sends is the host's ingress.
-    const fn programs(self) -> [(&'static str, TcAttachType); 2] {
+    pub(crate) const fn programs(self) -> [(&'static str, TcAttachType); 2] {
         match self {
             Self::Pod => [("pod_egress", TcAttachType::Ingress), ("pod_ingress", TcAttachType::Egress)],
             Self::Device => {
@@ -45,7 +45,7 @@ const SOCKET: [&str; 8] =
     ["connect4", "connect6", "getpeername4", "getpeername6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6"];
 
 /// One fixed place for our filter on a clsact qdisc, so that the next agent finds and replaces it.
-const FILTER: NlOptions = NlOptions { priority: 1, handle: TcHandle::new(0, 1), classid: None };
+pub(crate) const FILTER: NlOptions = NlOptions { priority: 1, handle: TcHandle::new(0, 1), classid: None };
 
 /// Loads one program.
 ///

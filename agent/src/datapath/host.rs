@@ -7,6 +7,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socket, sockopt};
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
+use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::DatapathError;
 use crate::config::Bpffs;
@@ -40,6 +41,29 @@ fn ensure_bpffs(dir: &Path) -> Result<(), DatapathError> {
     Err(DatapathError::NotBpffs { path: dir.to_owned() })
 }
 
+/// Where interfaces have their settings.
+const SETTINGS: &str = "/proc/sys";
+
+/// Container runtimes mount the kernel's settings read-only, in the container's own mount namespace; those of pods'
+/// interfaces have to be made all the same. Outside of a container nothing is done.
+pub fn unlock_settings() {
+    let locked = statvfs(SETTINGS).is_ok_and(|found| found.flags().contains(FsFlags::ST_RDONLY));
+    if !locked {
+        return;
+    }
+    let none: Option<&str> = None;
+    let flags =
+        MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    match mount(none, SETTINGS, none, flags, none) {
+        Ok(()) => tracing::info!(path = SETTINGS, "made the kernel's settings writable in this container"),
+        Err(errno) => tracing::warn!(
+            path = SETTINGS,
+            %errno,
+            "the kernel's settings are read-only: interfaces of pods cannot be set up without the capability SYS_ADMIN"
+        ),
+    }
+}
+
 /// Whether the nearest directory that exists is on a BPF file system.
 fn on_bpffs(dir: &Path) -> bool {
     dir.ancestors()
@@ -55,7 +79,7 @@ pub(super) fn raise_memlock_limit() {
 }
 
 /// Whether the running kernel is of this version or a later one; no, should it not say.
-pub(super) fn kernel_is_at_least(major: u32, minor: u32) -> bool {
+pub(crate) fn kernel_is_at_least(major: u32, minor: u32) -> bool {
     let name = nix::sys::utsname::uname();
     let release = name.as_ref().ok().and_then(|name| name.release().to_str());
     release.and_then(version).is_some_and(|running| running >= (major, minor))

@@ -15,8 +15,10 @@ use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use crate::config::{Attach, Bpffs, SocketLb, Xdp};
 use crate::maps::{ArrayTable as _, Backends, ConnectionCounts, Slots};
 
+pub(crate) use attach::FILTER;
 pub use attach::{Interface, load as load_program};
-pub use host::{cgroup2_mount, prepare};
+pub(crate) use host::kernel_is_at_least;
+pub use host::{cgroup2_mount, prepare, unlock_settings};
 
 /// What is fixed when the programs are loaded.
 #[derive(Clone, Debug)]
@@ -82,7 +84,7 @@ impl Datapath {
         let pod_tcp = u8::from(options.socket_lb != SocketLb::Off);
         let pod_udp = u8::from(options.socket_lb == SocketLb::All);
         let host_netns = host::netns_cookie();
-        let coarse_clock = u8::from(host::kernel_is_at_least(5, 11));
+        let coarse_clock = u8::from(kernel_is_at_least(5, 11));
         let slots = options.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
         let ebpf = EbpfLoader::new()
             .default_map_pin_directory(options.bpffs.maps())
@@ -142,7 +144,7 @@ fn way_out(error: &EbpfError) -> &'static str {
 }
 
 /// An error with everything that caused it, on one line.
-struct Causes<'a, E>(&'a E);
+pub(crate) struct Causes<'a, E>(pub(crate) &'a E);
 
 impl<E: std::error::Error> std::fmt::Display for Causes<'_, E> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -1,0 +1,311 @@
+//! The verbs about the machine, on machines that are well, unwell, and used.
+#![forbid(unsafe_code)]
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Output, Stdio},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use bpf_tests::{
+    agent::{Agent, binary},
+    checks::{World, failures, pod_target},
+    cluster::{Cluster, Family, Node},
+    runner,
+    sandbox::Sandbox,
+    traffic::Protocol,
+};
+use serde_json::Value;
+
+fn main() -> ExitCode {
+    runner::main(&[
+        ("cleanup_leaves_the_node_as_it_was", cleanup_leaves_the_node_as_it_was),
+        ("cleanup_leaves_the_node_as_it_was_under_clsact", cleanup_leaves_the_node_as_it_was_under_clsact),
+        ("doctor_names_what_is_wrong_and_the_way_out", doctor_names_what_is_wrong_and_the_way_out),
+        ("an_agent_in_a_container_can_set_up_interfaces", an_agent_in_a_container_can_set_up_interfaces),
+        ("prepare_mounts_and_installs_once", prepare_mounts_and_installs_once),
+    ])
+}
+
+/// The directories that a node's verbs are told.
+struct Places(PathBuf);
+
+impl Places {
+    fn create(node: &Node) -> Result<Self> {
+        let places = Self(node.logs.join(format!("places-{}", node.name)));
+        for name in ["net.d", "bin", "state", "run"] {
+            fs::create_dir_all(places.0.join(name))?;
+        }
+        Ok(places)
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<()> {
+        fs::write(self.0.join(name), text).with_context(|| format!("write {name}"))
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.0.join(name).exists()
+    }
+
+    fn args(&self) -> Vec<String> {
+        let flags =
+            [("cni-conf-dir", "net.d"), ("cni-bin-dir", "bin"), ("state-dir", "state"), ("run-dir", "run")];
+        flags.map(|(flag, name)| format!("--{flag}={}", self.0.join(name).display())).into()
+    }
+}
+
+/// Runs a verb in the node's network; it may fail.
+fn verb(node: &Node, places: &Places, args: &[&str]) -> Result<Output> {
+    let mut command = Command::new(binary()?);
+    command.args(args).arg("--bpffs").arg(&node.bpffs).args(places.args());
+    run(node, command)
+}
+
+fn run(node: &Node, mut command: Command) -> Result<Output> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Ok(node.netns.spawn(command)?.wait_with_output()?)
+}
+
+/// What a line of shell prints; it must succeed.
+fn tool(node: &Node, line: &str) -> Result<String> {
+    let mut command = Command::new("sh");
+    command.args(["-c", line]);
+    let output = run(node, command)?;
+    ensure!(output.status.success(), "`{line}`: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn removed(output: &Output) -> Result<Vec<String>> {
+    let answer: Value = serde_json::from_slice(&output.stdout)
+        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    ensure!(answer["failed"] == serde_json::json!([]), "{answer}");
+    Ok(serde_json::from_value(answer["removed"].clone())?)
+}
+
+fn cleanup_leaves_the_node_as_it_was(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| cleanup(world, ""))
+}
+
+fn cleanup_leaves_the_node_as_it_was_under_clsact(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &["--attach", "clsact"], |world| {
+        // Another's filter on the same qdisc, which matches nothing.
+        let node = world.cluster.node("a");
+        tool(node, "tc filter add dev pod-a1 ingress prio 7 bpf bytecode '1,6 0 0 0'")?;
+        cleanup(world, "bytecode")
+    })
+}
+
+/// `stays` is part of what `tc` shows on the interface of pod a1 before and after.
+fn cleanup(world: &mut World, stays: &str) -> Result<()> {
+    let node = world.cluster.node("a");
+    let places = Places::create(node)?;
+    places.write(
+        "net.d/05-ferroflow.conflist",
+        r#"{"name": "ferroflow", "plugins": [{"type": "ferroflow-cni"}]}"#,
+    )?;
+    places.write("net.d/99-other.conflist", r#"{"name": "other", "plugins": [{"type": "bridge"}]}"#)?;
+    for name in ["bin/ferroflow-cni", "bin/bridge", "state/leases.json", "run/cni.sock"] {
+        places.write(name, "")?;
+    }
+    tool(node, "ip link add ff0123456789ab type veth peer name other0")?;
+    tool(node, "ip link add ff01234 type veth peer name other1")?;
+
+    let early = verb(node, &places, &["cleanup", "--all"])?;
+    let said = String::from_utf8_lossy(&early.stderr);
+    ensure!(!early.status.success() && said.contains("an agent is running"), "not refused: {said}");
+
+    let agent = world.agents.first_mut().context("no agent")?;
+    agent.kill9()?;
+    let planned = removed(&verb(node, &places, &["cleanup", "--all", "--dry-run", "-o", "json"])?)?;
+    ensure!(
+        places.has("net.d/05-ferroflow.conflist") && node.bpffs.join("maps/frontends").exists(),
+        "{planned:?}"
+    );
+    let done = removed(&verb(node, &places, &["cleanup", "--all", "-o", "json"])?)?;
+    ensure!(done == planned, "planned {planned:#?}, done {done:#?}");
+    is_clean(node, &places, stays)?;
+
+    let again = verb(node, &places, &["cleanup", "--all"])?;
+    let said = String::from_utf8_lossy(&again.stdout);
+    ensure!(again.status.success() && said.trim() == "nothing of Ferroflow is here", "again: {said}");
+    still_routes(world)?;
+    starts_anew(world)
+}
+
+fn is_clean(node: &Node, places: &Places, stays: &str) -> Result<()> {
+    ensure!(!node.bpffs.exists(), "{} is still there", node.bpffs.display());
+    for gone in ["net.d/05-ferroflow.conflist", "bin/ferroflow-cni", "state", "run"] {
+        ensure!(!places.has(gone), "{gone} is still there");
+    }
+    for other in ["net.d/99-other.conflist", "bin/bridge"] {
+        ensure!(places.has(other), "{other} was another's");
+    }
+    let links = tool(node, "ip -brief link")?;
+    ensure!(!links.contains("ff0123456789ab") && links.contains("ff01234@"), "{links}");
+    let programs = tool(node, "bpftool net")?;
+    for name in ["pod_egress", "pod_ingress", "device_ingress", "device_egress"] {
+        ensure!(!programs.contains(name), "{programs}");
+    }
+    let filters = tool(node, "tc filter show dev pod-a1 ingress").unwrap_or_default();
+    ensure!(filters.contains(stays), "another's filter is gone: {filters}");
+    let qdiscs = tool(node, "tc qdisc show")?;
+    let left = qdiscs.lines().filter(|line| line.contains("clsact")).collect::<Vec<_>>();
+    ensure!(left.len() == usize::from(!stays.is_empty()), "{left:?}");
+    let attached = tool(node, &format!("bpftool cgroup show {}", node.cgroup.display()))?;
+    ensure!(!attached.contains("connect4"), "{attached}");
+    Ok(())
+}
+
+/// Without us the kernel does what its own routes say.
+fn still_routes(world: &World) -> Result<()> {
+    let target = pod_target(world.cluster.pod("a2"), Protocol::Http, Family::V4);
+    let outcomes = world.cluster.pod("a1").http(target, 5)?;
+    let failed = failures(&outcomes);
+    ensure!(outcomes.len() == 5 && failed.starts_with("0 of"), "{failed}");
+    Ok(())
+}
+
+fn starts_anew(world: &mut World) -> Result<()> {
+    let node = world.cluster.node("a");
+    fs::create_dir_all(&node.bpffs)?;
+    let agent = world.agents.first_mut().context("no agent")?;
+    agent.restart()?;
+    agent.wait_synced()?;
+    world.spread("a1", Protocol::Http, Family::V4).into_result()
+}
+
+fn doctor_names_what_is_wrong_and_the_way_out(sandbox: &Sandbox) -> Result<()> {
+    let cluster = Cluster::with_pods(sandbox, &["a"], 1)?;
+    let node = cluster.node("a");
+    let places = Places::create(node)?;
+    let settings = ["ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv4/conf/all/rp_filter"];
+    for (name, value) in settings.into_iter().zip(["0", "0", "1"]) {
+        node.netns.sysctl(name, value)?;
+    }
+    places.write("net.d/00-other.conflist", r#"{"name": "other", "plugins": [{"type": "bridge"}]}"#)?;
+    let taken = node.netns.run(|_| TcpListener::bind("127.0.0.1:10256"))??;
+    expect(
+        node,
+        &places,
+        &[
+            (
+                "forwarding",
+                "WARN",
+                "sysctl -w net.ipv4.ip_forward=1; sysctl -w net.ipv6.conf.all.forwarding=1",
+            ),
+            ("rp_filter", "WARN", "rp_filter=2"),
+            ("cni", "FAIL", "00-other.conflist"),
+            ("port 10256", "FAIL", "sport = :10256"),
+            ("port 10249", "OK", ""),
+            ("agent", "WARN", "start it"),
+            ("kernel", "OK", ""),
+            ("bpf", "OK", ""),
+            ("bpffs", "OK", ""),
+            ("cgroup2", "OK", ""),
+            ("mtu", "OK", ""),
+        ],
+    )?;
+
+    drop(taken);
+    for (name, value) in settings.into_iter().zip(["1", "1", "2"]) {
+        node.netns.sysctl(name, value)?;
+    }
+    fs::remove_file(places.0.join("net.d/00-other.conflist"))?;
+    tool(node, "ip link set dev eth0 mtu 1000")?;
+    cluster.manifests().write_cluster(&cluster)?;
+    let mut agent = Agent::start(node, &[])?;
+    agent.wait_synced()?;
+    expect(
+        node,
+        &places,
+        &[
+            ("forwarding", "OK", ""),
+            ("rp_filter", "OK", ""),
+            ("cni", "OK", ""),
+            ("port 10256", "OK", ""),
+            ("agent", "OK", ""),
+            ("mtu", "FAIL", "mtu 1280"),
+        ],
+    )
+}
+
+/// Holds checks to their grade and a part of their way out, and the exit code to all of them.
+fn expect(node: &Node, places: &Places, wanted: &[(&str, &str, &str)]) -> Result<()> {
+    let cgroup = format!("--cgroup={}", node.cgroup.display());
+    let output = verb(node, places, &["doctor", "-o", "json", &cgroup])?;
+    let answer: Value = serde_json::from_slice(&output.stdout)?;
+    let findings = answer["findings"].as_array().context("no findings")?;
+    for (check, grade, fix) in wanted {
+        let found = findings.iter().find(|finding| finding["check"] == *check);
+        let found = found.with_context(|| format!("no check `{check}`"))?;
+        ensure!(found["grade"] == *grade, "{found}, not {grade}");
+        let said = found["fix"].as_str().unwrap_or_default();
+        ensure!(said.contains(fix) && said.is_empty() == (*grade == "OK"), "{found}: no `{fix}`");
+    }
+    let fails = findings.iter().filter(|finding| finding["grade"] == "FAIL").count();
+    ensure!(
+        answer["failed"] == fails && output.status.success() == (fails == 0),
+        "{fails} fail: {}",
+        output.status
+    );
+    Ok(())
+}
+
+/// With the capabilities that the chart gives and /proc/sys as container runtimes mount it.
+fn an_agent_in_a_container_can_set_up_interfaces(sandbox: &Sandbox) -> Result<()> {
+    const CONTAINER: &str = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && \
+        ! echo 1 2>/dev/null > /proc/sys/net/ipv4/ip_forward && CAPS=+bpf,+perfmon,+net_admin,+sys_admin,+sys_resource && \
+        exec setpriv --bounding-set=-all,$CAPS \"$0\" \"$@\"";
+    let cluster = Cluster::with_pods(sandbox, &["a"], 1)?;
+    cluster.manifests().write_cluster(&cluster)?;
+    let node = cluster.node("a");
+    let mut agent = Agent::start_under(node, &["unshare", "--mount", "sh", "-c", CONTAINER], &[])?;
+    let status = agent.wait_synced()?;
+    let root = format!("/proc/{}", status["pid"]);
+    let mounts = fs::read_to_string(format!("{root}/mounts"))?;
+    let settings = mounts.lines().rfind(|line| line.contains(" /proc/sys "));
+    ensure!(settings.is_some_and(|line| line.contains(" rw,")), "/proc/sys: {settings:?}");
+    // net_admin 12, sys_admin 21, sys_resource 24, perfmon 38, bpf 39: include/uapi/linux/capability.h
+    let given = [12, 21, 24, 38, 39].into_iter().fold(0_u64, |set, bit| set | 1 << bit);
+    let (has, own) = (capabilities(&root)?, capabilities("/proc/self")?);
+    ensure!(has == given & own, "the agent has {has:x}, not {given:x} of {own:x}");
+    Ok(())
+}
+
+/// Those that are in effect, a bit each.
+fn capabilities(process: &str) -> Result<u64> {
+    let status = fs::read_to_string(format!("{process}/status"))?;
+    let set = status.lines().find_map(|line| line.strip_prefix("CapEff:")).context("no CapEff")?;
+    Ok(u64::from_str_radix(set.trim(), 16)?)
+}
+
+fn prepare_mounts_and_installs_once(sandbox: &Sandbox) -> Result<()> {
+    let cluster = Cluster::with_pods(sandbox, &["a"], 0)?;
+    let node = cluster.node("a");
+    let places = Places::create(node)?;
+    let bin = places.0.join("bin");
+    let prepare = || -> Result<String> {
+        let mut command = Command::new(binary()?);
+        command.arg("prepare").arg("--bpffs").arg(&node.bpffs).arg("--cni-bin-dir").arg(&bin);
+        let output = run(node, command)?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    ensure!(prepare()?.contains("installed "), "not installed");
+    ensure!(prepare()?.contains("is this version"), "installed again");
+    same(&bin.join("ferroflow-cni"), &binary()?)?;
+    ensure!(node.bpffs.join("maps").is_dir(), "no directory for maps");
+    ensure!(fs::read_dir(&bin)?.count() == 1, "something is left beside the plugin");
+    let mut elsewhere = Command::new(binary()?);
+    elsewhere.arg("prepare").arg("--bpffs").arg(&bin);
+    let refused = run(node, elsewhere)?;
+    ensure!(!refused.status.success(), "an ordinary directory was taken for a BPF file system");
+    Ok(())
+}
+
+fn same(left: &Path, right: &Path) -> Result<()> {
+    ensure!(fs::read(left)? == fs::read(right)?, "{} is another binary", left.display());
+    Ok(())
+}
