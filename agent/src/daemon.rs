@@ -34,7 +34,9 @@ use crate::net::{self, Moved, NetError, NetEvent};
 use crate::plan;
 use crate::reconcile::{self, Limits, Reconciler};
 use crate::watch::file::{FileSource, Timing};
-use crate::watch::kube::{self, Access, AccessError, KubeSource, Network, Timing as ApiTiming};
+use crate::watch::kube::{
+    Access, AccessError, KubeSource, Network, Readiness as NodeReadiness, Timing as ApiTiming,
+};
 use crate::watch::{self, Contact, Event, Source as _};
 
 /// Longer than any program runs on a packet, and than any reader of a slot range holds what it read.
@@ -175,9 +177,9 @@ async fn source(
     Ok(FileSource::new(dir, node, Timing::default()).run(events).boxed())
 }
 
-fn readiness(api: &config::Api) -> kube::Readiness {
+fn readiness(api: &config::Api) -> NodeReadiness {
     let network = if api.set_network_available { Network::Ours } else { Network::Others };
-    kube::Readiness { startup_taint: api.startup_taint.clone(), network }
+    NodeReadiness { startup_taint: api.startup_taint.clone(), network }
 }
 
 fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {

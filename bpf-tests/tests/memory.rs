@@ -122,8 +122,11 @@ fn pod(number: u32) -> Value {
             "lastTransitionTime": "2026-01-02T03:04:05Z" })
     };
     let conditions = ["PodScheduled", "Initialized", "ContainersReady", "Ready"].map(condition);
+    let mut metadata = metadata(number, &format!("pod-{number}-7d4b9c6f5d-x7k2p"));
+    // Ten pods a Deployment, which have their labels in common.
+    metadata["labels"]["app"] = format!("app-{}", number / 10).into();
     json!({
-        "apiVersion": "v1", "kind": "Pod", "metadata": metadata(number, &format!("pod-{number}-7d4b9c6f5d-x7k2p")),
+        "apiVersion": "v1", "kind": "Pod", "metadata": metadata,
         "spec": {
             "nodeName": format!("node-{}", number % NODES), "serviceAccountName": "default",
             "containers": [{ "name": "main", "image": "registry.example.com/team/image:1.2.3", "env": env,

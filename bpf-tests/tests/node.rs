@@ -84,12 +84,13 @@ fn removed(output: &Output) -> Result<Vec<String>> {
     Ok(serde_json::from_value(answer["removed"].clone())?)
 }
 
+/// Over an API, because pods there are another plugin's, and stay.
 fn cleanup_leaves_the_node_as_it_was(sandbox: &Sandbox) -> Result<()> {
-    World::test(sandbox, &[], |world| cleanup(world, ""))
+    World::test_over_api(sandbox, &[], |world| cleanup(world, ""))
 }
 
 fn cleanup_leaves_the_node_as_it_was_under_clsact(sandbox: &Sandbox) -> Result<()> {
-    World::test(sandbox, &["--attach", "clsact"], |world| {
+    World::test_over_api(sandbox, &["--attach", "clsact"], |world| {
         // Another's filter on the same qdisc, which matches nothing.
         let node = world.cluster.node("a");
         tool(node, "tc filter add dev pod-a1 ingress prio 7 bpf bytecode '1,6 0 0 0'")?;

@@ -173,7 +173,7 @@ mod tests {
     use super::*;
     use ferroflow_common::tcp::{Flags, chunk};
 
-    use crate::frame::{Frame, Names, Socket, Transport, UdpChecksum, both_families, verify};
+    use crate::frame::{Frame, Names, Part, Socket, Transport, UdpChecksum, both_families, verify};
     use crate::noise::Noise;
     use crate::packet::Bytes;
     use crate::parse::{Parse, headers};
@@ -185,6 +185,7 @@ mod tests {
         a_datagram_with_checksum_never_loses_it,
         a_wrong_checksum_stays_wrong,
         an_association_without_checksum_stays_without,
+        an_association_keeps_its_ports_in_a_fragment_or_is_dropped,
     );
 
     fn rewritten<F>(frame: &Frame, to: &Rewrite) -> Vec<u8>
@@ -305,6 +306,22 @@ mod tests {
                 rewritten_bytes::<F>(Bytes(bytes), &to(&frame, End::Destination, (F::pod(2), 8080)));
             assert_eq!(verify(&bytes).unwrap_err(), format!("{what} checksum"));
         }
+    }
+
+    /// The CRC covers what is in the other fragments.
+    fn an_association_keeps_its_ports_in_a_fragment_or_is_dropped<F>()
+    where
+        F: Names + Parse<Bytes: Ends>,
+    {
+        let frame =
+            Frame::sctp((F::pod(1), 4000), (F::vip(1), 80), chunk::DATA).payload(&[7; 16]).part(Part::First);
+        let rewritten = |dst| {
+            let mut packet = frame.packet();
+            let headers = headers::<F, Bytes>(&packet).unwrap().unwrap();
+            rewrite(&mut packet, &headers, &to(&frame, End::Destination, dst)).map(|()| packet.0)
+        };
+        assert_eq!(rewritten((F::pod(2), 80)), Ok(frame.clone().sent_to((F::pod(2), 80)).build()));
+        assert_eq!(rewritten((F::pod(2), 8080)), Err(DropReason::Fragment));
     }
 
     /// The device computes it over the packet as it is then, and wants zero there.

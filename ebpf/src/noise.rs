@@ -122,7 +122,8 @@ impl Noise {
             let count = 1 + self.below(7);
             frame.extensions = (0..count).map(|_| (self.pick(&kinds), 1 + self.below(3) as u8)).collect();
         }
-        if self.percent(8) {
+        // Whether an SCTP fragment is dropped depends on the port that its flow gets, which nobody sees then.
+        if proto != Proto::SCTP && self.percent(8) {
             frame.fragment =
                 Some(self.pick(&[Part::First, Part::Middle(8), Part::Later(64), Part::Later(1480)]));
             frame.id = self.below(4) as u16;

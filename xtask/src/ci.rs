@@ -81,11 +81,12 @@ fn all_tests(toolchain: &Toolchain) -> Result<Tally> {
     Ok(test::run(toolchain, Scope::All, None))
 }
 
-/// The oldest kernel that is supported, and the newest long-term one that Debian packages.
+/// The oldest kernel that is supported, and the newest long-term one that Debian packages: what their verifiers say, and
+/// the tables of packets. `cargo xtask vm` also has the wire, which takes an emulated machine ten minutes.
 fn kernels(toolchain: &Toolchain) -> Result<Tally> {
     let kernels =
         vm::KERNELS.into_iter().filter(|kernel| ["5.10", "6.12"].contains(&kernel.version)).collect();
-    Ok(vm::run(toolchain, &vm::Plan { kernels, update: false, filter: None }))
+    Ok(vm::run(toolchain, &vm::Plan { kernels, update: false, filter: Some("cases_of_ipv".to_owned()) }))
 }
 
 fn demonstrate(toolchain: &Toolchain) -> Result<Tally> {

@@ -13,6 +13,8 @@ use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::AttachReusePortCbpf;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -222,7 +224,8 @@ async fn bind(port: u16, subject: Subject, state: &Mutex<State>) -> TcpListener 
     }
 }
 
-/// Two processes share the port of a service for a moment, when one takes over from the other.
+/// Two processes share the port of a service for a moment, when one takes over from the other: connections then go to the
+/// one that came last, so that the other can answer those that it has and close without losing one.
 fn try_bind(socket: io::Result<TcpSocket>, addr: SocketAddr, subject: Subject) -> io::Result<TcpListener> {
     let socket = socket?;
     socket.set_reuseaddr(true)?;
@@ -230,7 +233,19 @@ fn try_bind(socket: io::Result<TcpSocket>, addr: SocketAddr, subject: Subject) -
         socket.set_reuseport(true)?;
     }
     socket.bind(addr)?;
-    socket.listen(BACKLOG)
+    let listener = socket.listen(BACKLOG)?;
+    if let Subject::Service(_) = subject {
+        prefer_the_second(&listener)?;
+    }
+    Ok(listener)
+}
+
+/// Gives new connections to the second listener of the port; where there is only one, to that (a number without a listener
+/// leaves the choice to the kernel; `SO_ATTACH_REUSEPORT_CBPF`, kernel commit 538950a1b752).
+fn prefer_the_second(listener: &TcpListener) -> io::Result<()> {
+    let mut always = [libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 1 }];
+    let program = libc::sock_fprog { len: 1, filter: always.as_mut_ptr() };
+    Ok(setsockopt(listener, AttachReusePortCbpf, &program)?)
 }
 
 async fn serve(stream: TcpStream, peer: SocketAddr, subject: Subject, state: &Arc<Mutex<State>>) {
