@@ -182,6 +182,18 @@ impl Drop for Netns {
 }
 
 impl Inside {
+    /// Of the calling thread's namespace.
+    pub fn here() -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let netlink = {
+            let _in_runtime = runtime.enter();
+            let (connection, netlink, _notices) = rtnetlink::new_connection().context("open netlink")?;
+            runtime.spawn(connection);
+            netlink
+        };
+        Ok(Self { runtime, netlink })
+    }
+
     pub fn up(&self, dev: &str) -> Result<()> {
         let message = LinkUnspec::new_with_index(index(dev)?).up().build();
         self.request(self.netlink.link().set(message).execute()).with_context(|| format!("set {dev} up"))
@@ -291,14 +303,7 @@ fn enter_new() -> Result<(File, Inside)> {
     ] {
         sysctl(name, value)?;
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let netlink = {
-        let _in_runtime = runtime.enter();
-        let (connection, netlink, _notices) = rtnetlink::new_connection().context("open netlink")?;
-        runtime.spawn(connection);
-        netlink
-    };
-    let inside = Inside { runtime, netlink };
+    let inside = Inside::here()?;
     inside.up("lo")?;
     let file = File::open("/proc/thread-self/ns/net").context("open the network namespace")?;
     Ok((file, inside))

@@ -26,6 +26,8 @@ use nix::{
     unistd::sync,
 };
 
+use crate::netns::Inside;
+
 const ROOT: &str = "/vm";
 const SECOND_PORT: &str = "/dev/ttyS1";
 /// As many as a service manager gives a daemon.
@@ -50,6 +52,8 @@ fn run() -> Result<()> {
     load_modules()?;
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).context("lift the memlock limit")?;
     setrlimit(Resource::RLIMIT_NOFILE, FILES, FILES).context("raise the limit of open files")?;
+    // Programs that are run on one packet run there, and may send it round again.
+    Inside::here()?.up("lo")?;
     let root = Path::new(ROOT);
     for line in lines(&root.join("commands"))? {
         let mut words = line.split(' ');

@@ -98,15 +98,18 @@ impl Skb {
     }
 }
 
-/// A length that a helper may be given for a buffer of `N` bytes, which is at least one.
+/// A length that a helper may be given for a buffer of `N` bytes, which is at least one. It is compared less one, so that
+/// one comparison bounds it at both ends: before 6.8 the verifier takes nothing from `!= 0`.
 #[inline(always)]
 fn bounded<const N: usize>(length: u32) -> Option<u32> {
     let mut length = u64::from(length);
-    // SAFETY: adds nothing; the check below is then on the register that the verifier looks at.
-    unsafe { asm!("{0} += 0", inout(reg) length, options(pure, nomem, nostack)) };
-    if length == 0 || length > N as u64 {
+    // SAFETY: a subtraction, in the register that is then compared and given on.
+    unsafe { asm!("{0} += -1", inout(reg) length, options(pure, nomem, nostack)) };
+    if length >= N as u64 {
         return None;
     }
+    // SAFETY: takes the subtraction back.
+    unsafe { asm!("{0} += 1", inout(reg) length, options(pure, nomem, nostack)) };
     Some(length as u32)
 }
 
