@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::cni::protocol;
 use crate::model::Prefix;
 use crate::plan::node::NodePortAddresses;
+use crate::plan::routes::Routing;
 use crate::plan::{ExternalIps, MasqueradeScope};
 
 /// Where the pinned maps and links are; each agent on a machine has a directory of its own.
@@ -107,6 +108,11 @@ pub struct Agent {
 
     #[command(flatten)]
     pub cni: Cni,
+
+    /// Who carries packets between the pods of this node and those of others, by spec.podCIDRs of Node objects. The
+    /// Helm chart says native; without this agent as network plugin the one that is has made routes
+    #[arg(long, env = "FERROFLOW_ROUTING", value_enum, default_value_t = Routing::None)]
+    pub routing: Routing,
 
     /// Log packets that the programs drop (slow; for debugging)
     #[arg(long, env = "FERROFLOW_LOG_DROPS")]

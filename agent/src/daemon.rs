@@ -8,7 +8,7 @@ use aya_log::EbpfLogger;
 use ferroflow_common::abi::state::AgentState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, Receiver, UnboundedReceiver, UnboundedSender};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 
@@ -25,12 +25,14 @@ use crate::kube_proxy;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
-use crate::model::{Change, KubeProxy};
+use crate::model::{Change, Kind, KubeProxy, World};
+use crate::net::routes::{Goal, Surplus};
 use crate::net::{self, Moved, NetError, NetEvent};
 use crate::plan;
+use crate::plan::routes::Routing;
 use crate::reconcile::{self, Limits, Reconciler};
 use crate::watch::file::{FileSource, Timing};
-use crate::watch::{self, Event, Source as _};
+use crate::watch::{Event, Problem, Source as _, withheld};
 
 /// Longer than any program runs on a packet, and than any reader of a slot range holds what it read.
 const GRACE: Duration = Duration::from_secs(2);
@@ -101,6 +103,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         cni if cni.enabled => Some(tokio::spawn(attach_pods(cni, orders, &mut reconciler).await?.run())),
         _ => None,
     };
+    let (routes_wanted, routing) = Routes::start(config.routing)?;
     let state = first_words(config);
     let mut daemon = Daemon {
         datapath,
@@ -108,6 +111,8 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         attachments,
         health,
         keeper,
+        routes: routes_wanted,
+        surplus: Surplus::Removed,
         unserved: Vec::new(),
         said: None,
         state,
@@ -119,6 +124,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     watching.abort();
     searching.abort();
     sweeping.abort();
+    routing.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
 }
@@ -178,6 +184,8 @@ struct Daemon {
     attachments: Attachments,
     health: Health,
     keeper: Keeper,
+    routes: Routes,
+    surplus: Surplus,
     /// Pods whose rows and programs are being made, and who waits for it.
     unserved: Vec<(Place, oneshot::Sender<()>)>,
     /// What was last said where `ferroflow status` finds it; nothing yet.
@@ -185,6 +193,58 @@ struct Daemon {
     state: AgentState,
     /// Sources that have not yet sent all they have.
     awaited: u32,
+}
+
+/// What the routes between nodes are to be, and how far they are.
+struct Routes {
+    routing: Routing,
+    goals: watch::Sender<Goal>,
+    /// The revision that was last laid.
+    done: watch::Receiver<u64>,
+    /// What the last goal was made from.
+    seen: Option<(u64, Surplus)>,
+    /// What was said to be without a route.
+    problems: BTreeSet<String>,
+}
+
+impl Routes {
+    /// With the task that makes them.
+    fn start(routing: Routing) -> Result<(Self, JoinHandle<()>), NetError> {
+        let (goals, wanted) = watch::channel(Goal::default());
+        let (laid, done) = watch::channel(0);
+        let (table, events) = net::routes::Kernel::open()?;
+        let task = tokio::spawn(net::routes::keep(table, wanted, laid, events));
+        Ok((Self { routing, goals, done, seen: None, problems: BTreeSet::new() }, task))
+    }
+
+    /// Says what the routes are to be where what they are made from has changed.
+    fn aim(&mut self, world: &World, surplus: Surplus) {
+        let seen = Some((world.topology(), surplus));
+        if self.seen == seen {
+            return;
+        }
+        self.seen = seen;
+        let planned = plan::routes::routes(world, self.routing);
+        let problems: BTreeSet<_> = planned.problems.iter().map(ToString::to_string).collect();
+        for problem in problems.difference(&self.problems) {
+            tracing::warn!("{problem}");
+        }
+        self.problems = problems;
+        self.goals.send_if_modified(|goal| {
+            let first = goal.revision == 0;
+            let changed = goal.routes != planned.routes || goal.surplus != surplus;
+            if first || changed {
+                *goal = Goal { revision: goal.revision + 1, routes: planned.routes, surplus };
+            }
+            first || changed
+        });
+    }
+
+    /// Each was laid, or refused with a reason in the log.
+    fn are_laid(&self) -> bool {
+        let wanted = self.goals.borrow().revision;
+        wanted > 0 && *self.done.borrow() == wanted
+    }
 }
 
 /// Which interfaces carry the pod programs of this agent.
@@ -222,6 +282,7 @@ impl Daemon {
                     None => return Err(DaemonError::Routes),
                 },
                 Some(order) = orders.recv() => self.order(order),
+                Ok(()) = self.routes.done.changed() => {}
                 () = sleep_until(due.unwrap_or_else(far_away).into()), if due.is_some() => {}
             }
             // What has queued up meanwhile goes in before anything is written.
@@ -237,6 +298,7 @@ impl Daemon {
             self.reconciler.tick(Instant::now());
             if self.awaited == 0 {
                 self.attach();
+                self.routes.aim(self.reconciler.world(), self.surplus);
             }
             self.tell_served();
             self.answer_checks();
@@ -262,7 +324,8 @@ impl Daemon {
 
     /// Everything that was said is in the tables, or was refused (a conflict stays one however often it is looked at).
     fn is_synced(&self) -> bool {
-        self.awaited == 0 && self.reconciler.stats().pending == 0 && self.attachments.retry.is_none()
+        let written = self.reconciler.stats().pending == 0 && self.attachments.retry.is_none();
+        self.awaited == 0 && written && self.routes.are_laid()
     }
 
     fn object(&mut self, event: Event) {
@@ -270,7 +333,11 @@ impl Daemon {
             Event::Change(change) => self.reconciler.handle(change, Instant::now()),
             Event::Problems(problems) => {
                 self.state.rejected = u32::try_from(problems.len()).unwrap_or(u32::MAX);
-                self.reconciler.hold(watch::withheld(&problems), Instant::now());
+                let of_node = |problem: &Problem| {
+                    problem.object.as_ref().is_none_or(|object| object.kind == Kind::Node)
+                };
+                self.surplus = if problems.iter().any(of_node) { Surplus::Kept } else { Surplus::Removed };
+                self.reconciler.hold(withheld(&problems), Instant::now());
             }
             Event::Synced => self.source_synced(),
         }
@@ -280,6 +347,7 @@ impl Daemon {
         let change = match event {
             NetEvent::Route(Moved { addr, ifindex }) => Change::LocalRoute(addr, ifindex),
             NetEvent::Address(Moved { addr, ifindex }) => Change::LocalAddress(addr, ifindex),
+            NetEvent::Subnet(Moved { addr, ifindex }) => Change::LocalSubnet(addr, ifindex),
             NetEvent::Synced => return self.source_synced(),
         };
         self.reconciler.handle(change, Instant::now());
@@ -328,7 +396,11 @@ impl Daemon {
     fn view(&self) -> View {
         let world = self.reconciler.world();
         View {
-            readiness: if self.awaited == 0 { Readiness::Ready } else { Readiness::Starting },
+            readiness: if self.awaited == 0 && self.routes.seen.is_some() {
+                Readiness::Ready
+            } else {
+                Readiness::Starting
+            },
             ranges: world.own_node().map(|node| node.pod_cidrs.to_vec()).unwrap_or_default(),
             reserved: world.local_addresses().keys().chain(world.local_routes()).copied().collect(),
             devices: plan::node::devices(world).into_iter().collect(),

@@ -26,7 +26,7 @@ use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
         link::{InfoData, InfoVeth},
-        route::{RouteAttribute, RouteMessage, RouteMetric, RouteScope},
+        route::{RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType},
     },
 };
 use tokio::runtime::Runtime;
@@ -217,6 +217,18 @@ impl Inside {
     pub fn route(&self, route: Route<'_>) -> Result<()> {
         let message = route.message()?;
         self.request(self.netlink.route().add(message).execute()).with_context(|| format!("add {route:?}"))
+    }
+
+    /// Whichever leads to exactly this range.
+    pub fn remove_route(&self, to: Prefix) -> Result<()> {
+        let mut any = match to.addr {
+            IpAddr::V4(ip) => RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(ip, to.len).build(),
+            IpAddr::V6(ip) => RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(ip, to.len).build(),
+        };
+        any.header.protocol = RouteProtocol::Unspec;
+        any.header.scope = RouteScope::NoWhere;
+        any.header.kind = RouteType::Unspec;
+        self.request(self.netlink.route().del(any).execute()).with_context(|| format!("remove {to:?}"))
     }
 
     /// In place of the one that is there, for packets of no more than `mtu` bytes where that is said.

@@ -30,6 +30,8 @@ pub struct World {
     kube_proxy: KubeProxy,
     local_routes: BTreeMap<Addr, u32>,
     local_addresses: BTreeMap<Addr, u32>,
+    local_subnets: BTreeMap<Prefix, u32>,
+    topology: u64,
     attachments: BTreeMap<Addr, u32>,
 }
 
@@ -126,7 +128,19 @@ impl World {
                     Some(ifindex) => self.local_addresses.insert(addr, ifindex),
                     None => self.local_addresses.remove(&addr),
                 };
-                if old == ifindex { Vec::new() } else { vec![Touched::Node] }
+                if old == ifindex {
+                    return Vec::new();
+                }
+                self.topology += 1;
+                vec![Touched::Node]
+            }
+            Change::LocalSubnet(subnet, ifindex) => {
+                let old = match ifindex {
+                    Some(ifindex) => self.local_subnets.insert(subnet, ifindex),
+                    None => self.local_subnets.remove(&subnet),
+                };
+                self.topology += u64::from(old != ifindex);
+                Vec::new()
             }
         }
     }
@@ -226,6 +240,26 @@ impl World {
         &self.local_addresses
     }
 
+    /// The ranges that this host reaches without a gateway, and the interface each is on.
+    pub fn local_subnets(&self) -> &BTreeMap<Prefix, u32> {
+        &self.local_subnets
+    }
+
+    /// All nodes, this one too, in the order of their names.
+    pub fn nodes(&self) -> impl Iterator<Item = (&str, &Node)> {
+        self.nodes.iter().map(|(name, node)| (&**name, node))
+    }
+
+    /// The name of this node.
+    pub fn own_name(&self) -> &str {
+        &self.node
+    }
+
+    /// Another number whenever a node, or an address or a subnet of this host, has changed.
+    pub fn topology(&self) -> u64 {
+        self.topology
+    }
+
     fn apply_node(&mut self, name: Box<str>, node: Option<Node>) -> Vec<Touched> {
         let own = name == self.node;
         let new = node.clone().unwrap_or_default();
@@ -234,6 +268,7 @@ impl World {
             None => self.nodes.remove(&name),
         };
         let old = old.unwrap_or_default();
+        self.topology += u64::from(old != new);
         let (zone, addresses) = (own && old.zone != new.zone, own && old.addresses != new.addresses);
         let depends = |backing: &Backing| {
             // Rule 6.

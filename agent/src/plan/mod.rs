@@ -11,6 +11,7 @@ pub mod maglev;
 pub mod node;
 pub mod policy;
 pub mod ranges;
+pub mod routes;
 pub mod slots;
 pub mod sources;
 
