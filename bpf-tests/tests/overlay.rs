@@ -211,8 +211,9 @@ fn nodes_come_go_and_move(sandbox: &Sandbox, args: &[&str]) -> Result<()> {
             yaml = yaml.replace(&format!("address: \"{old}\""), &format!("address: \"{new}\""));
             let (old, addr): (IpAddr, IpAddr) = (old.parse()?, new.parse()?);
             node.netns.run(move |inside| {
-                inside.address("eth0", Prefix { addr, len })?;
-                inside.take_address(old)
+                // In this order: with the first address of a subnet the kernel takes the others.
+                inside.take_address(old)?;
+                inside.address("eth0", Prefix { addr, len })
             })??;
         }
         manifests.write("cluster", &yaml)?;
