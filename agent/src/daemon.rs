@@ -8,7 +8,8 @@ use aya_log::EbpfLogger;
 use ferroflow_common::abi::state::AgentState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, Receiver, UnboundedReceiver, UnboundedSender};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
+use tokio::sync::watch as latest;
 use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 
@@ -25,14 +26,15 @@ use crate::kube_proxy;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
-use crate::model::{Change, Kind, KubeProxy, World};
-use crate::net::routes::{Goal, Surplus};
+use crate::model::{Change, KubeProxy, World};
+use crate::net::routes::{Goal, Laid, Surplus};
+use crate::net::tunnel::TunnelDevice;
 use crate::net::{self, Moved, NetError, NetEvent};
 use crate::plan;
 use crate::plan::routes::Routing;
 use crate::reconcile::{self, Limits, Reconciler};
 use crate::watch::file::{FileSource, Timing};
-use crate::watch::{Event, Problem, Source as _, withheld};
+use crate::watch::{self, Event, Source as _};
 
 /// Longer than any program runs on a packet, and than any reader of a slot range holds what it read.
 const GRACE: Duration = Duration::from_secs(2);
@@ -103,7 +105,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         cni if cni.enabled => Some(tokio::spawn(attach_pods(cni, orders, &mut reconciler).await?.run())),
         _ => None,
     };
-    let (routes_wanted, routing) = Routes::start(config.routing)?;
+    let (routes_wanted, routing) = Routes::start(config)?;
     let state = first_words(config);
     let mut daemon = Daemon {
         datapath,
@@ -159,6 +161,8 @@ fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
         node_ports: config.node_port_addresses.clone(),
         service_ranges: config.service_cidr.clone().into(),
         masquerade: config.masquerade,
+        routing: config.routing,
+        vni: config.vxlan_vni,
         ..plan::Config::default()
     };
     let config = reconcile::Config { node, limits, plan, grace: GRACE };
@@ -198,9 +202,10 @@ struct Daemon {
 /// What the routes between nodes are to be, and how far they are.
 struct Routes {
     routing: Routing,
-    goals: watch::Sender<Goal>,
-    /// The revision that was last laid.
-    done: watch::Receiver<u64>,
+    /// Of the tunnel.
+    port: u16,
+    goals: latest::Sender<Goal>,
+    done: latest::Receiver<Laid>,
     /// What the last goal was made from.
     seen: Option<(u64, Surplus)>,
     /// What was said to be without a route.
@@ -209,12 +214,13 @@ struct Routes {
 
 impl Routes {
     /// With the task that makes them.
-    fn start(routing: Routing) -> Result<(Self, JoinHandle<()>), NetError> {
-        let (goals, wanted) = watch::channel(Goal::default());
-        let (laid, done) = watch::channel(0);
+    fn start(config: &config::Agent) -> Result<(Self, JoinHandle<()>), NetError> {
+        let (goals, wanted) = latest::channel(Goal::default());
+        let (laid, done) = latest::channel(Laid::default());
         let (table, events) = net::routes::Kernel::open()?;
         let task = tokio::spawn(net::routes::keep(table, wanted, laid, events));
-        Ok((Self { routing, goals, done, seen: None, problems: BTreeSet::new() }, task))
+        let (routing, port) = (config.routing, config.vxlan_port);
+        Ok((Self { routing, port, goals, done, seen: None, problems: BTreeSet::new() }, task))
     }
 
     /// Says what the routes are to be where what they are made from has changed.
@@ -230,20 +236,33 @@ impl Routes {
             tracing::warn!("{problem}");
         }
         self.problems = problems;
+        let tunnel = match self.routing {
+            Routing::None | Routing::Native => None,
+            Routing::Vxlan => Some(TunnelDevice {
+                port: self.port,
+                devices: plan::node::devices(world).into_iter().collect(),
+                overhead: plan::routes::overhead(world),
+            }),
+        };
         self.goals.send_if_modified(|goal| {
-            let first = goal.revision == 0;
-            let changed = goal.routes != planned.routes || goal.surplus != surplus;
-            if first || changed {
-                *goal = Goal { revision: goal.revision + 1, routes: planned.routes, surplus };
+            let wanted = Goal { revision: goal.revision, routes: planned.routes, tunnel, surplus };
+            let changed = goal.revision == 0 || *goal != wanted;
+            if changed {
+                *goal = Goal { revision: goal.revision + 1, ..wanted };
             }
-            first || changed
+            changed
         });
+    }
+
+    /// The interface of the tunnel, once it is there.
+    fn tunnel(&self) -> Option<u32> {
+        self.done.borrow().tunnel
     }
 
     /// Each was laid, or refused with a reason in the log.
     fn are_laid(&self) -> bool {
         let wanted = self.goals.borrow().revision;
-        wanted > 0 && *self.done.borrow() == wanted
+        wanted > 0 && self.done.borrow().revision == wanted
     }
 }
 
@@ -333,11 +352,9 @@ impl Daemon {
             Event::Change(change) => self.reconciler.handle(change, Instant::now()),
             Event::Problems(problems) => {
                 self.state.rejected = u32::try_from(problems.len()).unwrap_or(u32::MAX);
-                let of_node = |problem: &Problem| {
-                    problem.object.as_ref().is_none_or(|object| object.kind == Kind::Node)
-                };
-                self.surplus = if problems.iter().any(of_node) { Surplus::Kept } else { Surplus::Removed };
-                self.reconciler.hold(withheld(&problems), Instant::now());
+                let withheld = watch::withheld(&problems);
+                self.surplus = if withheld.nodes() { Surplus::Kept } else { Surplus::Removed };
+                self.reconciler.hold(withheld, Instant::now());
             }
             Event::Synced => self.source_synced(),
         }
@@ -396,14 +413,18 @@ impl Daemon {
     fn view(&self) -> View {
         let world = self.reconciler.world();
         View {
-            readiness: if self.awaited == 0 && self.routes.seen.is_some() {
+            readiness: if self.awaited == 0 && self.routes.are_laid() {
                 Readiness::Ready
             } else {
                 Readiness::Starting
             },
             ranges: world.own_node().map(|node| node.pod_cidrs.to_vec()).unwrap_or_default(),
             reserved: world.local_addresses().keys().chain(world.local_routes()).copied().collect(),
-            devices: plan::node::devices(world).into_iter().collect(),
+            // Packets that go through the tunnel are the shortest.
+            devices: match self.routes.tunnel() {
+                Some(tunnel) => vec![tunnel],
+                None => plan::node::devices(world).into_iter().collect(),
+            },
         }
     }
 
@@ -436,8 +457,10 @@ impl Daemon {
     fn attach(&mut self) {
         let pods = self.reconciler.endpoints().map(|endpoint| (Interface::Pod, endpoint.ifindex));
         let devices = plan::node::devices(self.reconciler.world());
-        let wanted: BTreeSet<_> =
-            pods.chain(devices.into_iter().map(|ifindex| (Interface::Device, ifindex))).collect();
+        let wanted: BTreeSet<_> = pods
+            .chain(devices.into_iter().map(|ifindex| (Interface::Device, ifindex)))
+            .chain(self.routes.tunnel().map(|ifindex| (Interface::Tunnel, ifindex)))
+            .collect();
         let Attachments { attached, renewed, retry } = &mut self.attachments;
         let mut failed = false;
         for interface @ (kind, ifindex) in wanted.difference(&renewed.clone()).copied() {

@@ -27,12 +27,16 @@ fn main() -> ExitCode {
         ("native_pods_services_and_hosts_across_nodes", |it| across_nodes(it, NATIVE)),
         ("native_nodes_come_go_and_move", |it| nodes_come_go_and_move(it, NATIVE)),
         ("native_routes_outlive_the_agents_and_are_healed", |it| routes_outlive_the_agents(it, NATIVE)),
+        ("vxlan_pods_services_and_hosts_across_nodes", |it| across_nodes(it, VXLAN)),
+        ("vxlan_nodes_come_go_and_move", |it| nodes_come_go_and_move(it, VXLAN)),
+        ("vxlan_routes_outlive_the_agents_and_are_healed", |it| routes_outlive_the_agents(it, VXLAN)),
         ("native_addresses_that_no_pod_has_lead_nowhere", unused_addresses_lead_nowhere),
         ("without_routing_only_our_own_routes_are_removed", only_our_own_routes_are_removed),
     ])
 }
 
 const NATIVE: &[&str] = &["--routing", "native"];
+const VXLAN: &[&str] = &["--routing", "vxlan"];
 
 /// How long a change of the cluster, or of the kernel's routes, may take to be in force.
 const CHANGE_LIMIT: Duration = Duration::from_secs(10);

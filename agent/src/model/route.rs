@@ -11,6 +11,11 @@ use super::Prefix;
 pub enum Way {
     /// To a neighbour on one of this host's own links.
     Via { gateway: Addr, ifindex: u32 },
+    /// Out of the tunnel's device, whose programs know the node.
+    Tunnel {
+        /// Of what the host itself sends; the kernel's choice where there is none.
+        source: Option<Addr>,
+    },
     /// Nowhere, and the sender is told.
     Unreachable,
 }

@@ -276,12 +276,13 @@ impl World {
                 || addresses
                     && backing.service.as_ref().is_some_and(|it| !it.exposure.source_ranges.is_empty())
         };
-        if !zone && !addresses {
+        let reached = old.pod_cidrs != new.pod_cidrs || old.addresses != new.addresses;
+        if !zone && !reached {
             return Vec::new();
         }
         let services = self.services.iter().filter(|(_, backing)| depends(backing));
         let services = services.map(|(name, _)| Touched::Service(name.clone()));
-        services.chain(addresses.then_some(Touched::Node)).collect()
+        services.chain(reached.then_some(Touched::Node)).collect()
     }
 
     fn apply_service(&mut self, name: Name, service: Option<Service>) -> Vec<Touched> {

@@ -5,19 +5,20 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use ferroflow_common::addr::Addr;
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
 use tokio::sync::watch::{Receiver, Sender};
 
-use super::NetError;
-use super::pod::{Netlink as _, PodError};
-use super::veth;
+use super::pod::{Netlink as _, PodError, gateway};
+use super::tunnel::{self, TunnelDevice, TunnelError};
+use super::{NetError, veth};
 use crate::model::{Family, Prefix, Routes, Way};
 
 /// What the kernel says that a route was made by; no other daemon is known to use the number (`/etc/iproute2/rt_protos`).
@@ -29,7 +30,17 @@ pub struct Goal {
     /// Counts the goals.
     pub revision: u64,
     pub routes: Routes,
+    /// The device that packets are carried through.
+    pub tunnel: Option<TunnelDevice>,
     pub surplus: Surplus,
+}
+
+/// What was last tried of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Laid {
+    pub revision: u64,
+    /// The interface of the tunnel.
+    pub tunnel: Option<u32>,
 }
 
 /// What becomes of our routes that are no part of the goal.
@@ -63,6 +74,15 @@ pub trait RouteTable {
     /// [`RouteError`].
     fn remove(&self, to: Prefix, way: Way) -> impl Future<Output = Result<(), RouteError>> + Send;
 
+    /// Makes the tunnel's device as it is to be, or removes it; its index. Routes out of it can be made from then on.
+    ///
+    /// # Errors
+    /// [`RouteError::Tunnel`].
+    fn tunnel(
+        &self,
+        wanted: Option<&TunnelDevice>,
+    ) -> impl Future<Output = Result<Option<u32>, RouteError>> + Send;
+
     /// Makes the host forward packets of these families.
     ///
     /// # Errors
@@ -79,6 +99,8 @@ pub enum RouteError {
     #[error("cannot list routes: {0}")]
     List(rtnetlink::Error),
     #[error(transparent)]
+    Tunnel(#[from] TunnelError),
+    #[error(transparent)]
     Forward(#[from] PodError),
 }
 
@@ -89,23 +111,24 @@ const SETTLE: Duration = Duration::from_millis(50);
 const PATROL: Duration = Duration::from_secs(3);
 
 /// Makes the routes what the goal says, again whenever an event says that they may have changed, until the goal's
-/// sender is gone. The revision that was last tried is sent to `laid`.
+/// sender is gone. What was last tried is sent to `laid`.
 pub async fn keep<T: RouteTable>(
     table: T,
     mut goals: Receiver<Goal>,
-    laid: Sender<u64>,
+    laid: Sender<Laid>,
     mut events: impl Stream<Item: Send> + Unpin,
 ) {
     let mut said = BTreeSet::new();
     loop {
         let goal = goals.borrow_and_update().clone();
         if goal.revision > 0 {
-            let failed: BTreeSet<_> = lay(&table, &goal).await.iter().map(RouteError::to_string).collect();
+            let (tunnel, failed) = lay(&table, &goal).await;
+            let failed: BTreeSet<_> = failed.iter().map(RouteError::to_string).collect();
             for error in failed.difference(&said) {
                 tracing::warn!("{error}; trying again");
             }
             said = failed;
-            laid.send_replace(goal.revision);
+            laid.send_replace(Laid { revision: goal.revision, tunnel });
         }
         tokio::select! {
             changed = goals.changed() => match changed {
@@ -120,16 +143,23 @@ pub async fn keep<T: RouteTable>(
 }
 
 /// Once; goes on where one is refused.
-async fn lay<T: RouteTable>(table: &T, goal: &Goal) -> Vec<RouteError> {
+async fn lay<T: RouteTable>(table: &T, goal: &Goal) -> (Option<u32>, Vec<RouteError>) {
     let families =
         Family::ALL.into_iter().filter(|family| goal.routes.keys().any(|to| to.family() == *family));
     let mut failed = Vec::new();
     failed.extend(table.forward(&families.collect::<Vec<_>>()).err());
+    let tunnel = match table.tunnel(goal.tunnel.as_ref()).await {
+        Ok(tunnel) => tunnel,
+        Err(error) => {
+            failed.push(error);
+            None
+        }
+    };
     let actual = match table.list().await {
         Ok(actual) => actual,
         Err(error) => {
             failed.push(error);
-            return failed;
+            return (tunnel, failed);
         }
     };
     for (&to, &way) in &goal.routes {
@@ -148,12 +178,14 @@ async fn lay<T: RouteTable>(table: &T, goal: &Goal) -> Vec<RouteError> {
             }
         }
     }
-    failed
+    (tunnel, failed)
 }
 
 /// The main table of this host.
 pub struct Kernel {
     netlink: Handle,
+    /// The interface of the tunnel; 0 where there is none.
+    tunnel: AtomicU32,
 }
 
 /// Links too: routes that go with their device are not announced.
@@ -161,6 +193,10 @@ const GROUPS: [MulticastGroup; 3] =
     [MulticastGroup::Link, MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route];
 
 impl Kernel {
+    fn device(&self) -> u32 {
+        self.tunnel.load(Ordering::Relaxed)
+    }
+
     /// With the events that may change a route.
     ///
     /// # Errors
@@ -168,7 +204,7 @@ impl Kernel {
     pub fn open() -> Result<(Self, impl Stream<Item: Send> + Unpin + Send), NetError> {
         let (connection, netlink, events) = new_multicast_connection(&GROUPS)?;
         tokio::spawn(connection);
-        Ok((Self { netlink }, events))
+        Ok((Self { netlink, tunnel: AtomicU32::new(0) }, events))
     }
 }
 
@@ -180,14 +216,14 @@ impl RouteTable for Kernel {
         for query in [v4, v6] {
             let mut routes = Box::pin(self.netlink.route().get(query).execute());
             while let Some(route) = routes.try_next().await.map_err(RouteError::List)? {
-                found.extend(ours(&route));
+                found.extend(ours(&route, self.device()));
             }
         }
         Ok(found)
     }
 
     async fn add(&self, to: Prefix, way: Way) -> Result<(), RouteError> {
-        let done = self.netlink.route().add(message(to, way)).execute().await;
+        let done = self.netlink.route().add(message(to, way, self.device())).execute().await;
         done.map_err(|error| match errno(&error) {
             Some(libc::EEXIST) => RouteError::Taken { to },
             _ => refused(to, "add", &error),
@@ -195,15 +231,21 @@ impl RouteTable for Kernel {
     }
 
     async fn replace(&self, to: Prefix, way: Way) -> Result<(), RouteError> {
-        let done = self.netlink.route().add(message(to, way)).replace().execute().await;
+        let done = self.netlink.route().add(message(to, way, self.device())).replace().execute().await;
         done.map_err(|error| refused(to, "replace", &error))
     }
 
     async fn remove(&self, to: Prefix, way: Way) -> Result<(), RouteError> {
-        match self.netlink.route().del(message(to, way)).execute().await {
+        match self.netlink.route().del(message(to, way, self.device())).execute().await {
             Err(error) if errno(&error) != Some(libc::ESRCH) => Err(refused(to, "remove", &error)),
             _ => Ok(()),
         }
+    }
+
+    async fn tunnel(&self, wanted: Option<&TunnelDevice>) -> Result<Option<u32>, RouteError> {
+        let made = tunnel::make(&self.netlink, wanted).await;
+        self.tunnel.store(made.as_ref().ok().copied().flatten().unwrap_or(0), Ordering::Relaxed);
+        Ok(made?)
     }
 
     fn forward(&self, families: &[Family]) -> Result<(), RouteError> {
@@ -222,42 +264,56 @@ fn errno(error: &rtnetlink::Error) -> Option<i32> {
     None
 }
 
-fn message(to: Prefix, way: Way) -> RouteMessage {
+/// `tunnel` is the interface of the tunnel. A route into it leads by a next hop that is no node, so that one neighbour
+/// stands for all: the device needs no link-layer address of any.
+fn message(to: Prefix, way: Way, tunnel: u32) -> RouteMessage {
+    let (hop, out, source) = match way {
+        Way::Via { gateway, ifindex } => (Some(gateway), ifindex, None),
+        Way::Tunnel { source } => (Some(hop(to.family())), tunnel, source),
+        Way::Unreachable => (None, 0, None),
+    };
     match to.addr().ip() {
         IpAddr::V4(ip) => {
-            let builder = RouteMessageBuilder::<Ipv4Addr>::new()
+            let mut route = RouteMessageBuilder::<Ipv4Addr>::new()
                 .destination_prefix(ip, to.bits().saturating_sub(96))
                 .protocol(RouteProtocol::Other(PROTOCOL));
-            match way {
-                Way::Via { gateway, ifindex } => builder
-                    .gateway(Ipv4Addr::from(gateway.v4_bytes()))
-                    .output_interface(ifindex)
-                    .onlink()
-                    .build(),
-                Way::Unreachable => builder.kind(RouteType::Unreachable).scope(RouteScope::Universe).build(),
+            if let Some(hop) = hop {
+                route = route.gateway(Ipv4Addr::from(hop.v4_bytes())).output_interface(out).onlink();
+            } else {
+                route = route.kind(RouteType::Unreachable);
             }
+            source.into_iter().fold(route, |it, addr| it.pref_source(addr.v4_bytes().into())).build()
         }
         IpAddr::V6(ip) => {
-            let builder = RouteMessageBuilder::<Ipv6Addr>::new()
+            let mut route = RouteMessageBuilder::<Ipv6Addr>::new()
                 .destination_prefix(ip, to.bits())
                 .protocol(RouteProtocol::Other(PROTOCOL));
-            match way {
-                Way::Via { gateway, ifindex } => {
-                    builder.gateway(Ipv6Addr::from(gateway.bytes)).output_interface(ifindex).onlink().build()
-                }
-                Way::Unreachable => builder.kind(RouteType::Unreachable).build(),
+            if let Some(hop) = hop {
+                route = route.gateway(Ipv6Addr::from(hop.bytes)).output_interface(out).onlink();
+            } else {
+                route = route.kind(RouteType::Unreachable);
             }
+            source.into_iter().fold(route, |it, addr| it.pref_source(addr.bytes.into())).build()
         }
     }
 }
 
+/// The next hop of whatever goes into the tunnel, link-local as that of pods.
+fn hop(family: Family) -> Addr {
+    let of_family = match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        Family::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    gateway(of_family).into()
+}
+
 /// A route of ours; one that was made otherwise than we make them leads by no gateway, which is never wanted.
-fn ours(route: &RouteMessage) -> Option<(Prefix, Way)> {
+fn ours(route: &RouteMessage, tunnel: u32) -> Option<(Prefix, Way)> {
     let RouteHeader { destination_prefix_length, kind, table, protocol, .. } = route.header;
     if protocol != RouteProtocol::Other(PROTOCOL) || table != RouteHeader::RT_TABLE_MAIN {
         return None;
     }
-    let (mut to, mut gateway, mut out) = (None, Addr::UNSPECIFIED, 0);
+    let (mut to, mut gateway, mut out, mut source) = (None, Addr::UNSPECIFIED, 0, None);
     for attribute in &route.attributes {
         if let RouteAttribute::Destination(address) = attribute {
             to = ip(address);
@@ -265,11 +321,18 @@ fn ours(route: &RouteMessage) -> Option<(Prefix, Way)> {
             gateway = ip(address).map_or(Addr::UNSPECIFIED, Addr::from);
         } else if let RouteAttribute::Oif(ifindex) = attribute {
             out = *ifindex;
+        } else if let RouteAttribute::PrefSource(address) = attribute {
+            source = ip(address).map(Addr::from);
         }
     }
     let to = Prefix::new(to?.into(), destination_prefix_length)?;
-    let way =
-        if kind == RouteType::Unreachable { Way::Unreachable } else { Way::Via { gateway, ifindex: out } };
+    let way = if kind == RouteType::Unreachable {
+        Way::Unreachable
+    } else if tunnel != 0 && out == tunnel && gateway == hop(to.family()) {
+        Way::Tunnel { source }
+    } else {
+        Way::Via { gateway, ifindex: out }
+    };
     Some((to, way))
 }
 
@@ -333,6 +396,10 @@ mod tests {
             Ok(())
         }
 
+        async fn tunnel(&self, wanted: Option<&TunnelDevice>) -> Result<Option<u32>, RouteError> {
+            Ok(wanted.map(|_| 9))
+        }
+
         fn forward(&self, families: &[Family]) -> Result<(), RouteError> {
             self.0.lock().unwrap().forwards = families.to_vec();
             Ok(())
@@ -348,18 +415,18 @@ mod tests {
     }
 
     fn goal(revision: u64, routes: &[(Prefix, Way)]) -> Goal {
-        Goal { revision, routes: routes.iter().copied().collect(), surplus: Surplus::Removed }
+        Goal { revision, routes: routes.iter().copied().collect(), tunnel: None, surplus: Surplus::Removed }
     }
 
     #[tokio::test]
     async fn only_the_difference_is_written() {
         let fake = Fake::default();
         let first = goal(1, &[(range(1), Way::Unreachable), (range(2), via(2)), (range(3), via(3))]);
-        assert!(lay(&fake, &first).await.is_empty());
-        assert!(lay(&fake, &first).await.is_empty());
+        assert!(lay(&fake, &first).await.1.is_empty());
+        assert!(lay(&fake, &first).await.1.is_empty());
         assert_eq!(fake.0.lock().unwrap().writes, 3);
         let second = goal(2, &[(range(1), Way::Unreachable), (range(2), via(9)), (range(4), via(4))]);
-        assert!(lay(&fake, &second).await.is_empty());
+        assert!(lay(&fake, &second).await.1.is_empty());
         let state = fake.0.lock().unwrap();
         assert_eq!((&state.routes, state.writes), (&second.routes, 6));
         assert_eq!(state.forwards, [Family::V4]);
@@ -371,7 +438,7 @@ mod tests {
         fake.0.lock().unwrap().taken.insert(range(2));
         fake.0.lock().unwrap().routes.insert(range(7), via(7));
         let held = Goal { surplus: Surplus::Kept, ..goal(1, &[(range(2), via(2)), (range(3), via(3))]) };
-        let failed = lay(&fake, &held).await;
+        let (_none, failed) = lay(&fake, &held).await;
         assert!(matches!(&failed[..], [RouteError::Taken { to }] if *to == range(2)), "{failed:?}");
         let expected = Routes::from([(range(3), via(3)), (range(7), via(7))]);
         assert_eq!(fake.0.lock().unwrap().routes, expected);
@@ -381,13 +448,13 @@ mod tests {
     async fn routes_that_somebody_removes_come_back() {
         let fake = Fake::default();
         let (goals, wanted) = watch::channel(Goal::default());
-        let (laid, mut done) = watch::channel(0);
+        let (laid, mut done) = watch::channel(Laid::default());
         let (events, told) = mpsc::unbounded_channel::<()>();
         let told = Box::pin(stream::unfold(told, |mut told| async { Some((told.recv().await?, told)) }));
         let keeping = tokio::spawn(keep(fake.clone(), wanted, laid, told));
         let wanted = goal(1, &[(range(2), via(2))]);
         goals.send_replace(wanted.clone());
-        done.wait_for(|revision| *revision == 1).await.unwrap();
+        done.wait_for(|laid| laid.revision == 1).await.unwrap();
         fake.0.lock().unwrap().routes.clear();
         done.mark_unchanged();
         events.send(()).unwrap();
@@ -405,12 +472,15 @@ mod tests {
             (range(2), via(2)),
             (Prefix::new(six("fd00:1::"), 64).unwrap(), Way::Via { gateway: six("fd50::2"), ifindex: 9 }),
             (Prefix::new(six("fd00:2::"), 64).unwrap(), Way::Unreachable),
+            (range(3), Way::Tunnel { source: Some(Addr::v4([192, 168, 50, 1])) }),
+            (Prefix::new(six("fd00:3::"), 64).unwrap(), Way::Tunnel { source: Some(six("fd50::1")) }),
+            (Prefix::new(six("fd00:4::"), 64).unwrap(), Way::Tunnel { source: None }),
         ];
         for (to, way) in routes {
-            assert_eq!(ours(&message(to, way)), Some((to, way)));
+            assert_eq!(ours(&message(to, way, 12), 12), Some((to, way)));
         }
-        let mut other = message(range(2), via(2));
+        let mut other = message(range(2), via(2), 12);
         other.header.protocol = RouteProtocol::Static;
-        assert_eq!(ours(&other), None);
+        assert_eq!(ours(&other, 12), None);
     }
 }

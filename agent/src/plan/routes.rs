@@ -3,6 +3,9 @@
 //! A pod's own route (/32, /128) is longer than that of its node's range, so the range of this node itself leads
 //! nowhere: what is for a pod that is gone does not go out by the default route, come back and go round.
 
+use std::collections::BTreeMap;
+
+use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
 
 use crate::model::{Family, Node, Prefix, Routes, Way, World};
@@ -16,11 +19,15 @@ pub enum Routing {
     /// The network between the nodes: one route by each node that is on a link of this one; those that are not are the
     /// network's to route
     Native,
+    /// The agents: packets are carried in UDP (VXLAN) from node to node, whatever the network between them knows
+    Vxlan,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PlannedRoutes {
     pub routes: Routes,
+    /// The addresses of the nodes that packets are carried to.
+    pub ends: BTreeMap<Prefix, Addr>,
     /// Ranges without a route.
     pub problems: Vec<RouteProblem>,
 }
@@ -30,6 +37,11 @@ pub struct PlannedRoutes {
 pub enum RouteProblem {
     #[error("Node {node}: {cidr} of spec.podCIDRs has no route: status.addresses has none of {}", .family.name())]
     NoAddress { node: Box<str>, cidr: Prefix, family: Family },
+    #[error(
+        "Node {node}: {cidr} of spec.podCIDRs has no route: its status.addresses have no family in common with this \
+         node's"
+    )]
+    NoFamily { node: Box<str>, cidr: Prefix },
     #[error(
         "Node {node}: {cidr} of spec.podCIDRs has no route: {gateway} is on no link of this node; the network between \
          them must route the range"
@@ -49,22 +61,48 @@ pub enum RouteProblem {
 /// The routes as they are to be, all of them.
 pub fn routes(world: &World, routing: Routing) -> PlannedRoutes {
     let mut planned = PlannedRoutes::default();
-    match routing {
-        Routing::None => return planned,
-        Routing::Native => {}
+    if routing == Routing::None {
+        return planned;
     }
     for cidr in own_ranges(world) {
         planned.routes.insert(cidr, Way::Unreachable);
     }
     for (name, node) in world.nodes().filter(|(name, _)| *name != world.own_name()) {
         for &cidr in &node.pod_cidrs {
-            match way(world, (name, node), cidr, &planned.routes) {
-                Ok(way) => drop(planned.routes.insert(cidr, way)),
+            let usable = usable(world, (name, node), cidr, &planned.routes);
+            let way = usable.and_then(|()| match routing {
+                Routing::None | Routing::Native => Ok((native(world, (name, node), cidr)?, None)),
+                Routing::Vxlan => carried(world, (name, node), cidr).map(|(way, end)| (way, Some(end))),
+            });
+            match way {
+                Ok((way, end)) => {
+                    planned.routes.insert(cidr, way);
+                    planned.ends.extend(end.map(|end| (cidr, end)));
+                }
                 Err(problem) => planned.problems.push(problem),
             }
         }
     }
     planned
+}
+
+/// What the tunnel's programs are told, of all nodes.
+pub fn tunnels(world: &World, routing: Routing, vni: u32) -> BTreeMap<Prefix, Tunnel> {
+    match routing {
+        Routing::None | Routing::Native => BTreeMap::new(),
+        Routing::Vxlan => {
+            let ends = routes(world, routing).ends.into_iter();
+            ends.map(|(cidr, node)| (cidr, Tunnel { node, vni })).collect()
+        }
+    }
+}
+
+/// How many bytes of a packet the tunnel takes: Ethernet, VXLAN, UDP and IP (RFC 7348 section 5).
+pub fn overhead(world: &World) -> u32 {
+    match world.own_node().and_then(|node| node.primary(Family::V4)) {
+        Some(_) => 50,
+        None => 70,
+    }
 }
 
 /// But for those that are no ranges of pods: they would cut the host off.
@@ -75,18 +113,15 @@ fn own_ranges(world: &World) -> impl Iterator<Item = Prefix> {
     })
 }
 
-fn way(
+/// Whether a range may have a route at all.
+fn usable(
     world: &World,
     (name, node): (&str, &Node),
     cidr: Prefix,
     routes: &Routes,
-) -> Result<Way, RouteProblem> {
-    let family = cidr.family();
-    let Some(gateway) = node.primary(family) else {
-        return Err(RouteProblem::NoAddress { node: name.into(), cidr, family });
-    };
+) -> Result<(), RouteProblem> {
     let inside = |addr: &&Addr| cidr.contains(addr);
-    if let Some(&addr) = world.local_addresses().keys().chain([&gateway]).find(inside) {
+    if let Some(&addr) = world.local_addresses().keys().chain(&node.addresses).find(inside) {
         return Err(RouteProblem::ContainsNode { node: name.into(), cidr, addr });
     }
     if own_ranges(world).any(|own| own.contains(&cidr.addr()) && own.bits() <= cidr.bits()) {
@@ -98,10 +133,29 @@ fn way(
         let other = other.map_or(name, |(other, _)| other).into();
         return Err(RouteProblem::Taken { node: name.into(), cidr, other });
     }
+    Ok(())
+}
+
+fn native(world: &World, (name, node): (&str, &Node), cidr: Prefix) -> Result<Way, RouteProblem> {
+    let family = cidr.family();
+    let Some(gateway) = node.primary(family) else {
+        return Err(RouteProblem::NoAddress { node: name.into(), cidr, family });
+    };
     match link(world, &gateway) {
         Some(ifindex) => Ok(Way::Via { gateway, ifindex }),
         None => Err(RouteProblem::OffLink { node: name.into(), cidr, gateway }),
     }
+}
+
+/// With the node's address; IPv4 where both have it.
+fn carried(world: &World, (name, node): (&str, &Node), cidr: Prefix) -> Result<(Way, Addr), RouteProblem> {
+    let own = |family| {
+        let primary = world.own_node().and_then(|node| node.primary(family));
+        primary.filter(|addr| world.local_addresses().contains_key(addr))
+    };
+    let common = Family::ALL.into_iter().find_map(|family| own(family).and(node.primary(family)));
+    let end = common.ok_or_else(|| RouteProblem::NoFamily { node: name.into(), cidr })?;
+    Ok((Way::Tunnel { source: own(cidr.family()) }, end))
 }
 
 /// The interface of the smallest subnet that has the address.
@@ -163,7 +217,7 @@ mod tests {
 
     #[test]
     fn native_routes_lead_to_every_other_node_and_the_own_range_nowhere() {
-        let PlannedRoutes { routes, problems } = native(&world());
+        let PlannedRoutes { routes, ends: _, problems } = native(&world());
         let expected = Routes::from([
             (prefix("10.244.1.0/24"), Way::Unreachable),
             (prefix("10.244.2.0/24"), via("192.168.50.2")),
@@ -174,6 +228,34 @@ mod tests {
         ]);
         assert_eq!((routes, problems), (expected, Vec::new()));
         assert_eq!(super::routes(&world(), Routing::None), PlannedRoutes::default());
+    }
+
+    #[test]
+    fn tunnels_lead_to_every_other_node_over_ipv4_where_they_can() {
+        let vxlan = |world: &World| routes(world, Routing::Vxlan);
+        let mut world = world();
+        let planned = vxlan(&world);
+        assert_eq!(planned.problems, []);
+        let own = |text| Way::Tunnel { source: Some(addr(text)) };
+        assert_eq!(planned.routes.get(&prefix("10.244.2.0/24")), Some(&own("192.168.50.1")));
+        assert_eq!(planned.routes.get(&prefix("fd00:10:244:2::/64")), Some(&own("fd50::1")));
+        assert_eq!(planned.routes.get(&prefix("10.244.1.0/24")), Some(&Way::Unreachable));
+        let rows = tunnels(&world, Routing::Vxlan, 7);
+        let there = Tunnel { node: addr("192.168.50.2"), vni: 7 };
+        assert_eq!(rows.get(&prefix("fd00:10:244:2::/64")), Some(&there));
+        assert_eq!((rows.len(), tunnels(&world, Routing::Native, 7).len(), overhead(&world)), (4, 0, 50));
+        // Not on a link of this node, and of one family alone.
+        set(&mut world, "b", &["fd99::2"], &["10.244.2.0/24"]);
+        let planned = vxlan(&world);
+        assert_eq!(planned.ends.get(&prefix("10.244.2.0/24")), Some(&addr("fd99::2")));
+        set(&mut world, "a", &["192.168.50.1"], &["10.244.1.0/24"]);
+        let planned = vxlan(&world);
+        let said = planned.problems.first().unwrap().to_string();
+        assert!(said.contains("no family in common") && planned.problems.len() == 1, "{said}");
+        set(&mut world, "a", &["fd50::1"], &["10.244.1.0/24"]);
+        let planned = vxlan(&world);
+        assert_eq!(planned.routes.get(&prefix("10.244.2.0/24")), Some(&Way::Tunnel { source: None }));
+        assert_eq!(overhead(&world), 70);
     }
 
     #[test]
@@ -210,7 +292,7 @@ mod tests {
         set(&mut world, "d", &["10.9.0.1"], &["10.244.4.0/24", "fd00:10:244:4::/64"]);
         set(&mut world, "e", &["192.168.50.5"], &["10.244.2.0/24", "10.244.1.128/25"]);
         set(&mut world, "f", &["192.168.50.6"], &["0.0.0.0/0", "192.168.50.0/29"]);
-        let PlannedRoutes { routes, problems } = native(&world);
+        let PlannedRoutes { routes, ends: _, problems } = native(&world);
         assert_eq!(routes, native(&self::world()).routes);
         let said: Vec<_> = problems.iter().map(|problem| problem.to_string()).collect();
         let expected = [
