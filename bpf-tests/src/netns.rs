@@ -190,6 +190,11 @@ impl Inside {
         self.request(self.netlink.link().set(message).execute()).with_context(|| format!("set {dev} down"))
     }
 
+    /// An interface, with all that leads by it.
+    pub fn remove(&self, dev: &str) -> Result<()> {
+        self.request(self.netlink.link().del(index(dev)?).execute()).with_context(|| format!("remove {dev}"))
+    }
+
     /// A bridge that is up.
     pub fn bridge(&self, name: &str) -> Result<()> {
         let message = LinkBridge::new(name).build();

@@ -15,7 +15,7 @@ use bpf_tests::{
     cluster::{Cluster, Family},
     cni::Runtime,
     manifests::{Endpoint, Service},
-    netns::Prefix,
+    netns::{Netns, Prefix},
     pod::{ECHO_PORT, HTTP_PORT, Outcome},
     runner,
     sandbox::Sandbox,
@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         ("native_nodes_come_go_and_move", |it| nodes_come_go_and_move(it, NATIVE)),
         ("native_routes_outlive_the_agents_and_are_healed", |it| routes_outlive_the_agents(it, NATIVE)),
         ("vxlan_pods_services_and_hosts_across_nodes", |it| across_nodes(it, VXLAN)),
+        ("vxlan_pods_have_room_for_the_tunnel", pods_have_room_for_the_tunnel),
         ("vxlan_nodes_come_go_and_move", |it| nodes_come_go_and_move(it, VXLAN)),
         ("vxlan_routes_outlive_the_agents_and_are_healed", |it| routes_outlive_the_agents(it, VXLAN)),
         ("native_addresses_that_no_pod_has_lead_nowhere", unused_addresses_lead_nowhere),
@@ -182,6 +183,25 @@ fn across_nodes(sandbox: &Sandbox, args: &[&str]) -> Result<()> {
         for pod in it.cluster.pods() {
             let errors = pod.checksum_errors()?;
             ensure!(errors == 0, "{}: {errors} checksum errors", pod.name);
+        }
+        Ok(())
+    })
+}
+
+/// A pod's packets fit the tunnel as its MTU says, and the device comes back when somebody removes it.
+fn pods_have_room_for_the_tunnel(sandbox: &Sandbox) -> Result<()> {
+    Fixture::test(sandbox, VXLAN, |it| {
+        let mtu = |netns: &Netns, dev: &str| -> Result<String> {
+            let path = format!("/proc/sys/net/ipv6/conf/{dev}/mtu");
+            Ok(netns.run(move |_| std::fs::read_to_string(path))??.trim().to_owned())
+        };
+        let node = it.cluster.node("a");
+        let found = [mtu(&it.cluster.pod("a1").netns, "eth0")?, mtu(&node.netns, "ferroflow-vxlan")?];
+        ensure!(found == ["1450", "1450"], "{found:?}");
+        node.netns.run(|inside| inside.remove("ferroflow-vxlan"))??;
+        for family in Family::BOTH {
+            it.wait_reaches("a1", "b1", family).context("the device was removed")?;
+            it.streams(family)?;
         }
         Ok(())
     })

@@ -3,10 +3,13 @@
 //! There is one, whatever the number of nodes: it has no network identifier and no peer of its own (it "collects
 //! metadata"), and the programs say for each packet where it goes. It outlives the agent, with its routes and programs.
 
+use std::net::Ipv4Addr;
+
 use ferroflow_common::abi::tunnel::DEVICE_MAC;
 use futures_util::TryStreamExt as _;
 use nix::errno::Errno;
-use nix::net::if_::if_nametoindex;
+use nix::net::if_::{if_indextoname, if_nametoindex};
+use rtnetlink::packet_route::address::AddressScope;
 use rtnetlink::packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
@@ -78,7 +81,9 @@ pub(super) async fn make(
         let message = LinkUnspec::new_with_index(ifindex).mtu(mtu).arp(false).up().build();
         let set = netlink.link().set(message).execute().await;
         set.map_err(|source| TunnelError::Netlink { what: "set up", source })?;
+        add_address(netlink, ifindex).await?;
     }
+    wanted.devices.iter().try_for_each(|device| loosen(*device))?;
     Ok(Some(ifindex))
 }
 
@@ -146,8 +151,45 @@ async fn mtu(netlink: &Handle, wanted: &TunnelDevice) -> Result<u32, TunnelError
     Ok(smallest.unwrap_or(ETHERNET).saturating_sub(wanted.overhead).max(LEAST_MTU))
 }
 
+/// Without any address of its own a device has a strict reverse path filter even where it was told to have a loose one
+/// (`fib_validate_source`). Nobody sends to this one, which is the same on every node.
+const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 2);
+
+async fn add_address(netlink: &Handle, ifindex: u32) -> Result<(), TunnelError> {
+    let mut request = netlink.address().add(ifindex, ADDRESS.into(), 32);
+    // No source of packets to anybody else.
+    request.message_mut().header.scope = AddressScope::Link;
+    match request.execute().await {
+        Err(rtnetlink::Error::NetlinkError(message))
+            if message.to_io().raw_os_error() == Some(libc::EEXIST) =>
+        {
+            Ok(())
+        }
+        added => added.map_err(|source| TunnelError::Netlink { what: "add an address to", source }),
+    }
+}
+
+/// What pods answer to other nodes' hosts comes by the device itself, and the route to the pods leads into the tunnel:
+/// a strict reverse path filter would drop it.
+fn loosen(device: u32) -> Result<(), TunnelError> {
+    let Ok(device) = if_indextoname(device) else { return Ok(()) };
+    let filter = |conf: &str| {
+        let value = std::fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{conf}/rp_filter"));
+        value.ok().and_then(|value| value.trim().parse::<u8>().ok())
+    };
+    let device = device.to_string_lossy();
+    if filter("all").max(filter(&device)) == Some(STRICT) {
+        let name = format!("ipv4/conf/{device}/rp_filter");
+        sysctl(&name, "2").map_err(|source| TunnelError::Sysctl { name, source })?;
+    }
+    Ok(())
+}
+
+/// Of `rp_filter`: the larger of `all` and the device's own is in force, and 2 is loose.
+const STRICT: u8 = 1;
+
 /// Packets of other nodes' hosts come through it, whose own addresses are elsewhere: a strict reverse path filter
-/// would drop them, and `all` outdoes a 0 here, but not a 2. Nobody has an address on it.
+/// would drop them, and `all` outdoes a 0 here, but not a 2.
 fn configure() -> Result<(), TunnelError> {
     let settings = [
         format!("ipv4/conf/{NAME}/rp_filter=2"),
