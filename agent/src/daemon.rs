@@ -1,6 +1,7 @@
 //! `ferroflow agent`: the loop that joins the stages. All decisions are in them; here is only who is told what, when.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -68,19 +69,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     }
     // The tools that it asks take their time, as the verifier does.
     let looking = tokio::task::spawn_blocking(kube_proxy::look);
-    let options = datapath::Options {
-        bpffs: config.bpffs.clone(),
-        socket_lb: config.socket_lb,
-        attach: config.attach,
-        xdp: config.xdp,
-        max_endpoints: config.max_endpoints,
-        log_drops: config.log_drops,
-    };
-    let mut datapath = Datapath::load(datapath::embedded_object()?, options)?;
-    datapath.attach_cgroup(&cgroup)?;
-    if config.log_drops {
-        log_drops(&mut datapath)?;
-    }
+    let datapath = load(config, &cgroup)?;
     let mut reconciler = restore(config)?;
     let kube_proxy = looking.await.unwrap_or_default();
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "started");
@@ -105,7 +94,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         cni if cni.enabled => Some(tokio::spawn(attach_pods(cni, orders, &mut reconciler).await?.run())),
         _ => None,
     };
-    let (routes_wanted, routing) = Routes::start(config)?;
+    let (routes_between, routing) = Routes::start(config)?;
     let state = first_words(config);
     let mut daemon = Daemon {
         datapath,
@@ -113,7 +102,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         attachments,
         health,
         keeper,
-        routes: routes_wanted,
+        routes: routes_between,
         surplus: Surplus::Removed,
         unserved: Vec::new(),
         said: None,
@@ -129,6 +118,24 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     routing.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
+}
+
+/// The programs, in force for the sockets of the cgroup.
+fn load(config: &config::Agent, cgroup: &Path) -> Result<Datapath, DaemonError> {
+    let options = datapath::Options {
+        bpffs: config.bpffs.clone(),
+        socket_lb: config.socket_lb,
+        attach: config.attach,
+        xdp: config.xdp,
+        max_endpoints: config.max_endpoints,
+        log_drops: config.log_drops,
+    };
+    let mut datapath = Datapath::load(datapath::embedded_object()?, options)?;
+    datapath.attach_cgroup(cgroup)?;
+    if config.log_drops {
+        log_drops(&mut datapath)?;
+    }
+    Ok(datapath)
 }
 
 /// Starts to attach pods; those that are attached are known before anything is written.

@@ -106,10 +106,7 @@ impl World {
                 if old == policy { Vec::new() } else { vec![Touched::NetworkPolicy(name)] }
             }
             Change::LocalRoute(addr, ifindex) => {
-                let old = match ifindex {
-                    Some(ifindex) => self.local_routes.insert(addr, ifindex),
-                    None => self.local_routes.remove(&addr),
-                };
+                let old = set(&mut self.local_routes, addr, ifindex);
                 // The interface went with the pod's namespace, and nobody has said so yet.
                 if ifindex.is_none() && old.is_some() && self.attachment(addr) == old {
                     self.attachments.remove(&addr);
@@ -117,28 +114,16 @@ impl World {
                 if old == ifindex { Vec::new() } else { vec![Touched::Endpoint(addr)] }
             }
             Change::Attachment(addr, ifindex) => {
-                let old = match ifindex {
-                    Some(ifindex) => self.attachments.insert(addr, ifindex),
-                    None => self.attachments.remove(&addr),
-                };
+                let old = set(&mut self.attachments, addr, ifindex);
                 if old == ifindex { Vec::new() } else { vec![Touched::Endpoint(addr)] }
             }
             Change::LocalAddress(addr, ifindex) => {
-                let old = match ifindex {
-                    Some(ifindex) => self.local_addresses.insert(addr, ifindex),
-                    None => self.local_addresses.remove(&addr),
-                };
-                if old == ifindex {
-                    return Vec::new();
-                }
-                self.topology += 1;
-                vec![Touched::Node]
+                let changed = set(&mut self.local_addresses, addr, ifindex) != ifindex;
+                self.topology += u64::from(changed);
+                if changed { vec![Touched::Node] } else { Vec::new() }
             }
             Change::LocalSubnet(subnet, ifindex) => {
-                let old = match ifindex {
-                    Some(ifindex) => self.local_subnets.insert(subnet, ifindex),
-                    None => self.local_subnets.remove(&subnet),
-                };
+                let old = set(&mut self.local_subnets, subnet, ifindex);
                 self.topology += u64::from(old != ifindex);
                 Vec::new()
             }
@@ -371,6 +356,14 @@ impl World {
         {
             self.services.remove(name);
         }
+    }
+}
+
+/// Puts what is now, or takes what is no longer; what was.
+fn set<K: Ord>(table: &mut BTreeMap<K, u32>, key: K, now: Option<u32>) -> Option<u32> {
+    match now {
+        Some(ifindex) => table.insert(key, ifindex),
+        None => table.remove(&key),
     }
 }
 
