@@ -109,8 +109,8 @@ pub struct Agent {
     #[command(flatten)]
     pub cni: Cni,
 
-    /// Who carries packets between the pods of this node and those of others, by spec.podCIDRs of Node objects. The
-    /// Helm chart says native; without this agent as network plugin the one that is has made routes
+    /// Who carries packets between the pods of this node and those of others, by spec.podCIDRs of Node objects.
+    /// Set it with --cni; without it the network plugin that is there has made routes of its own
     #[arg(long, env = "FERROFLOW_ROUTING", value_enum, default_value_t = Routing::None)]
     pub routing: Routing,
 
