@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::cni::protocol;
 use crate::model::Prefix;
 use crate::plan::node::NodePortAddresses;
+use crate::plan::routes::Routing;
 use crate::plan::{ExternalIps, MasqueradeScope};
 
 /// Where the pinned maps and links are; each agent on a machine has a directory of its own.
@@ -110,6 +111,20 @@ pub struct Agent {
 
     #[command(flatten)]
     pub cni: Cni,
+
+    /// Who carries packets between the pods of this node and those of others, by spec.podCIDRs of Node objects.
+    /// Set it with --cni; without it the network plugin that is there has made routes of its own
+    #[arg(long, env = "FERROFLOW_ROUTING", value_enum, default_value_t = Routing::None)]
+    pub routing: Routing,
+
+    /// UDP port of the tunnels between nodes, with --routing vxlan: the same on every node
+    #[arg(long, env = "FERROFLOW_VXLAN_PORT", value_name = "PORT", default_value_t = 8472)]
+    pub vxlan_port: u16,
+
+    /// VXLAN network identifier that packets to other nodes carry, with --routing vxlan
+    #[arg(long, env = "FERROFLOW_VXLAN_VNI", value_name = "VNI", default_value_t = 1,
+        value_parser = clap::value_parser!(u32).range(0..1 << 24))]
+    pub vxlan_vni: u32,
 
     /// Log packets that the programs drop (slow; for debugging)
     #[arg(long, env = "FERROFLOW_LOG_DROPS")]

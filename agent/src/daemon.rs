@@ -1,6 +1,7 @@
 //! `ferroflow agent`: the loop that joins the stages. All decisions are in them; here is only who is told what, when.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use futures_util::future::{self, BoxFuture};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedReceiver, UnboundedSender};
 use tokio::sync::oneshot;
+use tokio::sync::watch as latest;
 use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 
@@ -29,9 +31,12 @@ use crate::kube_proxy;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
-use crate::model::{Change, KubeProxy};
+use crate::model::{Change, KubeProxy, World};
+use crate::net::routes::{Goal, Laid, Surplus};
+use crate::net::tunnel::TunnelDevice;
 use crate::net::{self, Moved, NetError, NetEvent};
 use crate::plan;
+use crate::plan::routes::Routing;
 use crate::reconcile::{self, Limits, Reconciler};
 use crate::watch::file::{FileSource, Timing};
 use crate::watch::kube::{
@@ -73,19 +78,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let source = source(config, events, notes, served).await?;
     // The tools that it asks take their time, as the verifier does.
     let looking = tokio::task::spawn_blocking(kube_proxy::look);
-    let options = datapath::Options {
-        bpffs: config.bpffs.clone(),
-        socket_lb: config.socket_lb,
-        attach: config.attach,
-        xdp: config.xdp,
-        max_endpoints: config.max_endpoints,
-        log_drops: config.log_drops,
-    };
-    let mut datapath = Datapath::load(datapath::embedded_object()?, options)?;
-    datapath.attach_cgroup(&cgroup)?;
-    if config.log_drops {
-        log_drops(&mut datapath)?;
-    }
+    let datapath = load(config, &cgroup)?;
     let mut reconciler = restore(config)?;
     let kube_proxy = looking.await.unwrap_or_default();
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "started");
@@ -108,6 +101,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         cni if cni.enabled => Some(tokio::spawn(attach_pods(cni, orders, &mut reconciler).await?.run())),
         _ => None,
     };
+    let (routes_between, routing) = Routes::start(config)?;
     let state = first_words(config);
     let mut daemon = Daemon {
         datapath,
@@ -115,6 +109,8 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         attachments,
         health,
         keeper,
+        routes: routes_between,
+        surplus: Surplus::Removed,
         unserved: Vec::new(),
         recorder,
         ready: Some(ready),
@@ -128,8 +124,27 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     watching.abort();
     searching.abort();
     sweeping.abort();
+    routing.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
+}
+
+/// The programs, in force for the sockets of the cgroup.
+fn load(config: &config::Agent, cgroup: &Path) -> Result<Datapath, DaemonError> {
+    let options = datapath::Options {
+        bpffs: config.bpffs.clone(),
+        socket_lb: config.socket_lb,
+        attach: config.attach,
+        xdp: config.xdp,
+        max_endpoints: config.max_endpoints,
+        log_drops: config.log_drops,
+    };
+    let mut datapath = Datapath::load(datapath::embedded_object()?, options)?;
+    datapath.attach_cgroup(cgroup)?;
+    if config.log_drops {
+        log_drops(&mut datapath)?;
+    }
+    Ok(datapath)
 }
 
 /// Starts to attach pods; those that are attached are known before anything is written.
@@ -194,6 +209,8 @@ fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
         node_ports: config.node_port_addresses.clone(),
         service_ranges: config.service_cidr.clone().into(),
         masquerade: config.masquerade,
+        routing: config.routing,
+        vni: config.vxlan_vni,
         ..plan::Config::default()
     };
     let config = reconcile::Config { node, limits, plan, grace: GRACE };
@@ -219,6 +236,8 @@ struct Daemon {
     attachments: Attachments,
     health: Health,
     keeper: Keeper,
+    routes: Routes,
+    surplus: Surplus,
     /// Pods whose rows and programs are being made, and who waits for it.
     unserved: Vec<(Place, oneshot::Sender<()>)>,
     recorder: Recorder,
@@ -229,6 +248,73 @@ struct Daemon {
     state: AgentState,
     /// Sources that have not yet sent all they have.
     awaited: u32,
+}
+
+/// What the routes between nodes are to be, and how far they are.
+struct Routes {
+    routing: Routing,
+    /// Of the tunnel.
+    port: u16,
+    goals: latest::Sender<Goal>,
+    done: latest::Receiver<Laid>,
+    /// What the last goal was made from.
+    seen: Option<(u64, Surplus)>,
+    /// What was said to be without a route.
+    problems: BTreeSet<String>,
+}
+
+impl Routes {
+    /// With the task that makes them.
+    fn start(config: &config::Agent) -> Result<(Self, JoinHandle<()>), NetError> {
+        let (goals, wanted) = latest::channel(Goal::default());
+        let (laid, done) = latest::channel(Laid::default());
+        let (table, events) = net::routes::Kernel::open()?;
+        let task = tokio::spawn(net::routes::keep(table, wanted, laid, events));
+        let (routing, port) = (config.routing, config.vxlan_port);
+        Ok((Self { routing, port, goals, done, seen: None, problems: BTreeSet::new() }, task))
+    }
+
+    /// Says what the routes are to be where what they are made from has changed.
+    fn aim(&mut self, world: &World, surplus: Surplus) {
+        let seen = Some((world.topology(), surplus));
+        if self.seen == seen {
+            return;
+        }
+        self.seen = seen;
+        let planned = plan::routes::routes(world, self.routing);
+        let problems: BTreeSet<_> = planned.problems.iter().map(ToString::to_string).collect();
+        for problem in problems.difference(&self.problems) {
+            tracing::warn!("{problem}");
+        }
+        self.problems = problems;
+        let tunnel = match self.routing {
+            Routing::None | Routing::Native => None,
+            Routing::Vxlan => Some(TunnelDevice {
+                port: self.port,
+                devices: plan::node::devices(world).into_iter().collect(),
+                overhead: plan::routes::overhead(world),
+            }),
+        };
+        self.goals.send_if_modified(|goal| {
+            let wanted = Goal { revision: goal.revision, routes: planned.routes, tunnel, surplus };
+            let changed = goal.revision == 0 || *goal != wanted;
+            if changed {
+                *goal = Goal { revision: goal.revision + 1, ..wanted };
+            }
+            changed
+        });
+    }
+
+    /// The interface of the tunnel, once it is there.
+    fn tunnel(&self) -> Option<u32> {
+        self.done.borrow().tunnel
+    }
+
+    /// Each was laid, or refused with a reason in the log.
+    fn are_laid(&self) -> bool {
+        let wanted = self.goals.borrow().revision;
+        wanted > 0 && self.done.borrow().revision == wanted
+    }
 }
 
 /// Which interfaces carry the pod programs of this agent.
@@ -266,6 +352,7 @@ impl Daemon {
                     None => return Err(DaemonError::Routes),
                 },
                 Some(order) = orders.recv() => self.order(order),
+                Ok(()) = self.routes.done.changed() => {}
                 () = sleep_until(due.unwrap_or_else(far_away).into()), if due.is_some() => {}
             }
             // What has queued up meanwhile goes in before anything is written.
@@ -282,6 +369,7 @@ impl Daemon {
             self.reconciler.take_notes().into_iter().for_each(|note| self.recorder.note(note));
             if self.awaited == 0 {
                 self.attach();
+                self.routes.aim(self.reconciler.world(), self.surplus);
             }
             self.tell_served();
             self.answer_checks();
@@ -314,7 +402,8 @@ impl Daemon {
 
     /// Everything that was said is in the tables, or was refused (a conflict stays one however often it is looked at).
     fn is_synced(&self) -> bool {
-        self.awaited == 0 && self.reconciler.stats().pending == 0 && self.attachments.retry.is_none()
+        let written = self.reconciler.stats().pending == 0 && self.attachments.retry.is_none();
+        self.awaited == 0 && written && self.routes.are_laid()
     }
 
     fn object(&mut self, event: Event) {
@@ -323,7 +412,9 @@ impl Daemon {
             Event::Problems(problems) => {
                 self.state.rejected = u32::try_from(problems.len()).unwrap_or(u32::MAX);
                 problems.iter().filter_map(refused).for_each(|note| self.recorder.note(note));
-                self.reconciler.hold(watch::withheld(&problems), Instant::now());
+                let withheld = watch::withheld(&problems);
+                self.surplus = if withheld.nodes() { Surplus::Kept } else { Surplus::Removed };
+                self.reconciler.hold(withheld, Instant::now());
             }
             Event::Synced => self.source_synced(),
             Event::Contact(Contact::Lost) => self.state.away_since = clock::seconds().max(1),
@@ -335,6 +426,7 @@ impl Daemon {
         let change = match event {
             NetEvent::Route(Moved { addr, ifindex }) => Change::LocalRoute(addr, ifindex),
             NetEvent::Address(Moved { addr, ifindex }) => Change::LocalAddress(addr, ifindex),
+            NetEvent::Subnet(Moved { addr, ifindex }) => Change::LocalSubnet(addr, ifindex),
             NetEvent::Synced => return self.source_synced(),
         };
         self.reconciler.handle(change, Instant::now());
@@ -383,10 +475,18 @@ impl Daemon {
     fn view(&self) -> View {
         let world = self.reconciler.world();
         View {
-            readiness: if self.awaited == 0 { Readiness::Ready } else { Readiness::Starting },
+            readiness: if self.awaited == 0 && self.routes.are_laid() {
+                Readiness::Ready
+            } else {
+                Readiness::Starting
+            },
             ranges: world.own_node().map(|node| node.pod_cidrs.to_vec()).unwrap_or_default(),
             reserved: world.local_addresses().keys().chain(world.local_routes()).copied().collect(),
-            devices: plan::node::devices(world).into_iter().collect(),
+            // Packets that go through the tunnel are the shortest.
+            devices: match self.routes.tunnel() {
+                Some(tunnel) => vec![tunnel],
+                None => plan::node::devices(world).into_iter().collect(),
+            },
         }
     }
 
@@ -419,8 +519,10 @@ impl Daemon {
     fn attach(&mut self) {
         let pods = self.reconciler.endpoints().map(|endpoint| (Interface::Pod, endpoint.ifindex));
         let devices = plan::node::devices(self.reconciler.world());
-        let wanted: BTreeSet<_> =
-            pods.chain(devices.into_iter().map(|ifindex| (Interface::Device, ifindex))).collect();
+        let wanted: BTreeSet<_> = pods
+            .chain(devices.into_iter().map(|ifindex| (Interface::Device, ifindex)))
+            .chain(self.routes.tunnel().map(|ifindex| (Interface::Tunnel, ifindex)))
+            .collect();
         let Attachments { attached, renewed, retry } = &mut self.attachments;
         let mut failed = false;
         for interface @ (kind, ifindex) in wanted.difference(&renewed.clone()).copied() {

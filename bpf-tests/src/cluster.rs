@@ -92,6 +92,23 @@ impl Cluster {
     }
 
     pub fn with_pods(sandbox: &Sandbox, nodes: &[&str], pods: u8) -> Result<Self> {
+        let mut cluster = Self::unrouted(sandbox, nodes)?;
+        for node in &cluster.nodes {
+            node.route_to(&cluster.nodes)?;
+        }
+        for (node, name) in cluster.nodes.iter_mut().zip(nodes) {
+            for number in 1..=pods {
+                let pod = Pod::new(node, format!("{name}{number}"), number, &cluster.processes)
+                    .with_context(|| format!("make pod {name}{number}"))?;
+                node.pods.push(pod);
+            }
+        }
+        cluster.serve()?;
+        Ok(cluster)
+    }
+
+    /// Nodes without pods, and without routes to each other's.
+    pub fn unrouted(sandbox: &Sandbox, nodes: &[&str]) -> Result<Self> {
         let place = sandbox.place()?;
         let processes = cgroup::Tree::create(place.cgroup.clone())?;
         let manifests = Directory::create(&place.dir)?;
@@ -108,19 +125,7 @@ impl Cluster {
             node.plug_into(&switch)?;
             built.push(node);
         }
-        for node in &built {
-            node.route_to(&built)?;
-        }
-        for (node, name) in built.iter_mut().zip(nodes) {
-            for number in 1..=pods {
-                let pod = Pod::new(node, format!("{name}{number}"), number, &processes)
-                    .with_context(|| format!("make pod {name}{number}"))?;
-                node.pods.push(pod);
-            }
-        }
-        let cluster = Self { processes, manifests, nodes: built, switch };
-        cluster.serve()?;
-        Ok(cluster)
+        Ok(Self { processes, manifests, nodes: built, switch })
     }
 
     pub fn nodes(&self) -> &[Node] {

@@ -26,7 +26,7 @@ use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
         link::{InfoData, InfoVeth},
-        route::{RouteAttribute, RouteMessage, RouteMetric, RouteScope},
+        route::{RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType},
     },
 };
 use tokio::runtime::Runtime;
@@ -204,6 +204,11 @@ impl Inside {
         self.request(self.netlink.link().set(message).execute()).with_context(|| format!("set {dev} down"))
     }
 
+    /// An interface, with all that leads by it.
+    pub fn remove(&self, dev: &str) -> Result<()> {
+        self.request(self.netlink.link().del(index(dev)?).execute()).with_context(|| format!("remove {dev}"))
+    }
+
     /// A bridge that is up.
     pub fn bridge(&self, name: &str) -> Result<()> {
         let message = LinkBridge::new(name).build();
@@ -231,6 +236,18 @@ impl Inside {
     pub fn route(&self, route: Route<'_>) -> Result<()> {
         let message = route.message()?;
         self.request(self.netlink.route().add(message).execute()).with_context(|| format!("add {route:?}"))
+    }
+
+    /// Whichever leads to exactly this range.
+    pub fn remove_route(&self, to: Prefix) -> Result<()> {
+        let mut any = match to.addr {
+            IpAddr::V4(ip) => RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(ip, to.len).build(),
+            IpAddr::V6(ip) => RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(ip, to.len).build(),
+        };
+        any.header.protocol = RouteProtocol::Unspec;
+        any.header.scope = RouteScope::NoWhere;
+        any.header.kind = RouteType::Unspec;
+        self.request(self.netlink.route().del(any).execute()).with_context(|| format!("remove {to:?}"))
     }
 
     /// In place of the one that is there, for packets of no more than `mtu` bytes where that is said.

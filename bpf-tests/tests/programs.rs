@@ -530,7 +530,7 @@ fn every_program_loads_with_every_constant(sandbox: &Sandbox) -> Result<()> {
     Ok(())
 }
 
-const PROGRAMS: [&str; 13] = [
+const PROGRAMS: [&str; 15] = [
     "connect4",
     "connect6",
     "device_egress",
@@ -544,6 +544,8 @@ const PROGRAMS: [&str; 13] = [
     "recvmsg6",
     "sendmsg4",
     "sendmsg6",
+    "tunnel_egress",
+    "tunnel_ingress",
 ];
 
 /// The names of the fields are part of the interface: who debugs has bpftool.

@@ -20,6 +20,7 @@
 //! | `policy` | hash | [`abi::policy::PolicyKey`] -> [`abi::policy::Rules`] | agent | programs, CLI |
 //! | `port_ranges` | array, mmap | row -> [`abi::policy::PortRange`] | agent | programs, CLI |
 //! | `policy_sets`, `peer_classes` | hash | number -> [`abi::policy::Meaning`] | agent | agent (restore), CLI |
+//! | `tunnels` | LPM trie | [`abi::policy::RangeKey`] -> [`abi::tunnel::Tunnel`] | agent | programs |
 //! | `node_addresses` | hash | [`addr::Addr`] -> [`abi::node::NodeAddress`] | agent | programs |
 //! | `settings` | array, mmap | 0 -> [`abi::node::Settings`] | agent | programs |
 //! | `masquerade` | array, mmap | 0 -> [`abi::node::Masquerade`] | agent | programs |

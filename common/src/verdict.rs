@@ -81,6 +81,8 @@ drop_reasons! {
     EarlyFragment = 13, "fragment-before-first";
     /// The destination is in a range of cluster IPs and no service has it (rule 19).
     UnallocatedAddress = 14, "unallocated-service-address";
+    /// The packet was routed into the tunnel, and its destination is in the range of no other node.
+    NoTunnel = 15, "no-tunnel";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

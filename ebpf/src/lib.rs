@@ -18,6 +18,9 @@
 //!                |  (XDP, where it is on: xdp) a known flow that leaves by the same device -> nat -> back out
 //!                |  (TC ingress: device::arriving) all else: conntrack, service, nat, route; TC egress as a pod's
 //!
+//!            the tunnel's device
+//!                |  (TC egress: as a device's, then tunnel: which node; TC ingress: as a device's)
+//!
 //!            connect(2), sendmsg(2)
 //!                |  (cgroup programs: socket, datagram)
 //!                +-- lb: frontend -> slot -> backend -> the socket's destination
@@ -49,4 +52,5 @@ pub mod route;
 pub mod service;
 pub mod socket;
 pub mod tables;
+pub mod tunnel;
 pub mod xdp;

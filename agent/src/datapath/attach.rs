@@ -22,10 +22,12 @@ pub enum Interface {
     Pod,
     /// One of the node's own.
     Device,
+    /// The one that carries packets to other nodes.
+    Tunnel,
 }
 
 impl Interface {
-    pub(crate) const ALL: [Self; 2] = [Self::Pod, Self::Device];
+    pub(crate) const ALL: [Self; 3] = [Self::Pod, Self::Device, Self::Tunnel];
 
     /// Its programs: what a pod sends is the host's ingress.
     pub(crate) const fn programs(self) -> [(&'static str, TcAttachType); 2] {
@@ -33,6 +35,9 @@ impl Interface {
             Self::Pod => [("pod_egress", TcAttachType::Ingress), ("pod_ingress", TcAttachType::Egress)],
             Self::Device => {
                 [("device_ingress", TcAttachType::Ingress), ("device_egress", TcAttachType::Egress)]
+            }
+            Self::Tunnel => {
+                [("tunnel_egress", TcAttachType::Egress), ("tunnel_ingress", TcAttachType::Ingress)]
             }
         }
     }
@@ -128,7 +133,7 @@ impl Datapath {
             attach_clsact(program, ifindex, hook).map_err(error)?;
         }
         match kind {
-            Interface::Pod => Ok(()),
+            Interface::Pod | Interface::Tunnel => Ok(()),
             Interface::Device => self.attach_xdp(ifindex),
         }
     }
@@ -172,7 +177,7 @@ impl Datapath {
     /// [`DatapathError::Io`] where the pin cannot be removed.
     pub fn detach(&mut self, kind: Interface, ifindex: u32) -> Result<(), DatapathError> {
         let early: &[&str] = match kind {
-            Interface::Pod => &[],
+            Interface::Pod | Interface::Tunnel => &[],
             Interface::Device => &[XDP],
         };
         let programs = kind.programs();

@@ -21,7 +21,7 @@ use super::batch;
 use super::{
     ArrayTable, Backends, ConnectionCounts, Endpoints, Frontends, HashTable, Ipcache, IpcacheRanges,
     MapError, Maps, Masquerades, NodeAddresses, PeerClasses, Plain, Policy, PolicySets, PortRanges, Services,
-    SettingsRow, Slots, SourceRanges,
+    SettingsRow, Slots, SourceRanges, Tunnels,
 };
 
 /// A value whose bytes may go to the kernel and come from it.
@@ -52,10 +52,16 @@ impl KernelMaps {
     pub fn open(dir: &Path) -> Result<Self, MapError> {
         let mut hashes = BTreeMap::new();
         // To the system calls a trie is a hash table with a key of this layout.
-        for name in
-            [Frontends::NAME, SourceRanges::NAME, Services::NAME, Endpoints::NAME, NodeAddresses::NAME]
-                .into_iter()
-                .chain(POLICIES)
+        for name in [
+            Frontends::NAME,
+            SourceRanges::NAME,
+            Services::NAME,
+            Endpoints::NAME,
+            NodeAddresses::NAME,
+            Tunnels::NAME,
+        ]
+        .into_iter()
+        .chain(POLICIES)
         {
             hashes.insert(name, Map::HashMap(pinned(dir, name)?));
         }

@@ -14,6 +14,7 @@ use ferroflow_common::abi::lb::{
 };
 use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
 use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeKey, Rules};
+use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -53,6 +54,8 @@ tables! { HashTable:
     SourceRanges = "source_ranges", Key = SourceRangeKey, Value = SourceRange;
     /// This node's own addresses.
     NodeAddresses = "node_addresses", Key = Addr, Value = NodeAddress;
+    /// The node that has a range of pods. A trie, like `SourceRanges`.
+    Tunnels = "tunnels", Key = RangeKey, Value = Tunnel;
     /// The class of an address.
     Ipcache = "ipcache", Key = Addr, Value = Class;
     /// A trie, like `SourceRanges`.

@@ -59,6 +59,8 @@ pub enum Withheld {
         /// Services of which the object itself or a slice is bad.
         services: BTreeSet<Name>,
         pods: BTreeSet<Name>,
+        /// Whether a node is.
+        nodes: bool,
     },
     /// It may be any object.
     Any,
@@ -68,7 +70,15 @@ impl Withheld {
     /// Whether a pod may be among it.
     pub fn pods(&self) -> bool {
         match self {
-            Self::Some { services: _, pods } => !pods.is_empty(),
+            Self::Some { services: _, pods, nodes: _ } => !pods.is_empty(),
+            Self::Any => true,
+        }
+    }
+
+    /// Whether a node may be among it.
+    pub fn nodes(&self) -> bool {
+        match self {
+            Self::Some { services: _, pods: _, nodes } => *nodes,
             Self::Any => true,
         }
     }
@@ -76,6 +86,6 @@ impl Withheld {
 
 impl Default for Withheld {
     fn default() -> Self {
-        Self::Some { services: BTreeSet::new(), pods: BTreeSet::new() }
+        Self::Some { services: BTreeSet::new(), pods: BTreeSet::new(), nodes: false }
     }
 }

@@ -7,6 +7,7 @@ pub mod namespace;
 pub mod node;
 pub mod pod;
 pub mod policy;
+pub mod route;
 pub mod service;
 pub mod weight;
 pub mod world;
@@ -21,6 +22,7 @@ pub use namespace::Namespace;
 pub use node::{Node, Prefix, Stay};
 pub use pod::{NamedPort, Network, Pod};
 pub use policy::NetworkPolicy;
+pub use route::{Routes, Way};
 pub use service::{
     Algorithm, Condition, Endpoint, EndpointSlice, Exposure, NodeHint, Service, ServicePort, SlicePort,
     TrafficPolicy,
@@ -63,6 +65,8 @@ pub enum Change {
     LocalRoute(Addr, Option<u32>),
     /// An address of this host itself, and the interface it is on.
     LocalAddress(Addr, Option<u32>),
+    /// A range of addresses that this host reaches without a gateway, and the interface it is on.
+    LocalSubnet(Prefix, Option<u32>),
     /// An address that this agent gave to a pod, and the interface it made for it: known before any object says so.
     Attachment(Addr, Option<u32>),
 }

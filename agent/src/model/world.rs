@@ -30,6 +30,8 @@ pub struct World {
     kube_proxy: KubeProxy,
     local_routes: BTreeMap<Addr, u32>,
     local_addresses: BTreeMap<Addr, u32>,
+    local_subnets: BTreeMap<Prefix, u32>,
+    topology: u64,
     attachments: BTreeMap<Addr, u32>,
 }
 
@@ -104,10 +106,7 @@ impl World {
                 if old == policy { Vec::new() } else { vec![Touched::NetworkPolicy(name)] }
             }
             Change::LocalRoute(addr, ifindex) => {
-                let old = match ifindex {
-                    Some(ifindex) => self.local_routes.insert(addr, ifindex),
-                    None => self.local_routes.remove(&addr),
-                };
+                let old = set(&mut self.local_routes, addr, ifindex);
                 // The interface went with the pod's namespace, and nobody has said so yet.
                 if ifindex.is_none() && old.is_some() && self.attachment(addr) == old {
                     self.attachments.remove(&addr);
@@ -115,18 +114,18 @@ impl World {
                 if old == ifindex { Vec::new() } else { vec![Touched::Endpoint(addr)] }
             }
             Change::Attachment(addr, ifindex) => {
-                let old = match ifindex {
-                    Some(ifindex) => self.attachments.insert(addr, ifindex),
-                    None => self.attachments.remove(&addr),
-                };
+                let old = set(&mut self.attachments, addr, ifindex);
                 if old == ifindex { Vec::new() } else { vec![Touched::Endpoint(addr)] }
             }
             Change::LocalAddress(addr, ifindex) => {
-                let old = match ifindex {
-                    Some(ifindex) => self.local_addresses.insert(addr, ifindex),
-                    None => self.local_addresses.remove(&addr),
-                };
-                if old == ifindex { Vec::new() } else { vec![Touched::Node] }
+                let changed = set(&mut self.local_addresses, addr, ifindex) != ifindex;
+                self.topology += u64::from(changed);
+                if changed { vec![Touched::Node] } else { Vec::new() }
+            }
+            Change::LocalSubnet(subnet, ifindex) => {
+                let old = set(&mut self.local_subnets, subnet, ifindex);
+                self.topology += u64::from(old != ifindex);
+                Vec::new()
             }
         }
     }
@@ -226,6 +225,26 @@ impl World {
         &self.local_addresses
     }
 
+    /// The ranges that this host reaches without a gateway, and the interface each is on.
+    pub fn local_subnets(&self) -> &BTreeMap<Prefix, u32> {
+        &self.local_subnets
+    }
+
+    /// All nodes, this one too, in the order of their names.
+    pub fn nodes(&self) -> impl Iterator<Item = (&str, &Node)> {
+        self.nodes.iter().map(|(name, node)| (&**name, node))
+    }
+
+    /// The name of this node.
+    pub fn own_name(&self) -> &str {
+        &self.node
+    }
+
+    /// Another number whenever a node, or an address or a subnet of this host, has changed.
+    pub fn topology(&self) -> u64 {
+        self.topology
+    }
+
     fn apply_node(&mut self, name: Box<str>, node: Option<Node>) -> Vec<Touched> {
         let own = name == self.node;
         let new = node.clone().unwrap_or_default();
@@ -234,6 +253,7 @@ impl World {
             None => self.nodes.remove(&name),
         };
         let old = old.unwrap_or_default();
+        self.topology += u64::from(old != new);
         let (zone, addresses) = (own && old.zone != new.zone, own && old.addresses != new.addresses);
         let depends = |backing: &Backing| {
             // Rule 6.
@@ -241,12 +261,13 @@ impl World {
                 || addresses
                     && backing.service.as_ref().is_some_and(|it| !it.exposure.source_ranges.is_empty())
         };
-        if !zone && !addresses {
+        let reached = old.pod_cidrs != new.pod_cidrs || old.addresses != new.addresses;
+        if !zone && !reached {
             return Vec::new();
         }
         let services = self.services.iter().filter(|(_, backing)| depends(backing));
         let services = services.map(|(name, _)| Touched::Service(name.clone()));
-        services.chain(addresses.then_some(Touched::Node)).collect()
+        services.chain(reached.then_some(Touched::Node)).collect()
     }
 
     fn apply_service(&mut self, name: Name, service: Option<Service>) -> Vec<Touched> {
@@ -335,6 +356,14 @@ impl World {
         {
             self.services.remove(name);
         }
+    }
+}
+
+/// Puts what is now, or takes what is no longer; what was.
+fn set<K: Ord>(table: &mut BTreeMap<K, u32>, key: K, now: Option<u32>) -> Option<u32> {
+    match now {
+        Some(ifindex) => table.insert(key, ifindex),
+        None => table.remove(&key),
     }
 }
 

@@ -11,6 +11,7 @@ use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_conne
 use tokio::sync::mpsc::Sender;
 
 use super::{NetError, NetEvent, Snapshot, report};
+use crate::model::Prefix;
 
 /// What can change a host route or an address. Links too: a route that goes with its device is not announced.
 const GROUPS: [MulticastGroup; 5] = [
@@ -68,7 +69,11 @@ pub(super) async fn list(handle: &Handle) -> Result<Snapshot, rtnetlink::Error> 
     }
     let mut addresses = Box::pin(handle.address().get().execute());
     while let Some(address) = addresses.try_next().await? {
-        found.addresses.extend(own_address(&address));
+        let Some((addr, ifindex)) = own_address(&address) else { continue };
+        found.addresses.insert(addr, ifindex);
+        // What it reaches by an address that has no others beside it, it reaches by routes.
+        let subnet = Prefix::around(addr, address.header.prefix_len);
+        found.subnets.extend(subnet.filter(|subnet| subnet.bits() < 128).map(|subnet| (subnet, ifindex)));
     }
     Ok(found)
 }

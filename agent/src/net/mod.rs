@@ -6,12 +6,16 @@ pub(crate) mod fake;
 mod kernel;
 mod netns;
 pub mod pod;
+pub mod routes;
+pub mod tunnel;
 pub mod veth;
 
 use std::collections::BTreeMap;
 
 use ferroflow_common::addr::Addr;
 use tokio::sync::mpsc::Sender;
+
+use crate::model::Prefix;
 
 pub use kernel::watch;
 
@@ -26,12 +30,14 @@ struct Snapshot {
     routes: Interfaces,
     /// The host's own addresses.
     addresses: Interfaces,
+    /// The ranges that are on its links.
+    subnets: BTreeMap<Prefix, u32>,
 }
 
-/// One address that is now at another interface, or at none.
+/// One address, or range of them, that is now at another interface, or at none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Moved {
-    pub addr: Addr,
+pub struct Moved<A = Addr> {
+    pub addr: A,
     pub ifindex: Option<u32>,
 }
 
@@ -40,12 +46,13 @@ pub struct Moved {
 pub enum NetEvent {
     Route(Moved),
     Address(Moved),
+    Subnet(Moved<Prefix>),
     /// What was there at the start has all been reported. Sent once.
     Synced,
 }
 
 /// What to report to go from one state to another; an address that moved is reported once.
-fn changes(old: &Interfaces, new: &Interfaces) -> Vec<Moved> {
+fn changes<A: Copy + Ord>(old: &BTreeMap<A, u32>, new: &BTreeMap<A, u32>) -> Vec<Moved<A>> {
     let gone = old.keys().filter(|addr| !new.contains_key(addr)).map(|&addr| Moved { addr, ifindex: None });
     let come = new
         .iter()
@@ -57,7 +64,8 @@ fn changes(old: &Interfaces, new: &Interfaces) -> Vec<Moved> {
 async fn report(events: &Sender<NetEvent>, old: &Snapshot, new: &Snapshot) {
     let routes = changes(&old.routes, &new.routes).into_iter().map(NetEvent::Route);
     let addresses = changes(&old.addresses, &new.addresses).into_iter().map(NetEvent::Address);
-    for event in addresses.chain(routes) {
+    let subnets = changes(&old.subnets, &new.subnets).into_iter().map(NetEvent::Subnet);
+    for event in addresses.chain(routes).chain(subnets) {
         // A receiver that is gone ends the watch at its next turn.
         let _closed = events.send(event).await;
     }

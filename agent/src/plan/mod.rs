@@ -11,6 +11,7 @@ pub mod maglev;
 pub mod node;
 pub mod policy;
 pub mod ranges;
+pub mod routes;
 pub mod slots;
 pub mod sources;
 
@@ -33,6 +34,9 @@ pub struct Config {
     /// Ranges of cluster IPs, beside those of `ServiceCIDR` objects (rule 19).
     pub service_ranges: Box<[Prefix]>,
     pub masquerade: MasqueradeScope,
+    pub routing: routes::Routing,
+    /// Of the tunnel (`--vxlan-vni`).
+    pub vni: u32,
     /// The lengths of Maglev tables: [`maglev::LENGTHS`], but for tests.
     pub maglev_lengths: &'static [u32],
 }
@@ -63,6 +67,8 @@ impl Default for Config {
             node_ports: node::NodePortAddresses::Primary,
             service_ranges: Box::default(),
             masquerade: MasqueradeScope::Outside,
+            routing: routes::Routing::None,
+            vni: 0,
             maglev_lengths: maglev::LENGTHS,
         }
     }

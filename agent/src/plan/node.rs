@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ferroflow_common::abi::node::{Masquerade, NodeAddress, ServiceRange, Settings};
+use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
 
-use super::{Config, MasqueradeScope};
+use super::{Config, MasqueradeScope, routes};
 use crate::model::{Family, KubeProxy, Prefix, World};
 
 /// Which of the node's addresses serve NodePorts (rule 24).
@@ -25,6 +26,8 @@ pub struct NodeRows {
     pub addresses: BTreeMap<Addr, NodeAddress>,
     pub masquerade: Masquerade,
     pub settings: Settings,
+    /// The nodes that packets are carried to, by the ranges of their pods.
+    pub tunnels: BTreeMap<Prefix, Tunnel>,
     /// Ranges of cluster IPs for which there was no room.
     pub surplus: Vec<Prefix>,
 }
@@ -45,6 +48,7 @@ pub fn rows(world: &World, config: &Config) -> NodeRows {
         addresses: world.local_addresses().keys().map(row).collect(),
         masquerade: Masquerade { v4: own(Family::V4), v6: own(Family::V6) },
         settings,
+        tunnels: routes::tunnels(world, config.routing, config.vni),
         surplus,
     }
 }

@@ -88,9 +88,14 @@ impl Hold {
         self.policies == Restored::Held && self.withheld == Withheld::Any
     }
 
+    /// Whether rows of nodes that are not known are to stay.
+    pub(super) fn holds_nodes(&self) -> bool {
+        self.withheld.nodes()
+    }
+
     fn keeps_service(&self, world: &World, name: &Name) -> bool {
         match &self.withheld {
-            Withheld::Some { services, pods: _ } => services.contains(name),
+            Withheld::Some { services, pods: _, nodes: _ } => services.contains(name),
             // What is missing may be what cannot be read.
             Withheld::Any => {
                 let backing = world.service(name);

@@ -9,6 +9,7 @@ use ferroflow_common::abi::lb::{
     Backend, Frontend, FrontendKey, ServiceName, Slot, SourceRange, SourceRangeKey,
 };
 use ferroflow_common::abi::node::Settings;
+use ferroflow_common::abi::policy::RangeKey;
 use ferroflow_common::addr::Addr;
 
 use super::diff::{Step, steps};
@@ -16,9 +17,9 @@ use super::hold::Hold;
 use super::policy::Policies;
 use crate::maps::{
     Backends, Endpoints, Frontends, MapError, Maps, Masquerades, NodeAddresses, Services, SettingsRow, Slots,
-    SourceRanges,
+    SourceRanges, Tunnels,
 };
-use crate::model::Name;
+use crate::model::{Name, Prefix, Touched};
 use crate::plan;
 use crate::plan::ids::Numbers;
 use crate::plan::node::NodeRows;
@@ -168,6 +169,26 @@ impl<M: Maps> Tables<M> {
                 }
                 Step::Keep(..) => {}
                 Step::Remove((addr, _)) => self.maps.delete::<NodeAddresses>(&addr)?,
+            }
+        }
+        self.apply_tunnels(rows)
+    }
+
+    /// Rows of nodes that cannot be read stay until they can.
+    fn apply_tunnels(&mut self, rows: &NodeRows) -> Result<(), MapError> {
+        let key = |range: &Prefix| RangeKey { bits: range.bits().into(), addr: range.addr() };
+        let mut actual = self.maps.dump::<Tunnels>()?;
+        actual.sort_unstable_by_key(|(key, _)| *key);
+        let desired: BTreeMap<_, _> = rows.tunnels.iter().map(|(range, row)| (key(range), *row)).collect();
+        let desired = desired.into_iter().map(|(key, row)| (key, (key, row)));
+        let actual = actual.into_iter().map(|(key, row)| (key, (key, row)));
+        for step in steps(desired, actual) {
+            match step {
+                Step::Add((key, row)) => self.maps.put::<Tunnels>(&key, &row)?,
+                Step::Keep((key, row), (_, old)) if row != old => self.maps.put::<Tunnels>(&key, &row)?,
+                Step::Keep(..) => {}
+                Step::Remove(_) if self.hold.holds_nodes() => self.hold.wait(Touched::Node),
+                Step::Remove((key, _)) => self.maps.delete::<Tunnels>(&key)?,
             }
         }
         Ok(())

@@ -375,6 +375,7 @@ mod tests {
         let withheld = |names: &[&str]| Withheld::Some {
             services: names.iter().map(|name| Name::new("default", *name)).collect(),
             pods: BTreeSet::new(),
+            nodes: false,
         };
         assert_eq!(it.problems().len(), 3);
         assert_eq!(withheld_by(&it.directory.problems), withheld(&["a", "owner"]), "b is in force");

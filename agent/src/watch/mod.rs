@@ -57,17 +57,18 @@ pub struct Problem {
 
 /// What the problems keep from being known.
 pub fn withheld(problems: &[Problem]) -> Withheld {
-    let (mut services, mut pods) = (BTreeSet::new(), BTreeSet::new());
+    let (mut services, mut pods, mut nodes) = (BTreeSet::new(), BTreeSet::new(), false);
     for problem in problems {
         match &problem.object {
             None => return Withheld::Any,
             Some(ObjectId { kind: Kind::Pod, name }) => {
                 pods.insert(name.clone());
             }
+            Some(ObjectId { kind: Kind::Node, .. }) => nodes = true,
             Some(_) => services.extend(problem.service.clone()),
         }
     }
-    Withheld::Some { services, pods }
+    Withheld::Some { services, pods, nodes }
 }
 
 impl fmt::Display for Problem {

@@ -78,6 +78,7 @@ impl Model {
             Change::ServiceCidr(name, object) => set(&mut self.ranges, name, object),
             Change::LocalRoute(..)
             | Change::LocalAddress(..)
+            | Change::LocalSubnet(..)
             | Change::Attachment(..)
             | Change::KubeProxy(..) => panic!("not of a source"),
         }

@@ -12,6 +12,7 @@ pub mod node;
 pub mod policy;
 pub mod socket;
 pub mod state;
+pub mod tunnel;
 
 use core::mem::size_of;
 
@@ -30,6 +31,7 @@ const _: () = {
     assert!(size_of::<socket::Translation>() == 44);
     assert!(size_of::<socket::Translations>() == 180);
     assert!(socket::Translations::ROWS.is_power_of_two());
+    assert!(size_of::<tunnel::Tunnel>() == 20);
     assert!(size_of::<endpoint::Endpoint>() == 16);
     assert!(size_of::<policy::RangeKey>() == 20);
     assert!(size_of::<policy::PolicyKey>() == 8);

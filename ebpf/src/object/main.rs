@@ -11,6 +11,7 @@ mod maps;
 mod skb;
 mod socket;
 mod tc;
+mod tunnel;
 mod xdp;
 
 /// Helpers such as `bpf_redirect_peer` are for GPL-compatible programs.

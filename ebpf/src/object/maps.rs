@@ -19,11 +19,13 @@ use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
 use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeKey, Rules};
 use ferroflow_common::abi::socket::{Translation, Translations};
 use ferroflow_common::abi::state::AgentState;
+use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::{DROP_ROWS, DropReason};
 use ferroflow_ebpf::policy::Policies;
 use ferroflow_ebpf::tables::{Aligned, Datagrams, InsertError, OnConflict, Services, Tables, Tracked};
+use ferroflow_ebpf::tunnel::Tunnels;
 
 use crate::skb::Skb;
 
@@ -77,6 +79,9 @@ static PEER_CLASSES: HashMap<Class, Meaning, 65_536, ON_DEMAND> = HashMap::new()
 
 #[btf_map(name = "endpoints", pin_by_name)]
 static ENDPOINTS: HashMap<Addr, Endpoint, 4_096, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "tunnels", pin_by_name)]
+static TUNNELS: LpmTrie<Addr, Tunnel, 65_536> = LpmTrie::new();
 
 #[btf_map(name = "node_addresses", pin_by_name)]
 static NODE_ADDRESSES: HashMap<Addr, NodeAddress, 1_024, ON_DEMAND> = HashMap::new();
@@ -218,6 +223,13 @@ impl Policies for Kernel {
     #[inline(always)]
     fn port_range(&self, row: u32) -> Option<PortRange> {
         PORT_RANGES.get(row).copied()
+    }
+}
+
+impl Tunnels for Kernel {
+    #[inline(always)]
+    fn tunnel(&self, addr: &Addr) -> Option<Tunnel> {
+        TUNNELS.get(&Key::new(RangeKey::EVERY_BIT, *addr)).copied()
     }
 }
 

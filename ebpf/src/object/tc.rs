@@ -45,7 +45,7 @@ pub(crate) fn device_egress(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
+pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
     match verdict {
         // Other programs on the interface see the packet next; without any, it passes.
         Ok(Verdict::Stack) => TC_ACT_UNSPEC,
@@ -69,7 +69,7 @@ fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
 }
 
 #[inline(always)]
-fn shot(skb: &Skb, reason: DropReason) -> i32 {
+pub(crate) fn shot(skb: &Skb, reason: DropReason) -> i32 {
     maps::count(reason);
     // Compiled out by the verifier unless the agent raises AYA_LOG_LEVEL when it loads.
     info!(&skb.0, "dropped: {}", reason.as_str());

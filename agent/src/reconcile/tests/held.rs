@@ -3,7 +3,11 @@
 use super::*;
 
 fn services(names: &[&str]) -> Withheld {
-    Withheld::Some { services: names.iter().map(|text| name(text)).collect(), pods: BTreeSet::new() }
+    Withheld::Some {
+        services: names.iter().map(|text| name(text)).collect(),
+        pods: BTreeSet::new(),
+        nodes: false,
+    }
 }
 
 /// The tables of `web`, `next` and a local pod; then a new agent.

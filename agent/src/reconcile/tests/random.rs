@@ -409,6 +409,7 @@ fn key(change: &Change) -> String {
         | Change::Namespace(..)
         | Change::NetworkPolicy(..)
         | Change::LocalRoute(..)
-        | Change::LocalAddress(..) => unreachable!("not generated"),
+        | Change::LocalAddress(..)
+        | Change::LocalSubnet(..) => unreachable!("not generated"),
     }
 }

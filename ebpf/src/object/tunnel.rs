@@ -1,0 +1,65 @@
+//! The programs on the tunnel's device, which carries packets between nodes in VXLAN.
+
+use core::mem::offset_of;
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::{__sk_buff, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, TC_ACT_UNSPEC, bpf_tunnel_key};
+use aya_ebpf::helpers::generated::bpf_skb_set_tunnel_key;
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use ferroflow_common::abi::tunnel::Tunnel;
+use ferroflow_common::verdict::{DropReason, Verdict};
+use ferroflow_ebpf::{device, pod, tunnel};
+
+use crate::maps::Kernel;
+use crate::skb::Skb;
+use crate::tc::{action, shot};
+
+/// TC egress on the tunnel's device: as on any other of the node, and then to which node.
+#[classifier]
+pub(crate) fn tunnel_egress(ctx: TcContext) -> i32 {
+    let mut skb = Skb(ctx);
+    match pod::entering(&mut skb, &Kernel) {
+        Ok(Verdict::Stack) => match encapsulate(&mut skb) {
+            Ok(()) => TC_ACT_UNSPEC,
+            Err(reason) => shot(&skb, reason),
+        },
+        verdict => action(&skb, verdict),
+    }
+}
+
+/// TC ingress on the tunnel's device: what other nodes send.
+#[classifier]
+pub(crate) fn tunnel_ingress(ctx: TcContext) -> i32 {
+    let mut skb = Skb(ctx);
+    let verdict = device::arriving(&mut skb, &Kernel);
+    action(&skb, verdict)
+}
+
+#[inline(never)]
+fn encapsulate(skb: &mut Skb) -> Result<(), DropReason> {
+    let Tunnel { node, vni } = tunnel::leaving(skb, &Kernel)?;
+    // SAFETY: plain numbers; zero is a valid value of every field, and the kernel's of those that are not set.
+    let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+    key.tunnel_id = vni;
+    key.tunnel_ttl = TTL;
+    // Over IPv4 the checksum is left out, as the kernel does by itself: what is inside has its own (RFC 7348 section
+    // 5). Over IPv6 receivers do not take that without being told to (RFC 6936).
+    let flags = if node.is_v4() {
+        key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(node.v4_bytes());
+        BPF_F_ZERO_CSUM_TX
+    } else {
+        key.__bindgen_anon_1.remote_ipv6 = node.words();
+        BPF_F_TUNINFO_IPV6
+    };
+    let context = skb.0.as_ptr().cast::<__sk_buff>();
+    // SAFETY: the helper reads `SIZE` bytes of the key.
+    let error = unsafe { bpf_skb_set_tunnel_key(context, &raw mut key, SIZE, u64::from(flags)) };
+    if error == 0 { Ok(()) } else { Err(DropReason::NoTunnel) }
+}
+
+/// What the key of kernels before 6.0 has; later ones take it too.
+const SIZE: u32 = offset_of!(bpf_tunnel_key, __bindgen_anon_3) as u32;
+
+/// Of the outer header.
+const TTL: u8 = 64;
