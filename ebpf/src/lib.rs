@@ -48,5 +48,6 @@ pub mod reject;
 pub mod route;
 pub mod service;
 pub mod socket;
+pub mod steps;
 pub mod tables;
 pub mod xdp;
