@@ -83,6 +83,12 @@ const TAKEN: u32 = 7;
 const HALVED: u32 = 8;
 const REFUSED: u32 = 9;
 const TRACKED: u32 = 10;
+/// With a backend's index, and any of the two bits below.
+const CHOSEN: u32 = 16;
+/// The backend is to see the node's address instead of the client's.
+const MASQUERADED: u32 = 1;
+/// The backend counts its connections.
+const COUNTED: u32 = 2;
 
 impl Outcome {
     pub(crate) const STACK: Self = Self::new(STACK, 0);
@@ -125,6 +131,11 @@ impl Outcome {
     #[inline(always)]
     fn or_stack(self) -> Self {
         if self == Self::RARE { Self::STACK } else { self }
+    }
+
+    #[inline(always)]
+    const fn is_chosen(self) -> bool {
+        (self.0 >> 32) as u32 & CHOSEN != 0
     }
 
     #[inline(always)]
@@ -176,7 +187,10 @@ where
     }
     let way = Way(packet.forget(way.0));
     if outcome == Outcome::OPENS {
-        outcome = tables.open(packet, origin);
+        outcome = tables.choose(packet, origin);
+        if outcome.is_chosen() {
+            outcome = tables.track_flow(packet, outcome);
+        }
         if outcome == Outcome::TRACKED {
             outcome = tables.known(packet, origin, way);
         }
@@ -310,12 +324,12 @@ pub fn stray<T: Services>(tables: &T, key: &mut FrontendKey) -> Result<Outcome, 
     }
 }
 
-/// Chooses a backend and tracks the flow.
+/// Chooses a backend: an outcome that [`track`] takes, or [`Outcome::REFUSED`] where there is none.
 ///
 /// # Errors
 /// Why the packet is dropped.
 #[inline(always)]
-pub fn open<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Outcome, DropReason>
+pub fn choose<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Outcome, DropReason>
 where
     F: Parse,
     P: Packet,
@@ -341,9 +355,34 @@ where
     let Some(index) = lb::kept_or_chosen(tables, &frontend, client, now, hash)? else {
         return Ok(Outcome::REFUSED);
     };
-    let masquerade = masquerade::<F, T>(tables, &frontend, origin)?;
+    let masqueraded = if masquerades(tables, &frontend, origin) { MASQUERADED } else { 0 };
+    let counted = if frontend.flags & Frontend::LEAST_CONNECTION != 0 { COUNTED } else { 0 };
+    Ok(Outcome::new(CHOSEN | masqueraded | counted, index))
+}
+
+/// Tracks the flow to the backend that [`choose`] chose: [`Outcome::TRACKED`].
+///
+/// # Errors
+/// Why the packet is dropped.
+#[inline(always)]
+pub fn track<F, P, T>(packet: &mut P, tables: &T, chosen: Outcome) -> Result<Outcome, DropReason>
+where
+    F: Parse,
+    P: Packet,
+    T: Tables<F>,
+{
+    let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
+    let (kind, index) = ((chosen.0 >> 32) as u32, chosen.0 as u32);
+    let mut masquerade = None;
+    if kind & MASQUERADED != 0 {
+        let own = tables.masquerade();
+        if F::words(&own) == [0; 4] {
+            return Err(DropReason::NoMasquerade);
+        }
+        masquerade = Some(own);
+    }
     conntrack::open(tables, &headers, index, masquerade)?;
-    if frontend.flags & Frontend::LEAST_CONNECTION != 0 {
+    if kind & COUNTED != 0 {
         tables.connect(index);
     }
     Ok(Outcome::TRACKED)
@@ -352,25 +391,13 @@ where
 /// Replies to a client from outside must come back through this node, unless the service's backends are all here
 /// (rule 26 a and c). A pod's come back past it anyway; it is masqueraded only where all are, at cluster IPs (26 e).
 #[inline(always)]
-fn masquerade<F: Family, T: Tables<F>>(
-    tables: &T,
-    frontend: &Frontend,
-    origin: Origin,
-) -> Result<Option<F::Bytes>, DropReason> {
-    let keeps = match origin {
+fn masquerades<T: Services>(tables: &T, frontend: &Frontend, origin: Origin) -> bool {
+    match origin {
         Origin::Pod | Origin::Node => {
-            frontend.flags & Frontend::NORTH_SOUTH != 0 || tables.settings() & Settings::MASQUERADE_ALL == 0
+            frontend.flags & Frontend::NORTH_SOUTH == 0 && tables.settings() & Settings::MASQUERADE_ALL != 0
         }
-        Origin::Outside => frontend.flags & Frontend::KEEP_CLIENT != 0,
-    };
-    if keeps {
-        return Ok(None);
+        Origin::Outside => frontend.flags & Frontend::KEEP_CLIENT == 0,
     }
-    let own = tables.masquerade();
-    if F::words(&own) == [0; 4] {
-        return Err(DropReason::NoMasquerade);
-    }
-    Ok(Some(own))
 }
 
 /// Turns the packet into its refusal.

@@ -31,10 +31,16 @@ pub trait Steps<F: Answer + Errors, P: Reshape>: Tables<F> + Datagrams<P> + Size
         conntrack::mend::<F, P, Self>(packet, self);
     }
 
-    /// Chooses a backend and tracks the flow: [`Outcome::TRACKED`], or [`Outcome::REFUSED`] without an endpoint.
+    /// See [`service::choose`].
     #[inline(always)]
-    fn open(&self, packet: &mut P, origin: Origin) -> Outcome {
-        Outcome::of(service::open::<F, P, Self>(packet, self, origin))
+    fn choose(&self, packet: &mut P, origin: Origin) -> Outcome {
+        Outcome::of(service::choose::<F, P, Self>(packet, self, origin))
+    }
+
+    /// See [`service::track`].
+    #[inline(always)]
+    fn track_flow(&self, packet: &mut P, chosen: Outcome) -> Outcome {
+        Outcome::of(service::track::<F, P, Self>(packet, self, chosen))
     }
 
     /// Turns the packet into its own refusal.

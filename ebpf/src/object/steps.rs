@@ -33,7 +33,7 @@ macro_rules! global {
 /// The functions of one family, each under a name of its own, and the trait that calls them.
 macro_rules! steps {
     (
-        $family:ty, $leave:ident, $arrive:ident, $enter:ident, $mend:ident, $open:ident, $refuse:ident,
+        $family:ty, $leave:ident, $arrive:ident, $enter:ident, $mend:ident, $choose:ident, $track:ident, $refuse:ident,
         $find_error:ident, $deliver_error:ident, $requote_error:ident, $mend_error:ident,
         $find_fragment:ident, $first_fragment:ident, $later_fragment:ident, $remember_fragment:ident
     ) => {
@@ -51,8 +51,11 @@ macro_rules! steps {
                 conntrack::mend::<$family, _, _>(skb, &Kernel);
                 NOTHING
             }
-            fn $open(skb, origin: u32) {
-                Outcome::of(service::open::<$family, _, _>(skb, &Kernel, Origin::from_number(origin)))
+            fn $choose(skb, origin: u32) {
+                Outcome::of(service::choose::<$family, _, _>(skb, &Kernel, Origin::from_number(origin)))
+            }
+            fn $track(skb, chosen: u64) {
+                Outcome::of(service::track::<$family, _, _>(skb, &Kernel, Outcome(chosen)))
             }
             fn $refuse(skb, ) {
                 Outcome::of(service::refuse::<$family, _>(skb))
@@ -105,8 +108,13 @@ macro_rules! steps {
             }
 
             #[inline(always)]
-            fn open(&self, packet: &mut Skb, origin: Origin) -> Outcome {
-                Outcome($open(context(packet), origin as u32))
+            fn choose(&self, packet: &mut Skb, origin: Origin) -> Outcome {
+                Outcome($choose(context(packet), origin as u32))
+            }
+
+            #[inline(always)]
+            fn track_flow(&self, packet: &mut Skb, Outcome(chosen): Outcome) -> Outcome {
+                Outcome($track(context(packet), chosen))
             }
 
             #[inline(always)]
@@ -130,7 +138,12 @@ macro_rules! steps {
             }
 
             #[inline(always)]
-            fn mend_error(&self, packet: &mut Skb, Quote(quote): Quote, Changes(changes): Changes) -> Outcome {
+            fn mend_error(
+                &self,
+                packet: &mut Skb,
+                Quote(quote): Quote,
+                Changes(changes): Changes,
+            ) -> Outcome {
                 Outcome($mend_error(context(packet), quote, changes))
             }
 
@@ -166,10 +179,38 @@ fn context(packet: &Skb) -> *mut __sk_buff {
 }
 
 steps!(
-    V4, leave_v4, arrive_v4, enter_v4, mend_v4, open_v4, refuse_v4, find_error_v4, deliver_error_v4,
-    requote_error_v4, mend_error_v4, find_fragment_v4, first_fragment_v4, later_fragment_v4, remember_fragment_v4
+    V4,
+    leave_v4,
+    arrive_v4,
+    enter_v4,
+    mend_v4,
+    choose_v4,
+    track_v4,
+    refuse_v4,
+    find_error_v4,
+    deliver_error_v4,
+    requote_error_v4,
+    mend_error_v4,
+    find_fragment_v4,
+    first_fragment_v4,
+    later_fragment_v4,
+    remember_fragment_v4
 );
 steps!(
-    V6, leave_v6, arrive_v6, enter_v6, mend_v6, open_v6, refuse_v6, find_error_v6, deliver_error_v6,
-    requote_error_v6, mend_error_v6, find_fragment_v6, first_fragment_v6, later_fragment_v6, remember_fragment_v6
+    V6,
+    leave_v6,
+    arrive_v6,
+    enter_v6,
+    mend_v6,
+    choose_v6,
+    track_v6,
+    refuse_v6,
+    find_error_v6,
+    deliver_error_v6,
+    requote_error_v6,
+    mend_error_v6,
+    find_fragment_v6,
+    first_fragment_v6,
+    later_fragment_v6,
+    remember_fragment_v6
 );
