@@ -8,7 +8,7 @@ use ferroflow_common::verdict::{DropReason, Verdict};
 
 use crate::conntrack::{self, Halves};
 use crate::fragment::Part;
-use crate::icmp::{Changes, Errors, Quote};
+use crate::icmp::{Errors, Quote};
 use crate::lb;
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Headers, Parse};
@@ -285,7 +285,7 @@ where
     let outcome = tables.deliver_error(packet, quote, origin);
     match outcome.fate() {
         Ok(Fate::Goes(_)) => {
-            let changes: Changes = tables.requote_error(packet, quote);
+            let changes = tables.requote_error(packet, quote);
             let mended = tables.mend_error(packet, quote, changes);
             if mended.is_dropped() { mended } else { outcome }
         }

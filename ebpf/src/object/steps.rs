@@ -17,7 +17,7 @@ use ferroflow_ebpf::{conntrack, device, pod, service};
 use crate::maps::Kernel;
 use crate::skb::Skb;
 
-/// Global functions of a packet.
+/// Global functions of a packet. The compiler may not inline them: in their caller they would be followed once a path.
 macro_rules! global {
     ($(fn $name:ident($skb:ident, $($argument:ident: $number:ty),*) $body:block)*) => {$(
         #[unsafe(no_mangle)]
