@@ -5,6 +5,7 @@ use core::hash::Hash;
 use core::mem::offset_of;
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
+use zerocopy::transmute;
 
 use crate::addr::{Addr, Proto};
 
@@ -79,8 +80,7 @@ impl Family for V6 {
 
     #[inline(always)]
     fn from_words(words: [u32; 4]) -> [u8; 16] {
-        let [a, b, c, d] = words.map(u32::to_ne_bytes);
-        [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
+        transmute!(words)
     }
 
     #[inline(always)]
@@ -94,12 +94,7 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn words(b: &[u8; 16]) -> [u32; 4] {
-        [
-            u32::from_ne_bytes([b[0], b[1], b[2], b[3]]),
-            u32::from_ne_bytes([b[4], b[5], b[6], b[7]]),
-            u32::from_ne_bytes([b[8], b[9], b[10], b[11]]),
-            u32::from_ne_bytes([b[12], b[13], b[14], b[15]]),
-        ]
+    fn words(bytes: &[u8; 16]) -> [u32; 4] {
+        transmute!(*bytes)
     }
 }

@@ -102,7 +102,7 @@ pub fn followed<F: Family, T: Tables<F>>(
 
 /// Enters the other direction of the packet's flow again, as this one has it (rule 34): a reply without an entry would
 /// reach the client as from a stranger, and be reset.
-#[inline(never)]
+#[inline(always)]
 pub fn mend<F: Parse, P: Packet, T: Tables<F>>(packet: &P, tables: &T) {
     let Ok(Some(headers)) = parse::headers::<F, P>(packet) else { return };
     let tuple = &headers.tuple;

@@ -11,7 +11,8 @@ use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::route;
 use crate::service::{self, Origin, Outcome, Way};
-use crate::tables::{Datagrams, Tables};
+use crate::steps::Steps;
+use crate::tables::Tables;
 
 /// A packet from outside the node.
 ///
@@ -21,29 +22,21 @@ use crate::tables::{Datagrams, Tables};
 pub fn arriving<P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
 where
     P: Reshape,
-    T: Tables<V4> + Tables<V6> + Datagrams<P>,
+    T: Steps<V4, P> + Steps<V6, P>,
 {
     match packet.ethertype() {
-        V4::ETHERTYPE => service::in_steps::<V4, P, T>(packet, tables, Origin::Outside, arrive::<V4, P, T>),
-        V6::ETHERTYPE => service::in_steps::<V6, P, T>(packet, tables, Origin::Outside, arrive::<V6, P, T>),
+        V4::ETHERTYPE => service::in_steps::<V4, P, T>(packet, tables, Origin::Outside),
+        V6::ETHERTYPE => service::in_steps::<V6, P, T>(packet, tables, Origin::Outside),
         _ => Ok(Verdict::Stack),
     }
 }
 
 /// A packet of a flow that is known, or of no service: the stack's, which knows where the node's pods are.
-#[inline(never)]
-fn arrive<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Outcome
-where
-    F: Parse,
-    F::Bytes: Ends,
-    P: Packet,
-    T: Tables<F>,
-{
-    Outcome::of(try_arrive(packet, tables, way))
-}
-
+///
+/// # Errors
+/// Why the packet is dropped.
 #[inline(always)]
-fn try_arrive<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Outcome, DropReason>
+pub fn arrive<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Outcome, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,

@@ -36,7 +36,7 @@ use crate::tables::{Aligned, Datagrams, Tables};
 /// A fragment in one register, so that steps may hand it on: where its identification is, its protocol, and its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
-pub struct Part(u64);
+pub struct Part(pub u64);
 
 const FIRST: u64 = 1 << 32;
 const LATER: u64 = 2 << 32;
@@ -76,7 +76,7 @@ impl Part {
 }
 
 /// Looks for a fragment.
-#[inline(never)]
+#[inline(always)]
 pub fn find<F: Errors, P: Packet>(packet: &P) -> Part {
     let Ok(network) = F::network(packet) else { return Part::NONE };
     match network.fragment {
@@ -88,18 +88,11 @@ pub fn find<F: Errors, P: Packet>(packet: &P) -> Part {
 
 /// A first fragment, before it goes the way of a whole packet: then [`Outcome::RARE`]. Until [`remember`] its datagram
 /// counts as dropped, because it may be.
-#[inline(never)]
-pub fn first<F, P, T>(packet: &mut P, tables: &T, part: Part, origin: Origin) -> Outcome
-where
-    F: Errors,
-    P: Packet,
-    T: Tables<F> + Datagrams<P>,
-{
-    Outcome::of(try_first::<F, P, T>(packet, tables, part, origin))
-}
-
+///
+/// # Errors
+/// Why the packet is dropped.
 #[inline(always)]
-fn try_first<F, P, T>(packet: &mut P, tables: &T, part: Part, origin: Origin) -> Result<Outcome, DropReason>
+pub fn first<F, P, T>(packet: &mut P, tables: &T, part: Part, origin: Origin) -> Result<Outcome, DropReason>
 where
     F: Errors,
     P: Packet,
@@ -132,7 +125,7 @@ where
 }
 
 /// Remembers what the noted first fragment has become.
-#[inline(never)]
+#[inline(always)]
 pub fn remember<F, P, T>(packet: &P, tables: &T, outcome: Outcome, origin: Origin)
 where
     F: Errors,
@@ -155,18 +148,11 @@ where
 }
 
 /// A fragment after the first.
-#[inline(never)]
-pub fn later<F, P, T>(packet: &mut P, tables: &T, part: Part, origin: Origin) -> Outcome
-where
-    F: Errors,
-    P: Packet,
-    T: Tables<F> + Datagrams<P>,
-{
-    Outcome::of(try_later::<F, P, T>(packet, tables, part, origin))
-}
-
+///
+/// # Errors
+/// Why the packet is dropped.
 #[inline(always)]
-fn try_later<F, P, T>(packet: &mut P, tables: &T, part: Part, origin: Origin) -> Result<Outcome, DropReason>
+pub fn later<F, P, T>(packet: &mut P, tables: &T, part: Part, origin: Origin) -> Result<Outcome, DropReason>
 where
     F: Errors,
     P: Packet,

@@ -63,7 +63,7 @@ impl Errors for V6 {
 /// quotes another have sixteen bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
-pub struct Quote(u64);
+pub struct Quote(pub u64);
 
 impl Quote {
     /// No error, or one that quotes no ports.
@@ -123,7 +123,7 @@ impl Parts {
 
 /// Looks for an error that quotes ports. This and what follows are steps of their own, because all in one have more
 /// variables than the programs' stack has room for.
-#[inline(never)]
+#[inline(always)]
 pub fn find<F: Errors, P: Packet>(packet: &P) -> Quote {
     try_find::<F, P>(packet).unwrap_or(Quote::NONE)
 }
@@ -148,19 +148,12 @@ fn try_find<F: Errors, P: Packet>(packet: &P) -> Option<Quote> {
 }
 
 /// Sends an error about a known flow to who is to get it: its own header gets new ends.
-#[inline(never)]
-pub fn deliver<F, P, T>(packet: &mut P, tables: &T, quote: Quote, origin: Origin) -> Outcome
-where
-    F: Errors,
-    P: Packet,
-    T: Tables<F>,
-{
-    Outcome::of(try_deliver::<F, P, T>(packet, tables, quote, origin))
-}
-
 /// [`Outcome::RARE`] where the error is about no flow that is known.
+///
+/// # Errors
+/// Why the packet is dropped.
 #[inline(always)]
-fn try_deliver<F, P, T>(
+pub fn deliver<F, P, T>(
     packet: &mut P,
     tables: &T,
     quote: Quote,
@@ -198,7 +191,7 @@ where
 /// How the quoted ends have changed, in one register: the sum of the addresses, and of addresses and ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
-pub struct Changes(u64);
+pub struct Changes(pub u64);
 
 impl Changes {
     /// Nothing was changed.
@@ -221,7 +214,7 @@ impl Changes {
 }
 
 /// Gives what an error quotes the ends that its receiver knows; [`Changes::NONE`] where the packet cannot be written.
-#[inline(never)]
+#[inline(always)]
 pub fn requote<F, P, T>(packet: &mut P, tables: &T, quote: Quote) -> Changes
 where
     F: Errors,
@@ -266,7 +259,7 @@ const fn turned(entry: &Entry) -> Rewrite {
 ///
 /// # Errors
 /// [`DropReason::Rewrite`].
-#[inline(never)]
+#[inline(always)]
 pub fn mend<F: Errors, P: Packet>(packet: &mut P, quote: Quote, changes: Changes) -> Result<(), DropReason> {
     if changes == Changes::NONE {
         return Err(DropReason::Rewrite);

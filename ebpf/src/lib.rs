@@ -28,7 +28,8 @@
 //!
 //! Nothing here knows aya or the kernel: a packet is a [`packet::Packet`], the maps are [`tables::Tables`], and tests
 //! run all of it on the host for both families. `object/` implements both traits for the kernel and holds all unsafe.
-//! Everything is generic and inlined, so it costs nothing there.
+//! Everything is generic and inlined into one function for each of the [`steps`] and one for each program, so it costs
+//! nothing there.
 #![cfg_attr(target_arch = "bpf", no_std)]
 #![forbid(unsafe_code)]
 
@@ -51,6 +52,7 @@ pub mod reject;
 pub mod route;
 pub mod service;
 pub mod socket;
+pub mod steps;
 pub mod tables;
 pub mod tunnel;
 pub mod xdp;

@@ -10,7 +10,8 @@ use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::route;
 use crate::service::{self, Origin, Outcome, Way};
-use crate::tables::{Datagrams, Tables};
+use crate::steps::Steps;
+use crate::tables::Tables;
 
 /// A packet that a pod sends, at the host's end of its interface.
 ///
@@ -20,11 +21,11 @@ use crate::tables::{Datagrams, Tables};
 pub fn leaving<P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
 where
     P: Reshape,
-    T: Tables<V4> + Tables<V6> + Datagrams<P>,
+    T: Steps<V4, P> + Steps<V6, P>,
 {
     match packet.ethertype() {
-        V4::ETHERTYPE => service::in_steps::<V4, P, T>(packet, tables, Origin::Pod, leave::<V4, P, T>),
-        V6::ETHERTYPE => service::in_steps::<V6, P, T>(packet, tables, Origin::Pod, leave::<V6, P, T>),
+        V4::ETHERTYPE => service::in_steps::<V4, P, T>(packet, tables, Origin::Pod),
+        V6::ETHERTYPE => service::in_steps::<V6, P, T>(packet, tables, Origin::Pod),
         _ => Ok(Verdict::Stack),
     }
 }
@@ -37,30 +38,22 @@ where
 #[inline(always)]
 pub fn entering<P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
 where
-    P: Packet,
-    T: Tables<V4> + Tables<V6> + Datagrams<P>,
+    P: Reshape,
+    T: Steps<V4, P> + Steps<V6, P>,
 {
     match packet.ethertype() {
-        V4::ETHERTYPE => service::routed::<V4, P, T>(packet, tables, enter::<V4, P, T>),
-        V6::ETHERTYPE => service::routed::<V6, P, T>(packet, tables, enter::<V6, P, T>),
+        V4::ETHERTYPE => service::routed::<V4, P, T>(packet, tables),
+        V6::ETHERTYPE => service::routed::<V6, P, T>(packet, tables),
         _ => Ok(Verdict::Stack),
     }
 }
 
 /// A packet of a flow that is known, or of no service.
-#[inline(never)]
-fn leave<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Outcome
-where
-    F: Parse,
-    F::Bytes: Ends,
-    P: Packet,
-    T: Tables<F>,
-{
-    Outcome::of(try_leave(packet, tables, way))
-}
-
+///
+/// # Errors
+/// Why the packet is dropped.
 #[inline(always)]
-fn try_leave<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Outcome, DropReason>
+pub fn leave<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Outcome, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
@@ -92,19 +85,12 @@ where
     service::stray(tables, &mut key)
 }
 
-#[inline(never)]
-fn enter<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Outcome
-where
-    F: Parse,
-    F::Bytes: Ends,
-    P: Packet,
-    T: Tables<F>,
-{
-    Outcome::of(try_enter(packet, tables, way))
-}
-
+/// A packet that goes on where it goes, as what a known flow makes of it.
+///
+/// # Errors
+/// Why the packet is dropped.
 #[inline(always)]
-fn try_enter<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Outcome, DropReason>
+pub fn enter<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Outcome, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,

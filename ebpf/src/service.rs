@@ -7,16 +7,18 @@ use ferroflow_common::family::Family;
 use ferroflow_common::verdict::{DropReason, Verdict};
 
 use crate::conntrack::{self, Halves};
-use crate::fragment::{self, Part};
-use crate::icmp::{self, Errors, Quote};
+use crate::fragment::Part;
+use crate::icmp::{Errors, Quote};
 use crate::lb;
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Headers, Parse};
 use crate::reject::{self, Answer};
-use crate::tables::{Datagrams, Services, Tables};
+use crate::steps::Steps;
+use crate::tables::{Services, Tables};
 
 /// Where a packet comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
 pub enum Origin {
     /// A pod of this node.
     Pod,
@@ -25,10 +27,22 @@ pub enum Origin {
     Node,
 }
 
+impl Origin {
+    /// The origin with this number; the node where there is none.
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::Pod,
+            1 => Self::Outside,
+            _ => Self::Node,
+        }
+    }
+}
+
 /// How a step takes a packet. A number, so that the verifier can forget it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
-pub struct Way(u32);
+pub struct Way(pub u32);
 
 impl Way {
     /// As it comes.
@@ -56,7 +70,7 @@ pub enum Fate {
 /// that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
-pub struct Outcome(u64);
+pub struct Outcome(pub u64);
 
 const STACK: u32 = 0;
 const FORWARD: u32 = 1;
@@ -68,6 +82,13 @@ const RARE: u32 = 6;
 const TAKEN: u32 = 7;
 const HALVED: u32 = 8;
 const REFUSED: u32 = 9;
+const TRACKED: u32 = 10;
+/// With a backend's index, and any of the two bits below.
+const CHOSEN: u32 = 16;
+/// The backend is to see the node's address instead of the client's.
+const MASQUERADED: u32 = 1;
+/// The backend counts its connections.
+const COUNTED: u32 = 2;
 
 impl Outcome {
     pub(crate) const STACK: Self = Self::new(STACK, 0);
@@ -75,7 +96,10 @@ impl Outcome {
     pub(crate) const OPENS: Self = Self::new(OPENS, 0);
     pub(crate) const RARE: Self = Self::new(RARE, 0);
     pub(crate) const HALVED: Self = Self::new(HALVED, 0);
+    /// No endpoint: the packet is to be turned into its own refusal.
     pub(crate) const REFUSED: Self = Self::new(REFUSED, 0);
+    /// The packet's flow is known now.
+    pub(crate) const TRACKED: Self = Self::new(TRACKED, 0);
 
     #[inline(always)]
     const fn new(kind: u32, number: u32) -> Self {
@@ -110,6 +134,11 @@ impl Outcome {
     }
 
     #[inline(always)]
+    const fn is_chosen(self) -> bool {
+        (self.0 >> 32) as u32 & CHOSEN != 0
+    }
+
+    #[inline(always)]
     const fn is_dropped(self) -> bool {
         (self.0 >> 32) as u32 == DROPPED
     }
@@ -125,61 +154,51 @@ impl Outcome {
             REPLY => Ok(Fate::Goes(Verdict::Reply)),
             POD => Ok(Fate::Goes(Verdict::Pod { ifindex: number })),
             TAKEN => Ok(Fate::Goes(Verdict::Taken)),
-            OPENS | RARE | HALVED | REFUSED => Ok(Fate::Unfinished),
+            OPENS | RARE | HALVED | REFUSED | TRACKED => Ok(Fate::Unfinished),
             _ => Err(DropReason::from_number(number)),
         }
     }
 }
 
-/// What a new flow gets.
-enum Opened {
-    Tracked,
-    /// No endpoint: the packet is to be turned into its own refusal.
-    Refused,
-}
-
-/// One step after the other, not one inside the other: each is a function of its own in the kernel and has the 512
-/// bytes of stack that a chain of calls may use nearly to itself. A step reads the headers again, and the first packet
-/// of a flow takes the way of the second, `known`, once its flow is tracked; which only that packet pays.
+/// One step after the other, not one inside the other: each has the 512 bytes of stack that a chain of calls may use
+/// nearly to itself. A step reads the headers again, and the first packet of a flow takes the way of the second,
+/// [`Steps::known`], once its flow is tracked; which only that packet pays.
 ///
 /// # Errors
 /// Why the packet is dropped.
 #[inline(always)]
-pub fn in_steps<F, P, T>(
-    packet: &mut P,
-    tables: &T,
-    origin: Origin,
-    known: impl Fn(&mut P, &T, Way) -> Outcome,
-) -> Result<Verdict, DropReason>
+pub fn in_steps<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Verdict, DropReason>
 where
     F: Answer + Errors,
     P: Reshape,
-    T: Tables<F> + Datagrams<P>,
+    T: Steps<F, P>,
 {
     let mut way = Way::USUAL;
-    let mut outcome = known(packet, tables, way);
+    let mut outcome = tables.known(packet, origin, way);
     if outcome == Outcome::HALVED {
-        conntrack::mend::<F, P, T>(packet, tables);
-        outcome = known(packet, tables, Way::MENDED);
+        tables.mend(packet);
+        outcome = tables.known(packet, origin, Way::MENDED);
     } else if outcome == Outcome::RARE {
         outcome = rare::<F, P, T>(packet, tables, origin);
         if outcome == Outcome::RARE {
             way = Way::FIRST_FRAGMENT;
-            outcome = known(packet, tables, way).or_stack();
+            outcome = tables.known(packet, origin, way).or_stack();
         }
     }
     let way = Way(packet.forget(way.0));
     if outcome == Outcome::OPENS {
-        outcome = match open::<F, P, T>(packet, tables, origin)? {
-            Opened::Tracked => known(packet, tables, way),
-            Opened::Refused => Outcome::REFUSED,
-        };
+        outcome = tables.choose(packet, origin);
+        if outcome.is_chosen() {
+            outcome = tables.track_flow(packet, outcome);
+        }
+        if outcome == Outcome::TRACKED {
+            outcome = tables.known(packet, origin, way);
+        }
     }
     if outcome == Outcome::REFUSED {
-        return refuse::<F, P>(packet);
-    }
-    if way == Way::FIRST_FRAGMENT && !outcome.is_dropped() {
-        fragment::remember::<F, P, T>(packet, tables, outcome, origin);
+        outcome = tables.refuse(packet);
+    } else if way == Way::FIRST_FRAGMENT && !outcome.is_dropped() {
+        tables.remember_fragment(packet, outcome, origin);
     }
     match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
@@ -193,26 +212,22 @@ where
 /// # Errors
 /// Why the packet is dropped.
 #[inline(always)]
-pub fn routed<F, P, T>(
-    packet: &mut P,
-    tables: &T,
-    known: impl Fn(&mut P, &T, Way) -> Outcome,
-) -> Result<Verdict, DropReason>
+pub fn routed<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
 where
-    F: Errors,
-    P: Packet,
-    T: Tables<F> + Datagrams<P>,
+    F: Answer + Errors,
+    P: Reshape,
+    T: Steps<F, P>,
 {
-    let mut outcome = known(packet, tables, Way::USUAL);
+    let mut outcome = tables.known(packet, Origin::Node, Way::USUAL);
     if outcome == Outcome::HALVED {
-        conntrack::mend::<F, P, T>(packet, tables);
-        outcome = known(packet, tables, Way::MENDED);
+        tables.mend(packet);
+        outcome = tables.known(packet, Origin::Node, Way::MENDED);
     } else if outcome == Outcome::RARE {
         outcome = rare::<F, P, T>(packet, tables, Origin::Node);
         if outcome == Outcome::RARE {
-            outcome = known(packet, tables, Way::FIRST_FRAGMENT).or_stack();
+            outcome = tables.known(packet, Origin::Node, Way::FIRST_FRAGMENT).or_stack();
             if !outcome.is_dropped() {
-                fragment::remember::<F, P, T>(packet, tables, outcome, Origin::Node);
+                tables.remember_fragment(packet, outcome, Origin::Node);
             }
         }
     }
@@ -227,11 +242,11 @@ where
 #[inline(always)]
 fn rare<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Outcome
 where
-    F: Errors,
-    P: Packet,
-    T: Tables<F> + Datagrams<P>,
+    F: Answer + Errors,
+    P: Reshape,
+    T: Steps<F, P>,
 {
-    let quote = icmp::find::<F, P>(packet);
+    let quote = tables.find_error(packet);
     if quote != Quote::NONE {
         return error::<F, P, T>(packet, tables, quote, origin);
     }
@@ -242,39 +257,37 @@ where
 #[inline(always)]
 fn fragments<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Outcome
 where
-    F: Errors,
-    P: Packet,
-    T: Tables<F> + Datagrams<P>,
+    F: Answer + Errors,
+    P: Reshape,
+    T: Steps<F, P>,
 {
-    let part = fragment::find::<F, P>(packet);
+    let part = tables.find_fragment(packet);
     if part == Part::NONE {
         return Outcome::STACK;
     }
     if part.is_first() {
-        let outcome = fragment::first::<F, P, T>(packet, tables, part, origin);
+        let outcome = tables.first_fragment(packet, part, origin);
         // It has become one that waited for it.
         if outcome != Outcome::STACK {
             return outcome;
         }
     }
-    fragment::later::<F, P, T>(packet, tables, part, origin)
+    tables.later_fragment(packet, part, origin)
 }
 
 #[inline(always)]
 fn error<F, P, T>(packet: &mut P, tables: &T, quote: Quote, origin: Origin) -> Outcome
 where
-    F: Errors,
-    P: Packet,
-    T: Tables<F>,
+    F: Answer + Errors,
+    P: Reshape,
+    T: Steps<F, P>,
 {
-    let outcome = icmp::deliver::<F, P, T>(packet, tables, quote, origin);
+    let outcome = tables.deliver_error(packet, quote, origin);
     match outcome.fate() {
         Ok(Fate::Goes(_)) => {
-            let changes = icmp::requote::<F, P, T>(packet, tables, quote);
-            match icmp::mend::<F, P>(packet, quote, changes) {
-                Ok(()) => outcome,
-                Err(reason) => Outcome::of(Err(reason)),
-            }
+            let changes = tables.requote_error(packet, quote);
+            let mended = tables.mend_error(packet, quote, changes);
+            if mended.is_dropped() { mended } else { outcome }
         }
         Ok(Fate::Unfinished) => Outcome::STACK,
         Err(_) => outcome,
@@ -311,9 +324,12 @@ pub fn stray<T: Services>(tables: &T, key: &mut FrontendKey) -> Result<Outcome, 
     }
 }
 
-/// Chooses a backend and tracks the flow.
-#[inline(never)]
-fn open<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Opened, DropReason>
+/// Chooses a backend: an outcome that [`track`] takes, or [`Outcome::REFUSED`] where there is none.
+///
+/// # Errors
+/// Why the packet is dropped.
+#[inline(always)]
+pub fn choose<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Outcome, DropReason>
 where
     F: Parse,
     P: Packet,
@@ -337,42 +353,59 @@ where
     }
     let hash = || lb::flow_hash::<F>(tuple);
     let Some(index) = lb::kept_or_chosen(tables, &frontend, client, now, hash)? else {
-        return Ok(Opened::Refused);
+        return Ok(Outcome::REFUSED);
     };
-    let masquerade = masquerade::<F, T>(tables, &frontend, origin)?;
+    let masqueraded = if masquerades(tables, &frontend, origin) { MASQUERADED } else { 0 };
+    let counted = if frontend.flags & Frontend::LEAST_CONNECTION != 0 { COUNTED } else { 0 };
+    Ok(Outcome::new(CHOSEN | masqueraded | counted, index))
+}
+
+/// Tracks the flow to the backend that [`choose`] chose: [`Outcome::TRACKED`].
+///
+/// # Errors
+/// Why the packet is dropped.
+#[inline(always)]
+pub fn track<F, P, T>(packet: &mut P, tables: &T, chosen: Outcome) -> Result<Outcome, DropReason>
+where
+    F: Parse,
+    P: Packet,
+    T: Tables<F>,
+{
+    let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
+    let (kind, index) = ((chosen.0 >> 32) as u32, chosen.0 as u32);
+    let mut masquerade = None;
+    if kind & MASQUERADED != 0 {
+        let own = tables.masquerade();
+        if F::words(&own) == [0; 4] {
+            return Err(DropReason::NoMasquerade);
+        }
+        masquerade = Some(own);
+    }
     conntrack::open(tables, &headers, index, masquerade)?;
-    if frontend.flags & Frontend::LEAST_CONNECTION != 0 {
+    if kind & COUNTED != 0 {
         tables.connect(index);
     }
-    Ok(Opened::Tracked)
+    Ok(Outcome::TRACKED)
 }
 
 /// Replies to a client from outside must come back through this node, unless the service's backends are all here
 /// (rule 26 a and c). A pod's come back past it anyway; it is masqueraded only where all are, at cluster IPs (26 e).
 #[inline(always)]
-fn masquerade<F: Family, T: Tables<F>>(
-    tables: &T,
-    frontend: &Frontend,
-    origin: Origin,
-) -> Result<Option<F::Bytes>, DropReason> {
-    let keeps = match origin {
+fn masquerades<T: Services>(tables: &T, frontend: &Frontend, origin: Origin) -> bool {
+    match origin {
         Origin::Pod | Origin::Node => {
-            frontend.flags & Frontend::NORTH_SOUTH != 0 || tables.settings() & Settings::MASQUERADE_ALL == 0
+            frontend.flags & Frontend::NORTH_SOUTH == 0 && tables.settings() & Settings::MASQUERADE_ALL != 0
         }
-        Origin::Outside => frontend.flags & Frontend::KEEP_CLIENT != 0,
-    };
-    if keeps {
-        return Ok(None);
+        Origin::Outside => frontend.flags & Frontend::KEEP_CLIENT == 0,
     }
-    let own = tables.masquerade();
-    if F::words(&own) == [0; 4] {
-        return Err(DropReason::NoMasquerade);
-    }
-    Ok(Some(own))
 }
 
-#[inline(never)]
-fn refuse<F: Answer, P: Reshape>(packet: &mut P) -> Result<Verdict, DropReason> {
+/// Turns the packet into its refusal.
+///
+/// # Errors
+/// Why it is dropped instead.
+#[inline(always)]
+pub fn refuse<F: Answer, P: Reshape>(packet: &mut P) -> Result<Outcome, DropReason> {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Reject)?;
-    reject::reject(packet, &headers)
+    Ok(Outcome::goes(reject::reject(packet, &headers)?))
 }

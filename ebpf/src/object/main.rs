@@ -10,6 +10,7 @@ mod fib;
 mod maps;
 mod skb;
 mod socket;
+mod steps;
 mod tc;
 mod tunnel;
 mod xdp;

@@ -17,8 +17,11 @@ use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::DropReason;
 
 use super::{Aligned, Datagrams, InsertError, OnConflict, Services, Tables, Tracked};
+use crate::icmp::Errors;
 use crate::packet::Bytes;
 use crate::policy::Policies;
+use crate::reject::Answer;
+use crate::steps::Steps;
 
 #[derive(Debug, Default)]
 pub struct Fake {
@@ -366,3 +369,5 @@ macro_rules! tables {
 
 tables!(V4);
 tables!(V6);
+
+impl<F: Answer + Errors> Steps<F, Bytes> for Fake where Self: Tables<F> {}

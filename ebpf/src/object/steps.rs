@@ -1,0 +1,216 @@
+//! The steps as global functions: the verifier follows each once, with any packet and any number, and not once for every
+//! call and every state at the call. What they take and give are a program's context and numbers, because before 6.1 the
+//! kernel lets global functions have nothing else.
+
+use core::ptr::NonNull;
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::programs::TcContext;
+use ferroflow_common::family::{V4, V6};
+use ferroflow_ebpf::fragment::{self, Part};
+use ferroflow_ebpf::icmp::{self, Changes, Quote};
+use ferroflow_ebpf::service::{Origin, Outcome, Way};
+use ferroflow_ebpf::steps::Steps;
+use ferroflow_ebpf::{conntrack, device, pod, service};
+
+use crate::maps::Kernel;
+use crate::skb::Skb;
+
+/// Global functions of a packet. The compiler may not inline them: in their caller they would be followed once a path.
+macro_rules! global {
+    ($(fn $name:ident($skb:ident, $($argument:ident: $number:ty),*) $body:block)*) => {$(
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub(crate) extern "C" fn $name($skb: *mut __sk_buff, $($argument: $number),*) -> u64 {
+            // SAFETY: a program's context, which is never null; the verifier admits nothing else here.
+            let $skb = &mut Skb(TcContext::new(unsafe { NonNull::new_unchecked($skb) }));
+            $body.0
+        }
+    )*};
+}
+
+/// The functions of one family, each under a name of its own, and the trait that calls them.
+macro_rules! steps {
+    (
+        $family:ty, $leave:ident, $arrive:ident, $enter:ident, $mend:ident, $choose:ident, $track:ident, $refuse:ident,
+        $find_error:ident, $deliver_error:ident, $requote_error:ident, $mend_error:ident,
+        $find_fragment:ident, $first_fragment:ident, $later_fragment:ident, $remember_fragment:ident
+    ) => {
+        global! {
+            fn $leave(skb, way: u32) {
+                Outcome::of(pod::leave::<$family, _, _>(skb, &Kernel, Way(way)))
+            }
+            fn $arrive(skb, way: u32) {
+                Outcome::of(device::arrive::<$family, _, _>(skb, &Kernel, Way(way)))
+            }
+            fn $enter(skb, way: u32) {
+                Outcome::of(pod::enter::<$family, _, _>(skb, &Kernel, Way(way)))
+            }
+            fn $mend(skb, ) {
+                conntrack::mend::<$family, _, _>(skb, &Kernel);
+                NOTHING
+            }
+            fn $choose(skb, origin: u32) {
+                Outcome::of(service::choose::<$family, _, _>(skb, &Kernel, Origin::from_number(origin)))
+            }
+            fn $track(skb, chosen: u64) {
+                Outcome::of(service::track::<$family, _, _>(skb, &Kernel, Outcome(chosen)))
+            }
+            fn $refuse(skb, ) {
+                Outcome::of(service::refuse::<$family, _>(skb))
+            }
+            fn $find_error(skb, ) {
+                icmp::find::<$family, _>(skb)
+            }
+            fn $deliver_error(skb, quote: u64, origin: u32) {
+                let origin = Origin::from_number(origin);
+                Outcome::of(icmp::deliver::<$family, _, _>(skb, &Kernel, Quote(quote), origin))
+            }
+            fn $requote_error(skb, quote: u64) {
+                icmp::requote::<$family, _, _>(skb, &Kernel, Quote(quote))
+            }
+            fn $mend_error(skb, quote: u64, changes: u64) {
+                let mended = icmp::mend::<$family, _>(skb, Quote(quote), Changes(changes));
+                Outcome::of(mended.map(|()| NOTHING))
+            }
+            fn $find_fragment(skb, ) {
+                fragment::find::<$family, _>(skb)
+            }
+            fn $first_fragment(skb, part: u64, origin: u32) {
+                let origin = Origin::from_number(origin);
+                Outcome::of(fragment::first::<$family, _, _>(skb, &Kernel, Part(part), origin))
+            }
+            fn $later_fragment(skb, part: u64, origin: u32) {
+                let origin = Origin::from_number(origin);
+                Outcome::of(fragment::later::<$family, _, _>(skb, &Kernel, Part(part), origin))
+            }
+            fn $remember_fragment(skb, outcome: u64, origin: u32) {
+                let origin = Origin::from_number(origin);
+                fragment::remember::<$family, _, _>(skb, &Kernel, Outcome(outcome), origin);
+                NOTHING
+            }
+        }
+
+        impl Steps<$family, Skb> for Kernel {
+            #[inline(always)]
+            fn known(&self, packet: &mut Skb, origin: Origin, Way(way): Way) -> Outcome {
+                Outcome(match origin {
+                    Origin::Pod => $leave(context(packet), way),
+                    Origin::Outside => $arrive(context(packet), way),
+                    Origin::Node => $enter(context(packet), way),
+                })
+            }
+
+            #[inline(always)]
+            fn mend(&self, packet: &mut Skb) {
+                $mend(context(packet));
+            }
+
+            #[inline(always)]
+            fn choose(&self, packet: &mut Skb, origin: Origin) -> Outcome {
+                Outcome($choose(context(packet), origin as u32))
+            }
+
+            #[inline(always)]
+            fn track_flow(&self, packet: &mut Skb, Outcome(chosen): Outcome) -> Outcome {
+                Outcome($track(context(packet), chosen))
+            }
+
+            #[inline(always)]
+            fn refuse(&self, packet: &mut Skb) -> Outcome {
+                Outcome($refuse(context(packet)))
+            }
+
+            #[inline(always)]
+            fn find_error(&self, packet: &mut Skb) -> Quote {
+                Quote($find_error(context(packet)))
+            }
+
+            #[inline(always)]
+            fn deliver_error(&self, packet: &mut Skb, Quote(quote): Quote, origin: Origin) -> Outcome {
+                Outcome($deliver_error(context(packet), quote, origin as u32))
+            }
+
+            #[inline(always)]
+            fn requote_error(&self, packet: &mut Skb, Quote(quote): Quote) -> Changes {
+                Changes($requote_error(context(packet), quote))
+            }
+
+            #[inline(always)]
+            fn mend_error(
+                &self,
+                packet: &mut Skb,
+                Quote(quote): Quote,
+                Changes(changes): Changes,
+            ) -> Outcome {
+                Outcome($mend_error(context(packet), quote, changes))
+            }
+
+            #[inline(always)]
+            fn find_fragment(&self, packet: &mut Skb) -> Part {
+                Part($find_fragment(context(packet)))
+            }
+
+            #[inline(always)]
+            fn first_fragment(&self, packet: &mut Skb, Part(part): Part, origin: Origin) -> Outcome {
+                Outcome($first_fragment(context(packet), part, origin as u32))
+            }
+
+            #[inline(always)]
+            fn later_fragment(&self, packet: &mut Skb, Part(part): Part, origin: Origin) -> Outcome {
+                Outcome($later_fragment(context(packet), part, origin as u32))
+            }
+
+            #[inline(always)]
+            fn remember_fragment(&self, packet: &mut Skb, Outcome(outcome): Outcome, origin: Origin) {
+                $remember_fragment(context(packet), outcome, origin as u32);
+            }
+        }
+    };
+}
+
+/// Of a step that has nothing to say.
+const NOTHING: Outcome = Outcome(0);
+
+#[inline(always)]
+fn context(packet: &Skb) -> *mut __sk_buff {
+    packet.0.as_ptr().cast()
+}
+
+steps!(
+    V4,
+    leave_v4,
+    arrive_v4,
+    enter_v4,
+    mend_v4,
+    choose_v4,
+    track_v4,
+    refuse_v4,
+    find_error_v4,
+    deliver_error_v4,
+    requote_error_v4,
+    mend_error_v4,
+    find_fragment_v4,
+    first_fragment_v4,
+    later_fragment_v4,
+    remember_fragment_v4
+);
+steps!(
+    V6,
+    leave_v6,
+    arrive_v6,
+    enter_v6,
+    mend_v6,
+    choose_v6,
+    track_v6,
+    refuse_v6,
+    find_error_v6,
+    deliver_error_v6,
+    requote_error_v6,
+    mend_error_v6,
+    find_fragment_v6,
+    first_fragment_v6,
+    later_fragment_v6,
+    remember_fragment_v6
+);
