@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use aya_log::EbpfLogger;
 use ferroflow_common::abi::state::AgentState;
@@ -11,7 +11,7 @@ use futures_util::FutureExt as _;
 use futures_util::future::{self, BoxFuture};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedReceiver, UnboundedSender};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch as latest};
 use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 
@@ -31,8 +31,10 @@ use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
 use crate::model::{Change, KubeProxy};
 use crate::net::{self, Moved, NetError, NetEvent};
+use crate::observe::{self, Metrics};
 use crate::plan;
 use crate::reconcile::{self, Limits, Reconciler};
+use crate::scrape::Gauges;
 use crate::watch::file::{FileSource, Timing};
 use crate::watch::kube::{self, Access, AccessError, KubeSource, Network, Timing as ApiTiming};
 use crate::watch::{self, Contact, Event, Source as _};
@@ -58,6 +60,7 @@ const QUEUE: usize = 1024;
 /// # Errors
 /// [`DaemonError`] where it cannot start.
 pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
+    let started = SystemTime::now();
     datapath::prepare(&config.bpffs)?;
     datapath::unlock_settings();
     let _lock = Lock::acquire(&config.bpffs.dir)?;
@@ -93,7 +96,12 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let watching = tokio::spawn(net::watch(events));
     let (events, proxies) = mpsc::channel(QUEUE);
     let searching = tokio::spawn(kube_proxy::watch(kube_proxy.clone(), events));
-    let sweeping = tokio::spawn(gc::run(config.bpffs.maps()));
+    let (sweeps, swept) = latest::channel(gc::Swept::default());
+    let sweeping = tokio::spawn(gc::run(config.bpffs.maps(), sweeps));
+    let gauges = Gauges { started, swept };
+    let metrics = Metrics::new(started);
+    let (ask, scrapes) = mpsc::channel(1);
+    let showing = config.metrics.addr().map(|addr| tokio::spawn(observe::start(addr, metrics.page(), ask)));
     let attachments =
         Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };
     let health = Health::start(config.health_port);
@@ -115,14 +123,17 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         keeper,
         unserved: Vec::new(),
         recorder,
+        metrics,
+        gauges,
         ready: Some(ready),
         said: None,
         state,
         awaited: 2,
     };
     daemon.kube_proxy(&kube_proxy);
-    daemon.serve(objects, routes, proxies, asked).await?;
+    daemon.serve(objects, routes, proxies, (asked, scrapes)).await?;
     attaching.inspect(JoinHandle::abort);
+    showing.inspect(JoinHandle::abort);
     watching.abort();
     searching.abort();
     sweeping.abort();
@@ -220,6 +231,8 @@ struct Daemon {
     /// Pods whose rows and programs are being made, and who waits for it.
     unserved: Vec<(Place, oneshot::Sender<()>)>,
     recorder: Recorder,
+    metrics: Metrics,
+    gauges: Gauges,
     /// To be told once everything is in the tables.
     ready: Option<oneshot::Sender<()>>,
     /// What was last said where `ferroflow status` finds it; nothing yet.
@@ -245,7 +258,7 @@ impl Daemon {
         mut objects: Receiver<Event>,
         mut routes: Receiver<NetEvent>,
         mut proxies: Receiver<kube_proxy::Found>,
-        mut orders: UnboundedReceiver<Order>,
+        (mut orders, mut scrapes): (UnboundedReceiver<Order>, Receiver<observe::Asked>),
     ) -> Result<(), DaemonError> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -264,6 +277,7 @@ impl Daemon {
                     None => return Err(DaemonError::Routes),
                 },
                 Some(order) = orders.recv() => self.order(order),
+                Some(asked) = scrapes.recv() => self.scrape(asked),
                 () = sleep_until(due.unwrap_or_else(far_away).into()), if due.is_some() => {}
             }
             // What has queued up meanwhile goes in before anything is written.
@@ -276,7 +290,7 @@ impl Daemon {
             while let Ok(order) = orders.try_recv() {
                 self.order(order);
             }
-            self.reconciler.tick(Instant::now());
+            self.tick();
             self.reconciler.take_notes().into_iter().for_each(|note| self.recorder.note(note));
             if self.awaited == 0 {
                 self.attach();
@@ -284,6 +298,27 @@ impl Daemon {
             self.tell_served();
             self.answer_checks();
             self.report()?;
+        }
+    }
+
+    /// Writes what is due, and measures it.
+    fn tick(&mut self) {
+        let start = Instant::now();
+        let due = self.reconciler.due().is_some_and(|due| due <= start);
+        self.reconciler.tick(start);
+        let now = SystemTime::now();
+        if due {
+            self.metrics.synced(start.elapsed(), self.reconciler.stats().pending, now);
+        }
+        self.metrics.programmed(now, |service| self.reconciler.is_programmed(service));
+    }
+
+    fn scrape(&self, asked: observe::Asked) {
+        let source = (self.state.rejected, self.state.away_since);
+        match self.gauges.view(&self.reconciler, self.health.answered(), source) {
+            // Who asked may have gone.
+            Ok(view) => drop(asked.send(view)),
+            Err(error) => tracing::warn!(%error, "cannot show metrics"),
         }
     }
 
@@ -317,7 +352,11 @@ impl Daemon {
 
     fn object(&mut self, event: Event) {
         match event {
-            Event::Change(change) => self.reconciler.handle(change, Instant::now()),
+            Event::Change(change) => {
+                self.metrics.changed(&change, SystemTime::now());
+                self.reconciler.handle(change, Instant::now());
+            }
+            Event::Triggered { service, at } => self.metrics.triggered(service, at),
             Event::Problems(problems) => {
                 self.state.rejected = u32::try_from(problems.len()).unwrap_or(u32::MAX);
                 problems.iter().filter_map(refused).for_each(|note| self.recorder.note(note));

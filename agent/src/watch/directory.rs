@@ -153,7 +153,7 @@ impl Directory {
 
     fn take(&mut self, file: &Arc<str>, item: Item, place: &str, pass: &mut Pass<'_>) -> FileState {
         let (id, change) = match item {
-            Item::Object { id, change } => (id, Ok(change)),
+            Item::Object { id, change, triggered } => (id, Ok((change, triggered))),
             Item::Bad { id, problem, instead } => (id, Err((problem, instead))),
             Item::Ignored(kind) => {
                 if self.ignored.insert(kind.clone()) {
@@ -183,10 +183,12 @@ impl Directory {
         }
         let old = known.and_then(|known| known.hash);
         let (hash, state) = match change {
-            Ok(change) => {
+            Ok((change, triggered)) => {
                 let hash = hash_of(&change);
                 if old != Some(hash) {
+                    let triggered = super::triggered(&change, triggered);
                     (pass.emit)(Event::Change(change));
+                    triggered.into_iter().for_each(&mut *pass.emit);
                 }
                 (Some(hash), FileState::Clean)
             }
@@ -286,6 +288,7 @@ mod tests {
                     Event::Problems(problems) => format!("!{}", problems.len()),
                     Event::Synced => "synced".into(),
                     Event::Contact(contact) => format!("{contact:?}"),
+                    Event::Triggered { service, .. } => format!("triggered {service}"),
                 });
             });
             said.join(" ")
