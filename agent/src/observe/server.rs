@@ -56,6 +56,13 @@ async fn answer(path: String, page: Page, ask: Sender<Asked>) -> Answer {
     Answer { status: 200, headers, body }
 }
 
+/// `None` where nobody answers.
+async fn text(page: &Page, ask: &Sender<Asked>) -> Option<String> {
+    let (asked, view) = oneshot::channel();
+    ask.send(asked).await.ok()?;
+    page.text(view.await.ok()?).ok()
+}
+
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 #[cfg(test)]

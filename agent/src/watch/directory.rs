@@ -324,6 +324,27 @@ mod tests {
     }
 
     #[test]
+    fn rule_42_a_slice_that_changed_says_since_when() {
+        let slice = |address: &str, second: u8| {
+            format!(
+                "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\n\
+                 metadata:\n  name: s\n  labels: {{kubernetes.io/service-name: web}}\n\
+                 \x20 annotations: {{endpoints.kubernetes.io/last-change-trigger-time: \"2026-01-01T00:00:0{second}Z\"}}\n\
+                 endpoints: [{{addresses: [{address}]}}]\n"
+            )
+        };
+        let mut it = Fixture::new(&[("a.yaml", &slice("10.0.0.1", 1))]);
+        let first = it.read();
+        assert!(first.contains("triggered default/web synced"), "{first}");
+        it.write("a.yaml", &slice("10.0.0.1", 2));
+        assert_eq!(it.read(), "", "the endpoints are what they were");
+        it.write("a.yaml", &slice("10.0.0.2", 3));
+        assert!(it.read().ends_with("triggered default/web"));
+        it.remove("a.yaml");
+        assert!(!it.read().contains("triggered"));
+    }
+
+    #[test]
     fn a_bad_document_keeps_the_old_version() {
         let mut it = Fixture::new(&[("a.yaml", &(web("a", 1) + &web("b", 1)))]);
         it.read();

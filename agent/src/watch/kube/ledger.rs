@@ -312,6 +312,37 @@ mod tests {
     }
 
     #[test]
+    fn rule_42_a_slice_says_what_set_it_off_where_it_changed_and_not_when_it_goes() {
+        let slice = |address: &str, trigger: &str| {
+            format!(
+                r#"{{"metadata":{{"name":"s","namespace":"n","labels":{{"kubernetes.io/service-name":"web"}},
+                    "annotations":{{"a":"b","endpoints.kubernetes.io/last-change-trigger-time":{trigger}}}}},
+                    "addressType":"IPv4","endpoints":[{{"addresses":["{address}"]}}]}}"#
+            )
+        };
+        let mut it = Fixture::new(Kind::EndpointSlice);
+        let mut taken = |object: &str| {
+            it.take(object);
+            let triggered = it.said.iter().find_map(|event| match event {
+                Event::Triggered { service, at } => Some((service.clone(), *at)),
+                Event::Change(_) | Event::Problems(_) | Event::Synced | Event::Contact(_) => None,
+            });
+            (std::mem::take(&mut it.said).len(), triggered)
+        };
+        let at = |seconds| SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(seconds);
+        let web = crate::model::Name::new("n", "web");
+        let first = "\"1970-01-01T00:01:40.5Z\"";
+        assert_eq!(taken(&slice("10.0.0.1", first)), (2, Some((web, at(100_500)))));
+        assert_eq!(taken(&slice("10.0.0.1", "\"1970-01-01T00:01:41Z\"")), (0, None), "nothing changed");
+        for none in ["\"\"", "\"yesterday\""] {
+            assert_eq!(taken(&slice("10.0.0.2", none)).1, None, "{none}");
+            assert_eq!(taken(&slice("10.0.0.3", first)).0, 2);
+        }
+        it.ledger.remove(slice("10.0.0.3", first).as_bytes(), &mut it.said).unwrap();
+        assert_eq!(it.said.len(), 1, "a slice that goes: {:?}", it.said);
+    }
+
+    #[test]
     fn rule_43_a_policy_that_never_made_sense_cuts_off_until_it_does_and_goes() {
         let mut it = Fixture::new(Kind::NetworkPolicy);
         let policy = |ports: &str| {
