@@ -24,7 +24,7 @@
 //! | `reconcile` | `model`, `plan`, `maps` | `watch`, Kubernetes types, aya |
 //! | `maps` | `common`, aya in `kernel` only | `model`, `plan` |
 //! | `health` | `model` | `maps`, `reconcile`, aya |
-//! | `observe` | `model`, `health` | `reconcile`, `maps`, `datapath`, `net` |
+//! | `observe` | `model`, `health` | `reconcile`, `datapath`, `net` |
 //! | `cni`, `ipam`, `net` | `model` | `maps`, aya |
 //! | `node` | `config`, `datapath` | `model`, `plan`, `maps`, Kubernetes types |
 

@@ -45,11 +45,7 @@ async fn answer(path: String, page: Page, ask: Sender<Asked>) -> Answer {
         "/healthz" => return plain(200, "ok"),
         _ => return plain(404, ""),
     }
-    let (asked, view) = oneshot::channel();
-    let asked = ask.send(asked).await;
-    let view = view.await;
-    let text = asked.ok().and_then(|()| page.text(view.ok()?).ok());
-    let Some(body) = text else {
+    let Some(body) = text(&page, &ask).await else {
         return plain(503, "the agent ends, or cannot read its maps: its log says more\n");
     };
     let headers = vec![("content-type", CONTENT_TYPE.to_owned())];
