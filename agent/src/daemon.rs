@@ -308,7 +308,10 @@ impl Daemon {
         self.reconciler.tick(start);
         let now = SystemTime::now();
         if due {
-            self.metrics.synced(start.elapsed(), self.reconciler.stats().pending, now);
+            self.metrics.synced(start.elapsed(), now);
+        }
+        if self.awaited == 0 && self.reconciler.stats().pending == 0 {
+            self.metrics.settled();
         }
         self.metrics.programmed(now, |service| self.reconciler.is_programmed(service));
     }

@@ -104,14 +104,16 @@ impl Metrics {
         self.programming.triggered(service, at);
     }
 
-    /// A turn of writing ended; `pending` keys wait for the next.
-    pub fn synced(&self, took: Duration, pending: usize, now: SystemTime) {
+    /// A turn of writing ended.
+    pub fn synced(&self, took: Duration, now: SystemTime) {
         self.sync_duration.observe(took.as_secs_f64());
         self.last_sync.set(seconds(now));
-        if pending == 0 {
-            self.services.pending.set(0);
-            self.slices.pending.set(0);
-        }
+    }
+
+    /// Every change that came was looked at.
+    pub fn settled(&self) {
+        self.services.pending.set(0);
+        self.slices.pending.set(0);
     }
 
     /// Measures the changes whose Service is programmed by now.
@@ -178,12 +180,13 @@ mod tests {
         metrics.changed(&Change::Service(web.clone(), Some(Service::default())), at(101));
         metrics.changed(&Change::EndpointSlice(slice.clone(), Some(EndpointSlice::default())), at(102));
         metrics.triggered(web.clone(), at(101));
-        metrics.synced(Duration::from_millis(3), 1, at(103));
+        metrics.synced(Duration::from_millis(3), at(103));
         metrics.programmed(at(103), |_| false);
         let before = text(&metrics);
         assert!(before.contains("kubeproxy_network_programming_duration_seconds_count 0\n"), "{before}");
         assert!(before.contains("kubeproxy_sync_proxy_rules_service_changes_pending 1\n"), "{before}");
-        metrics.synced(Duration::from_millis(3), 0, at(104));
+        metrics.synced(Duration::from_millis(3), at(104));
+        metrics.settled();
         metrics.programmed(at(104), |name| *name == web);
         metrics.changed(&Change::EndpointSlice(slice, None), at(105));
         metrics.programmed(at(105), |_| true);
