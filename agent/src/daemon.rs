@@ -1,6 +1,7 @@
 //! `ferroflow agent`: the loop that joins the stages. All decisions are in them; here is only who is told what, when.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -12,7 +13,7 @@ use futures_util::future::{self, BoxFuture};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedReceiver, UnboundedSender};
 use tokio::sync::{oneshot, watch as latest};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::sleep_until;
 
 use crate::clock;
@@ -74,19 +75,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let source = source(config, events, notes, served).await?;
     // The tools that it asks take their time, as the verifier does.
     let looking = tokio::task::spawn_blocking(kube_proxy::look);
-    let options = datapath::Options {
-        bpffs: config.bpffs.clone(),
-        socket_lb: config.socket_lb,
-        attach: config.attach,
-        xdp: config.xdp,
-        max_endpoints: config.max_endpoints,
-        log_drops: config.log_drops,
-    };
-    let mut datapath = Datapath::load(datapath::embedded_object()?, options)?;
-    datapath.attach_cgroup(&cgroup)?;
-    if config.log_drops {
-        log_drops(&mut datapath)?;
-    }
+    let datapath = load(config, &cgroup)?;
     let mut reconciler = restore(config)?;
     let kube_proxy = looking.await.unwrap_or_default();
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "started");
@@ -96,12 +85,9 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let watching = tokio::spawn(net::watch(events));
     let (events, proxies) = mpsc::channel(QUEUE);
     let searching = tokio::spawn(kube_proxy::watch(kube_proxy.clone(), events));
-    let (sweeps, swept) = latest::channel(gc::Swept::default());
-    let sweeping = tokio::spawn(gc::run(config.bpffs.maps(), sweeps));
-    let gauges = Gauges { started, swept };
-    let metrics = Metrics::new(started);
-    let (ask, scrapes) = mpsc::channel(1);
-    let showing = config.metrics.addr().map(|addr| tokio::spawn(observe::start(addr, metrics.page(), ask)));
+    // They end when it is dropped.
+    let mut tasks = JoinSet::new();
+    let (metrics, gauges, scrapes) = measure(config, started, &mut tasks);
     let attachments =
         Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };
     let health = Health::start(config.health_port);
@@ -133,12 +119,43 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     daemon.kube_proxy(&kube_proxy);
     daemon.serve(objects, routes, proxies, (asked, scrapes)).await?;
     attaching.inspect(JoinHandle::abort);
-    showing.inspect(JoinHandle::abort);
     watching.abort();
     searching.abort();
-    sweeping.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
+}
+
+fn load(config: &config::Agent, cgroup: &Path) -> Result<Datapath, DaemonError> {
+    let options = datapath::Options {
+        bpffs: config.bpffs.clone(),
+        socket_lb: config.socket_lb,
+        attach: config.attach,
+        xdp: config.xdp,
+        max_endpoints: config.max_endpoints,
+        log_drops: config.log_drops,
+    };
+    let mut datapath = Datapath::load(datapath::embedded_object()?, options)?;
+    datapath.attach_cgroup(cgroup)?;
+    if config.log_drops {
+        log_drops(&mut datapath)?;
+    }
+    Ok(datapath)
+}
+
+/// Starts to sweep and to show metrics.
+fn measure(
+    config: &config::Agent,
+    started: SystemTime,
+    tasks: &mut JoinSet<()>,
+) -> (Metrics, Gauges, Receiver<observe::Asked>) {
+    let (sweeps, swept) = latest::channel(gc::Swept::default());
+    tasks.spawn(gc::run(config.bpffs.maps(), sweeps));
+    let metrics = Metrics::new(started);
+    let (ask, scrapes) = mpsc::channel(1);
+    if let Some(addr) = config.metrics.addr() {
+        tasks.spawn(observe::start(addr, metrics.page(), ask));
+    }
+    (metrics, Gauges { started, swept }, scrapes)
 }
 
 /// Starts to attach pods; those that are attached are known before anything is written.

@@ -22,7 +22,7 @@ struct Command {
 #[derive(Subcommand)]
 enum Verb {
     /// Serve a node: load the programs, attach them, and keep the tables in line with the objects
-    Agent(config::Agent),
+    Agent(Box<config::Agent>),
     /// Answer healthCheckNodePort from a file of the agent, which starts this by itself
     #[command(hide = true)]
     Health(health::answering::Options),
