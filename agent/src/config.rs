@@ -1,6 +1,6 @@
 //! Everything that can be configured, parsed into checked types.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -81,6 +81,9 @@ pub struct Agent {
     #[arg(long, env = "FERROFLOW_HEALTH_PORT", value_name = "PORT", default_value_t = crate::health::server::PROXY_PORT)]
     pub health_port: u16,
 
+    #[command(flatten)]
+    pub metrics: Metrics,
+
     /// Directory for what must outlive the agent and not the machine: from here the process answers that load balancers
     /// ask for healthCheckNodePort, also while the agent restarts (give each agent one of its own)
     #[arg(long, env = "FERROFLOW_RUN_DIR", value_name = "DIR", default_value = "/run/ferroflow")]
@@ -129,6 +132,31 @@ pub struct Agent {
     /// Log packets that the programs drop (slow; for debugging)
     #[arg(long, env = "FERROFLOW_LOG_DROPS")]
     pub log_drops: bool,
+}
+
+/// Where `/metrics` is answered.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Metrics {
+    /// Port for `/metrics`, in the format of OpenMetrics; 0 for none
+    #[arg(long = "metrics-port", env = "FERROFLOW_METRICS_PORT", value_name = "PORT",
+        default_value_t = crate::observe::PORT)]
+    pub port: u16,
+
+    /// Address for `/metrics`: 0.0.0.0 or :: for whoever reaches this host, without any credentials
+    #[arg(
+        long = "metrics-address",
+        env = "FERROFLOW_METRICS_ADDRESS",
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1"
+    )]
+    pub address: IpAddr,
+}
+
+impl Metrics {
+    /// `None` where metrics are not shown.
+    pub fn addr(&self) -> Option<SocketAddr> {
+        (self.port != 0).then(|| (self.address, self.port).into())
+    }
 }
 
 /// Whether and how the agent attaches pods to the network.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use aya_log::EbpfLogger;
 use ferroflow_common::abi::state::AgentState;
@@ -12,9 +12,8 @@ use futures_util::FutureExt as _;
 use futures_util::future::{self, BoxFuture};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedReceiver, UnboundedSender};
-use tokio::sync::oneshot;
-use tokio::sync::watch as latest;
-use tokio::task::JoinHandle;
+use tokio::sync::{oneshot, watch as latest};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::sleep_until;
 
 use crate::clock;
@@ -35,9 +34,11 @@ use crate::model::{Change, KubeProxy, World};
 use crate::net::routes::{Goal, Laid, Surplus};
 use crate::net::tunnel::TunnelDevice;
 use crate::net::{self, Moved, NetError, NetEvent};
+use crate::observe::{self, Metrics};
 use crate::plan;
 use crate::plan::routes::Routing;
 use crate::reconcile::{self, Limits, Reconciler};
+use crate::scrape::Gauges;
 use crate::watch::file::{FileSource, Timing};
 use crate::watch::kube::{
     Access, AccessError, KubeSource, Network, Readiness as NodeReadiness, Timing as ApiTiming,
@@ -65,6 +66,7 @@ const QUEUE: usize = 1024;
 /// # Errors
 /// [`DaemonError`] where it cannot start.
 pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
+    let started = SystemTime::now();
     datapath::prepare(&config.bpffs)?;
     datapath::unlock_settings();
     let _lock = Lock::acquire(&config.bpffs.dir)?;
@@ -83,12 +85,15 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let kube_proxy = looking.await.unwrap_or_default();
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "started");
 
-    tokio::spawn(source);
+    // They end when it is dropped.
+    let mut tasks = JoinSet::new();
+    tasks.spawn(source);
     let (events, routes) = mpsc::channel(QUEUE);
-    let watching = tokio::spawn(net::watch(events));
+    // Where it ends early, so does what it sends to.
+    tasks.spawn(net::watch(events).map(drop));
     let (events, proxies) = mpsc::channel(QUEUE);
-    let searching = tokio::spawn(kube_proxy::watch(kube_proxy.clone(), events));
-    let sweeping = tokio::spawn(gc::run(config.bpffs.maps()));
+    tasks.spawn(kube_proxy::watch(kube_proxy.clone(), events));
+    let (metrics, gauges, scrapes) = measure(config, started, &mut tasks);
     let attachments =
         Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };
     let health = Health::start(config.health_port);
@@ -97,10 +102,9 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let keeper = Keeper::new(&config.run_dir, own_cgroup)
         .map_err(|source| DaemonError::RunDir { path: config.run_dir.clone(), source })?;
     let (orders, asked) = mpsc::unbounded_channel();
-    let attaching = match &config.cni {
-        cni if cni.enabled => Some(tokio::spawn(attach_pods(cni, orders, &mut reconciler).await?.run())),
-        _ => None,
-    };
+    if config.cni.enabled {
+        tasks.spawn(attach_pods(&config.cni, orders, &mut reconciler).await?.run());
+    }
     let (routes_between, routing) = Routes::start(config)?;
     let state = first_words(config);
     let mut daemon = Daemon {
@@ -113,17 +117,15 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         surplus: Surplus::Removed,
         unserved: Vec::new(),
         recorder,
+        metrics,
+        gauges,
         ready: Some(ready),
         said: None,
         state,
         awaited: 2,
     };
     daemon.kube_proxy(&kube_proxy);
-    daemon.serve(objects, routes, proxies, asked).await?;
-    attaching.inspect(JoinHandle::abort);
-    watching.abort();
-    searching.abort();
-    sweeping.abort();
+    daemon.serve(objects, routes, proxies, (asked, scrapes)).await?;
     routing.abort();
     tracing::info!("stopped; the programs go on with the tables as they are");
     Ok(())
@@ -145,6 +147,22 @@ fn load(config: &config::Agent, cgroup: &Path) -> Result<Datapath, DaemonError> 
         log_drops(&mut datapath)?;
     }
     Ok(datapath)
+}
+
+/// Starts to sweep and to show metrics.
+fn measure(
+    config: &config::Agent,
+    started: SystemTime,
+    tasks: &mut JoinSet<()>,
+) -> (Metrics, Gauges, Receiver<observe::Asked>) {
+    let (sweeps, swept) = latest::channel(gc::Swept::default());
+    tasks.spawn(gc::run(config.bpffs.maps(), sweeps));
+    let metrics = Metrics::new(started);
+    let (ask, scrapes) = mpsc::channel(1);
+    if let Some(addr) = config.metrics.addr() {
+        tasks.spawn(observe::start(addr, metrics.page(), ask));
+    }
+    (metrics, Gauges { started, swept }, scrapes)
 }
 
 /// Starts to attach pods; those that are attached are known before anything is written.
@@ -241,6 +259,8 @@ struct Daemon {
     /// Pods whose rows and programs are being made, and who waits for it.
     unserved: Vec<(Place, oneshot::Sender<()>)>,
     recorder: Recorder,
+    metrics: Metrics,
+    gauges: Gauges,
     /// To be told once everything is in the tables.
     ready: Option<oneshot::Sender<()>>,
     /// What was last said where `ferroflow status` finds it; nothing yet.
@@ -333,7 +353,7 @@ impl Daemon {
         mut objects: Receiver<Event>,
         mut routes: Receiver<NetEvent>,
         mut proxies: Receiver<kube_proxy::Found>,
-        mut orders: UnboundedReceiver<Order>,
+        (mut orders, mut scrapes): (UnboundedReceiver<Order>, Receiver<observe::Asked>),
     ) -> Result<(), DaemonError> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -353,6 +373,7 @@ impl Daemon {
                 },
                 Some(order) = orders.recv() => self.order(order),
                 Ok(()) = self.routes.done.changed() => {}
+                Some(asked) = scrapes.recv() => self.scrape(asked),
                 () = sleep_until(due.unwrap_or_else(far_away).into()), if due.is_some() => {}
             }
             // What has queued up meanwhile goes in before anything is written.
@@ -365,7 +386,7 @@ impl Daemon {
             while let Ok(order) = orders.try_recv() {
                 self.order(order);
             }
-            self.reconciler.tick(Instant::now());
+            self.tick();
             self.reconciler.take_notes().into_iter().for_each(|note| self.recorder.note(note));
             if self.awaited == 0 {
                 self.attach();
@@ -374,6 +395,30 @@ impl Daemon {
             self.tell_served();
             self.answer_checks();
             self.report()?;
+        }
+    }
+
+    /// Writes what is due, and measures it.
+    fn tick(&mut self) {
+        let start = Instant::now();
+        let due = self.reconciler.due().is_some_and(|due| due <= start);
+        self.reconciler.tick(start);
+        let now = SystemTime::now();
+        if due {
+            self.metrics.synced(start.elapsed(), now);
+        }
+        if self.awaited == 0 && self.reconciler.stats().pending == 0 {
+            self.metrics.settled();
+        }
+        self.metrics.programmed(now, |service| self.reconciler.is_programmed(service));
+    }
+
+    fn scrape(&self, asked: observe::Asked) {
+        let source = (self.state.rejected, self.state.away_since);
+        match self.gauges.view(&self.reconciler, self.health.answered(), source) {
+            // Who asked may have gone.
+            Ok(view) => drop(asked.send(view)),
+            Err(error) => tracing::warn!(%error, "cannot show metrics"),
         }
     }
 
@@ -408,7 +453,11 @@ impl Daemon {
 
     fn object(&mut self, event: Event) {
         match event {
-            Event::Change(change) => self.reconciler.handle(change, Instant::now()),
+            Event::Change(change) => {
+                self.metrics.changed(&change, SystemTime::now());
+                self.reconciler.handle(change, Instant::now());
+            }
+            Event::Triggered { service, at } => self.metrics.triggered(service, at),
             Event::Problems(problems) => {
                 self.state.rejected = u32::try_from(problems.len()).unwrap_or(u32::MAX);
                 problems.iter().filter_map(refused).for_each(|note| self.recorder.note(note));

@@ -7,6 +7,7 @@ use std::time::Duration;
 use ferroflow_common::abi::conntrack::Entry;
 use ferroflow_common::addr::Proto;
 use ferroflow_common::tcp::State;
+use tokio::sync::watch;
 
 use crate::clock;
 use crate::maps::kernel::{KernelMaps, Sweep};
@@ -15,24 +16,46 @@ use crate::maps::{Backends, ConnectionCounts, MapError, Maps as _};
 /// Between two sweeps: the shortest lifetime of a flow.
 const INTERVAL: Duration = Duration::from_secs(10);
 
+/// What sweeping has come to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// What the last sweep left, in entries; `None` before the first.
+    pub left: Option<Entries>,
+    /// Since this agent started.
+    pub deleted: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Entries {
+    pub v4: u64,
+    pub v6: u64,
+}
+
 /// Sweeps the tables under `maps` for as long as it is polled, on a thread of its own: a large table takes a while.
-pub async fn run(maps: PathBuf) {
+pub async fn run(maps: PathBuf, swept: watch::Sender<Swept>) {
     loop {
         tokio::time::sleep(INTERVAL).await;
         let dir = maps.clone();
         match tokio::task::spawn_blocking(move || sweep(&mut KernelMaps::open(&dir)?)).await {
-            Ok(Ok(Sweep { seen, deleted })) => tracing::debug!(seen, deleted, "swept the connection tables"),
+            Ok(Ok([v4, v6])) => {
+                tracing::debug!(?v4, ?v6, "swept the connection tables");
+                let left = |sweep: Sweep| sweep.seen - sweep.deleted;
+                swept.send_modify(|swept| {
+                    swept.left = Some(Entries { v4: left(v4), v6: left(v6) });
+                    swept.deleted += v4.deleted + v6.deleted;
+                });
+            }
             Ok(Err(error)) => tracing::warn!(%error, "cannot sweep the connection tables"),
             Err(error) => tracing::error!(%error, "a sweep ended early"),
         }
     }
 }
 
-/// Both families once; and what the programs counted of each backend's connections is made true.
+/// Both families once, IPv4 first; and what the programs counted of each backend's connections is made true.
 ///
 /// # Errors
 /// The kernel's refusal.
-pub fn sweep(maps: &mut KernelMaps) -> Result<Sweep, MapError> {
+pub fn sweep(maps: &mut KernelMaps) -> Result<[Sweep; 2], MapError> {
     let now = clock::seconds();
     let mut counts = vec![0; maps.len::<ConnectionCounts>() as usize];
     let mut count = |proto, entry: &Entry| {
@@ -49,5 +72,5 @@ pub fn sweep(maps: &mut KernelMaps) -> Result<Sweep, MapError> {
             maps.write::<ConnectionCounts>(index, &count)?;
         }
     }
-    Ok(Sweep { seen: v4.seen + v6.seen, deleted: v4.deleted + v6.deleted })
+    Ok([v4, v6])
 }

@@ -10,7 +10,7 @@
 //! `cni/` attaches pods to the network: it has addresses from `ipam/` and links from `net/`, and answers when their rows
 //! are in the tables. `net/` also reports the host's own addresses and routes, which are Changes too; `datapath/` loads
 //! the programs and attaches them where the plan says; `daemon` joins the stages in one loop; `health/` answers load
-//! balancers; `kube_proxy/` finds and removes what the proxy before left; `events/` takes what users should know of their
+//! balancers; `observe/` shows metrics; `kube_proxy/` finds and removes what the proxy before left; `events/` takes what users should know of their
 //! objects, which `watch/kube/` posts; `cli/` reads the maps without any of these; `node/`
 //! readies a machine, examines it, and leaves it as it was.
 //!
@@ -24,6 +24,7 @@
 //! | `reconcile` | `model`, `plan`, `maps` | `watch`, Kubernetes types, aya |
 //! | `maps` | `common`, aya in `kernel` only | `model`, `plan` |
 //! | `health` | `model` | `maps`, `reconcile`, aya |
+//! | `observe` | `model`, `health` | `reconcile`, `datapath`, `net` |
 //! | `cni`, `ipam`, `net` | `model` | `maps`, aya |
 //! | `node` | `config`, `datapath` | `model`, `plan`, `maps`, Kubernetes types |
 
@@ -44,8 +45,10 @@ pub mod maps;
 pub mod model;
 pub mod net;
 pub mod node;
+pub mod observe;
 pub mod plan;
 pub mod reconcile;
+mod scrape;
 pub mod watch;
 
 #[cfg(test)]

@@ -31,7 +31,7 @@
 //! | `held_buffer` | per-CPU array | 0 -> [`abi::fragment::HeldFragment`] on its way into `held_fragments` | programs | programs |
 //! | `sockets` | socket storage | stream socket -> [`abi::socket::Translation`] | programs | programs |
 //! | `datagram_sockets` | socket storage | datagram socket -> [`abi::socket::Translations`] | programs | programs |
-//! | `drops` | per-CPU array | [`verdict::DropReason`] -> packets | programs | CLI |
+//! | `drops` | per-CPU array | [`verdict::DropReason`] -> packets | programs | agent (metrics), CLI |
 //! | `agent` | array | 0 -> [`abi::state::AgentState`] | agent | CLI |
 #![no_std]
 #![forbid(unsafe_code)]

@@ -10,6 +10,7 @@
 //! to say.
 
 pub mod answering;
+pub(crate) mod http;
 pub mod keeper;
 pub mod proxy;
 pub mod server;

@@ -1,46 +1,25 @@
 //! Listens on port 10256 and on the health check ports of services.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use ferroflow_common::addr::{Addr, Port};
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
-use hyper::service::service_fn;
-use hyper::{Request, Response};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::AttachReusePortCbpf;
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinHandle;
 
 use super::proxy::{Progress, Stamp};
 use super::told::Told;
-use super::{Answer, Check, Proxy, Verdict};
+use super::{Answer, Check, Proxy, Verdict, http};
 use crate::clock;
 use crate::model::{Family, Stay};
 
 /// Where kube-proxy answers.
 pub const PROXY_PORT: u16 = 10256;
-
-/// How long a port that is taken waits for its next try.
-const RETRY: Duration = Duration::from_secs(5);
-
-/// A load balancer asks in one packet; whoever takes longer goes.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// How long a listener waits for somebody before it looks whether it is to end.
-const TURN: Duration = Duration::from_millis(100);
-
-const BACKLOG: u32 = 1024;
-
-/// Connections at once, on each port.
-const CONNECTIONS: usize = 128;
 
 /// What the agent itself answers; it ends with it.
 #[derive(Debug)]
@@ -66,7 +45,18 @@ struct State {
     problems: BTreeMap<u16, String>,
     /// Nobody new is to be let in.
     finished: bool,
+    answered: Answered,
 }
+
+/// What load balancers and the kubelet ask the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Question {
+    Healthz,
+    Livez,
+}
+
+/// How often each question got each status.
+pub type Answered = BTreeMap<(Question, u16), u64>;
 
 /// What is asked for on a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +92,10 @@ impl Health {
     /// Whether the tables follow fast enough.
     pub fn verdict(&self) -> Verdict {
         lock(&self.state).proxy.verdict(Instant::now())
+    }
+
+    pub fn answered(&self) -> Answered {
+        lock(&self.state).answered.clone()
     }
 
     /// Whether the port is another's.
@@ -159,7 +153,7 @@ impl Services {
         lock(&self.state).finished = true;
         for task in std::mem::take(&mut self.ports).into_values() {
             // One that still waits for its port never ends.
-            let _ended = tokio::time::timeout(PATIENCE, task).await;
+            let _ended = tokio::time::timeout(http::PATIENCE, task).await;
         }
     }
 }
@@ -172,56 +166,27 @@ impl Drop for Services {
 
 async fn listen(port: u16, subject: Subject, state: Arc<Mutex<State>>) {
     let listener = bind(port, subject, &state).await;
-    let permits = Arc::new(Semaphore::new(CONNECTIONS));
-    loop {
-        let finished = lock(&state).finished;
-        let Ok(permit) = permits.clone().acquire_owned().await else { return };
-        let accepted = match tokio::time::timeout(TURN, listener.accept()).await {
-            Ok(accepted) => accepted,
-            Err(_) if finished => break,
-            Err(_) => continue,
-        };
-        match accepted {
-            Ok((stream, peer)) => {
-                let state = state.clone();
-                tokio::spawn(async move {
-                    serve(stream, peer, subject, &state).await;
-                    drop(permit);
-                });
-            }
-            Err(error) => {
-                tracing::debug!("health check on port {port}: {error}");
-                tokio::time::sleep(PATIENCE).await;
-            }
-        }
-    }
-    drop(listener);
-    // All permits are back once everybody has been answered.
-    let _all = permits.acquire_many(CONNECTIONS as u32).await;
+    let finishing = state.clone();
+    let respond =
+        move |peer, path: String| std::future::ready(answer(&mut lock(&state), subject, peer, &path));
+    http::listen(listener, move || lock(&finishing).finished, respond).await;
 }
 
 /// Tries until the port is free.
 async fn bind(port: u16, subject: Subject, state: &Mutex<State>) -> TcpListener {
-    loop {
+    let open = || {
         // Both families, or IPv4 where the host has no IPv6.
-        let mut bound = try_bind(TcpSocket::new_v6(), (Ipv6Addr::UNSPECIFIED, port).into(), subject);
-        if bound.is_err() {
-            bound = try_bind(TcpSocket::new_v4(), (Ipv4Addr::UNSPECIFIED, port).into(), subject);
+        try_bind(TcpSocket::new_v6(), (Ipv6Addr::UNSPECIFIED, port).into(), subject)
+            .or_else(|_| try_bind(TcpSocket::new_v4(), (Ipv4Addr::UNSPECIFIED, port).into(), subject))
+    };
+    let failed = |error: &io::Error| {
+        if lock(state).problems.insert(port, error.to_string()).is_none() {
+            tracing::warn!(?subject, "cannot answer on port {port}: {error}; trying again");
         }
-        match bound {
-            Ok(listener) => {
-                lock(state).bound(subject, port);
-                return listener;
-            }
-            Err(error) => {
-                let text = error.to_string();
-                if lock(state).problems.insert(port, text).is_none() {
-                    tracing::warn!(?subject, "cannot answer on port {port}: {error}; trying again");
-                }
-            }
-        }
-        tokio::time::sleep(RETRY).await;
-    }
+    };
+    let listener = http::bind(open, failed).await;
+    lock(state).bound(subject, port);
+    listener
 }
 
 /// Two processes share the port of a service for a moment, when one takes over from the other: connections then go to the
@@ -233,7 +198,7 @@ fn try_bind(socket: io::Result<TcpSocket>, addr: SocketAddr, subject: Subject) -
         socket.set_reuseport(true)?;
     }
     socket.bind(addr)?;
-    let listener = socket.listen(BACKLOG)?;
+    let listener = socket.listen(http::BACKLOG)?;
     if let Subject::Service(_) = subject {
         prefer_the_second(&listener)?;
     }
@@ -248,23 +213,7 @@ fn prefer_the_second(listener: &TcpListener) -> io::Result<()> {
     Ok(setsockopt(listener, AttachReusePortCbpf, &program)?)
 }
 
-async fn serve(stream: TcpStream, peer: SocketAddr, subject: Subject, state: &Arc<Mutex<State>>) {
-    let respond = |request: Request<Incoming>| {
-        let answer = answer(&lock(state), subject, peer.ip(), request.uri().path());
-        async move { Ok::<_, Infallible>(response(answer)) }
-    };
-    let connection = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(PATIENCE)
-        .keep_alive(false)
-        .serve_connection(TokioIo::new(stream), service_fn(respond));
-    match tokio::time::timeout(PATIENCE, connection).await {
-        Ok(Ok(())) | Err(_) => {}
-        Ok(Err(error)) => tracing::debug!("health check from {peer}: {error}"),
-    }
-}
-
-fn answer(state: &State, subject: Subject, peer: IpAddr, path: &str) -> Answer {
+fn answer(state: &mut State, subject: Subject, peer: IpAddr, path: &str) -> Answer {
     let now = Instant::now();
     let none = || Answer { status: 404, headers: Vec::new(), body: String::new() };
     match subject {
@@ -272,21 +221,16 @@ fn answer(state: &State, subject: Subject, peer: IpAddr, path: &str) -> Answer {
             let family = Family::of(&Addr::from(peer.to_canonical()));
             check.answer(family, state.told.verdict(clock::seconds()))
         }),
-        Subject::Proxy => match path {
-            "/healthz" => state.proxy.healthz(now, stamp()),
-            "/livez" => state.proxy.livez(now, stamp()),
-            _ => none(),
-        },
+        Subject::Proxy => {
+            let (question, answer) = match path {
+                "/healthz" => (Question::Healthz, state.proxy.healthz(now, stamp())),
+                "/livez" => (Question::Livez, state.proxy.livez(now, stamp())),
+                _ => return none(),
+            };
+            *state.answered.entry((question, answer.status)).or_default() += 1;
+            answer
+        }
     }
-}
-
-fn response(answer: Answer) -> Response<Full<Bytes>> {
-    let mut builder = Response::builder().status(answer.status);
-    for (name, value) in answer.headers {
-        builder = builder.header(name, value);
-    }
-    // Our own names and numbers always make a response.
-    builder.body(Full::from(answer.body)).unwrap_or_default()
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
@@ -300,7 +244,10 @@ fn stamp() -> Stamp {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpStream;
 
     use super::*;
     use crate::health::service::checks;
@@ -342,6 +289,8 @@ mod tests {
         assert!(ask(proxy_port, "/healthz").await.unwrap().starts_with("HTTP/1.1 503"));
         assert!(ask(proxy_port, "/livez").await.unwrap().starts_with("HTTP/1.1 200"));
         assert!(ask(proxy_port, "/").await.unwrap().starts_with("HTTP/1.1 404"));
+        let answered = health.answered();
+        assert_eq!((answered[&(Question::Healthz, 503)], answered[&(Question::Livez, 200)]), (1, 1));
 
         let mut services = Services::default();
         let mut world = World::new("here");

@@ -84,8 +84,15 @@ impl KernelMaps {
     /// # Errors
     /// The kernel's refusal.
     pub fn capacity<T: HashTable>(&self) -> Result<u32, MapError> {
-        let info =
-            pinned(&self.dir, T::NAME)?.info().map_err(|error| kernel_error(T::NAME, "info", error))?;
+        self.capacity_of(T::NAME)
+    }
+
+    /// The same of any map, by its name.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn capacity_of(&self, name: &'static str) -> Result<u32, MapError> {
+        let info = pinned(&self.dir, name)?.info().map_err(|error| kernel_error(name, "info", error))?;
         Ok(info.max_entries())
     }
 

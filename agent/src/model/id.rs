@@ -17,6 +17,31 @@ pub enum Kind {
     NetworkPolicy,
 }
 
+impl Kind {
+    pub const ALL: [Self; 7] = [
+        Self::Service,
+        Self::EndpointSlice,
+        Self::Node,
+        Self::Pod,
+        Self::ServiceCidr,
+        Self::Namespace,
+        Self::NetworkPolicy,
+    ];
+
+    /// As Kubernetes spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
+            Self::Node => "Node",
+            Self::Pod => "Pod",
+            Self::ServiceCidr => "ServiceCIDR",
+            Self::Namespace => "Namespace",
+            Self::NetworkPolicy => "NetworkPolicy",
+        }
+    }
+}
+
 /// The identity of one object. What has no namespace is in `default`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectId {
@@ -43,10 +68,11 @@ impl ObjectId {
 impl fmt::Display for ObjectId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
-            Kind::Node | Kind::Namespace => write!(f, "{:?} {}", self.kind, self.name.name),
-            Kind::ServiceCidr => write!(f, "ServiceCIDR {}", self.name.name),
+            Kind::Node | Kind::Namespace | Kind::ServiceCidr => {
+                write!(f, "{} {}", self.kind.name(), self.name.name)
+            }
             Kind::Service | Kind::EndpointSlice | Kind::Pod | Kind::NetworkPolicy => {
-                write!(f, "{:?} {}", self.kind, self.name)
+                write!(f, "{} {}", self.kind.name(), self.name)
             }
         }
     }

@@ -6,7 +6,9 @@ use std::fmt;
 use ferroflow_common::addr::Addr;
 
 use super::label::{Labels, Pool};
-use super::{Change, EndpointSlice, KubeProxy, Name, Namespace, NetworkPolicy, Node, Pod, Prefix, Service};
+use super::{
+    Change, EndpointSlice, Kind, KubeProxy, Name, Namespace, NetworkPolicy, Node, Pod, Prefix, Service,
+};
 
 /// Everything that is known of the cluster. [`World::apply`] is the only way to change it.
 #[derive(Debug, Default)]
@@ -137,6 +139,19 @@ impl World {
     /// The Services that exist, in the order of their names.
     pub fn services(&self) -> impl Iterator<Item = (&Name, &Service)> {
         self.services.iter().filter_map(|(name, backing)| Some((name, backing.service.as_ref()?)))
+    }
+
+    /// How many objects of a kind are known.
+    pub fn count(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Service => self.services().count(),
+            Kind::EndpointSlice => self.slice_owners.len(),
+            Kind::Node => self.nodes.len(),
+            Kind::Pod => self.pods.len(),
+            Kind::ServiceCidr => self.service_ranges.len(),
+            Kind::Namespace => self.namespaces.len(),
+            Kind::NetworkPolicy => self.policies.len(),
+        }
     }
 
     /// The Services that have a health check port.

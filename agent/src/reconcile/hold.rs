@@ -47,6 +47,10 @@ impl Hold {
         std::mem::take(&mut self.waiting)
     }
 
+    pub(super) fn is_waiting(&self, key: &Touched) -> bool {
+        self.waiting.contains(key)
+    }
+
     pub(super) fn wait(&mut self, key: Touched) {
         self.waiting.insert(key);
     }

@@ -27,7 +27,7 @@ use ferroflow_common::addr::Addr;
 
 use crate::events::{Note, Reason};
 use crate::maps::{MapError, Maps};
-use crate::model::{Change, Kind, ObjectId, Touched, Withheld, World};
+use crate::model::{Change, Kind, Name, ObjectId, Touched, Withheld, World};
 use crate::plan::policy::Concern;
 use crate::plan::{self, endpoints};
 use policy::PolicyError;
@@ -181,6 +181,17 @@ impl<M: Maps> Reconciler<M> {
             failures: self.failures,
             writes: tables.maps.writes(),
         }
+    }
+
+    /// Whether the tables say of a Service what its objects say.
+    pub fn is_programmed(&self, service: &Name) -> bool {
+        let key = Touched::Service(service.clone());
+        !self.queue.has(&key) && !self.tables.hold.is_waiting(&key)
+    }
+
+    /// The rows of that table; in [`Stats`] those that only say that an address is a cluster IP do not count.
+    pub fn frontend_rows(&self) -> usize {
+        self.tables.frontends.len()
     }
 
     /// What is not in the tables as it should be, and why.

@@ -76,6 +76,11 @@ impl Queue {
         self.since.into_iter().chain(retry).min()
     }
 
+    /// Whether the key waits for its first try or for another one.
+    pub(super) fn has(&self, key: &Touched) -> bool {
+        self.dirty.contains(key) || self.failing.contains_key(key)
+    }
+
     pub(super) fn dirty(&self) -> usize {
         self.dirty.len()
     }

@@ -2,12 +2,14 @@
 //! sense; later stages need not look again.
 
 use std::net::IpAddr;
+use std::time::SystemTime;
 
 use ferroflow_common::addr::{Addr, Port, Proto};
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::jiff::Timestamp;
 
 use super::fault::{Fault, Invalid};
 use super::weights::{self, Spread};
@@ -170,6 +172,14 @@ pub fn pod(object: &core::Pod) -> Result<Change> {
     let (labels, ports) = policy::labels_and_ports(object)?;
     let uid = object.metadata.uid.as_deref().unwrap_or_default().into();
     Ok(Change::Pod(name, Some(Pod { uid, node, network, addresses: addresses.into(), labels, ports })))
+}
+
+/// Where a slice says since when its endpoints are as they are.
+pub(super) const TRIGGER: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+
+/// The moment that [`TRIGGER`] gives (RFC 3339); `None` where it gives none: it is for measuring only.
+pub(super) fn trigger(text: &str) -> Option<SystemTime> {
+    text.parse::<Timestamp>().ok().map(SystemTime::from)
 }
 
 pub(super) fn name_of(metadata: &ObjectMeta, limit: usize) -> Result<Name> {

@@ -153,7 +153,7 @@ impl Directory {
 
     fn take(&mut self, file: &Arc<str>, item: Item, place: &str, pass: &mut Pass<'_>) -> FileState {
         let (id, change) = match item {
-            Item::Object { id, change } => (id, Ok(change)),
+            Item::Object { id, change, triggered } => (id, Ok((change, triggered))),
             Item::Bad { id, problem, instead } => (id, Err((problem, instead))),
             Item::Ignored(kind) => {
                 if self.ignored.insert(kind.clone()) {
@@ -183,10 +183,12 @@ impl Directory {
         }
         let old = known.and_then(|known| known.hash);
         let (hash, state) = match change {
-            Ok(change) => {
+            Ok((change, triggered)) => {
                 let hash = hash_of(&change);
                 if old != Some(hash) {
+                    let triggered = super::triggered(&change, triggered);
                     (pass.emit)(Event::Change(change));
+                    triggered.into_iter().for_each(&mut *pass.emit);
                 }
                 (Some(hash), FileState::Clean)
             }
@@ -286,6 +288,7 @@ mod tests {
                     Event::Problems(problems) => format!("!{}", problems.len()),
                     Event::Synced => "synced".into(),
                     Event::Contact(contact) => format!("{contact:?}"),
+                    Event::Triggered { service, .. } => format!("triggered {service}"),
                 });
             });
             said.join(" ")
@@ -318,6 +321,27 @@ mod tests {
         assert_eq!(it.read(), "-c");
         it.remove("b.yml");
         assert_eq!(it.read(), "-b");
+    }
+
+    #[test]
+    fn rule_42_a_slice_that_changed_says_since_when() {
+        let slice = |address: &str, second: u8| {
+            format!(
+                "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\n\
+                 metadata:\n  name: s\n  labels: {{kubernetes.io/service-name: web}}\n\
+                 \x20 annotations: {{endpoints.kubernetes.io/last-change-trigger-time: \"2026-01-01T00:00:0{second}Z\"}}\n\
+                 endpoints: [{{addresses: [{address}]}}]\n"
+            )
+        };
+        let mut it = Fixture::new(&[("a.yaml", &slice("10.0.0.1", 1))]);
+        let first = it.read();
+        assert!(first.contains("triggered default/web synced"), "{first}");
+        it.write("a.yaml", &slice("10.0.0.1", 2));
+        assert_eq!(it.read(), "", "the endpoints are what they were");
+        it.write("a.yaml", &slice("10.0.0.2", 3));
+        assert!(it.read().ends_with("triggered default/web"));
+        it.remove("a.yaml");
+        assert!(!it.read().contains("triggered"));
     }
 
     #[test]

@@ -2,11 +2,12 @@
 //! parse does not take others with it.
 
 use std::fmt;
+use std::time::SystemTime;
 
 use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer};
 use serde_json::{Map, Value};
 
-use super::convert::{self, LABEL, SUBDOMAIN};
+use super::convert::{self, LABEL, SUBDOMAIN, TRIGGER};
 use super::list::Objects;
 use super::{Invalid, Problem, policy};
 use crate::model::{Change, Kind, Name, ObjectId};
@@ -17,6 +18,8 @@ pub(super) enum Item {
     Object {
         id: ObjectId,
         change: Change,
+        /// When that which it says came about in the cluster, where it says so.
+        triggered: Option<SystemTime>,
     },
     /// A kind that is not read, by its name and version.
     Ignored(String),
@@ -154,8 +157,10 @@ pub(super) fn item(value: Value, place: &str, node: &str) -> Item {
     };
     let service = service_of(&id, metadata);
     let instead = (kind == Kind::NetworkPolicy).then(|| Box::new(policy::closed(id.name.clone(), &value)));
+    let annotations = metadata.get("annotations").and_then(Value::as_object);
+    let triggered = annotations.and_then(|annotations| convert::trigger(text_of(annotations, TRIGGER)));
     match change(kind, value, node) {
-        Ok(change) => Item::Object { id, change },
+        Ok(change) => Item::Object { id, change, triggered },
         Err(message) => {
             let problem = problem(&format!("{place}, {id}"), message);
             let problem = Problem { object: Some(id.clone()), service, ..problem };

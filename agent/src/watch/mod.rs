@@ -16,6 +16,7 @@ mod weights;
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::time::SystemTime;
 
 use tokio::sync::mpsc::Sender;
 
@@ -27,6 +28,12 @@ pub use fault::{Fault, Invalid};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     Change(Change),
+    /// When the endpoints of a Service changed in the cluster, which led to the change that was sent just before
+    /// (rule 42).
+    Triggered {
+        service: Name,
+        at: SystemTime,
+    },
     /// Everything that the source at present refuses; replaces what it said before. What an object was before it
     /// became bad stays in force.
     Problems(Box<[Problem]>),
@@ -75,6 +82,13 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.place, self.message)
     }
+}
+
+/// What goes with a change whose object says when it came about (rule 42): only slices that are there do.
+fn triggered(change: &Change, at: Option<SystemTime>) -> Option<Event> {
+    let Change::EndpointSlice(name, Some(slice)) = change else { return None };
+    let service = Name::new(name.namespace.clone(), slice.service.clone());
+    Some(Event::Triggered { service, at: at? })
 }
 
 pub trait Source {

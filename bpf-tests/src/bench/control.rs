@@ -171,7 +171,7 @@ fn read(manifests: &Path, node: &str) -> Result<Vec<Change>> {
                     let first = problems.first().map(ToString::to_string).unwrap_or_default();
                     bail!("{} bad documents; {first}", problems.len());
                 }
-                Event::Contact(_) => {}
+                Event::Contact(_) | Event::Triggered { .. } => {}
                 Event::Synced => break,
             }
         }

@@ -28,6 +28,12 @@ pub(super) fn check(object: &Value) -> Result<()> {
             rights(object)?;
         }
         ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding") => strict::<ClusterRoleBinding>(object)?,
+        // Not Kubernetes' own: it names a port that the agent's container has (templates/daemonset.yaml).
+        ("monitoring.coreos.com/v1", "PodMonitor") => {
+            let spec = &object["spec"];
+            ensure!(spec["podMetricsEndpoints"][0]["port"] == "metrics", "{name}: {spec}");
+            ensure!(spec["selector"]["matchLabels"].is_object(), "{name} is for every pod");
+        }
         (version, kind) => {
             bail!("{version} {kind} {name}: bpf-tests/src/chart/objects.rs does not know the kind")
         }

@@ -344,9 +344,8 @@ fn paths(value: &Value) -> Vec<Vec<String>> {
 
 fn remove(value: &mut Value, path: &[String]) {
     let Some((last, outer)) = path.split_last() else { return };
-    let target = outer.iter().try_fold(value, |value, key| match value {
-        Value::Array(elements) => elements.get_mut(key.parse::<usize>().ok()?),
-        other => other.get_mut(key),
+    let target = outer.iter().try_fold(value, |value, key| {
+        if value.is_array() { value.get_mut(key.parse::<usize>().ok()?) } else { value.get_mut(key) }
     });
     match target {
         Some(Value::Array(elements)) => {

@@ -102,9 +102,11 @@ impl Oracle {
         }
         self.pods_at(addr).any(|pod| {
             let namespace = &pod["metadata"]["namespace"];
-            let in_namespace = match &peer["namespaceSelector"] {
-                Value::Null => *namespace == policy["metadata"]["namespace"],
-                selector => self.namespace_matches(selector, namespace),
+            let selector = &peer["namespaceSelector"];
+            let in_namespace = if selector.is_null() {
+                *namespace == policy["metadata"]["namespace"]
+            } else {
+                self.namespace_matches(selector, namespace)
             };
             in_namespace
                 && (peer["podSelector"].is_null()
@@ -129,21 +131,19 @@ impl Oracle {
         if protocol != flow.protocol {
             return false;
         }
-        match &port["port"] {
-            Value::Null => true,
-            Value::String(name) => {
-                let calls = |pod: &Value| container_ports(pod, name, protocol).contains(&flow.port);
-                match way {
-                    Way::In => calls(pod),
-                    Way::Out => self.pods_at(flow.peer).any(calls),
-                }
-            }
-            number => {
-                let first = number.as_u64().unwrap_or_default();
-                let last = port["endPort"].as_u64().unwrap_or(first);
-                (first..=last).contains(&u64::from(flow.port))
-            }
+        if port["port"].is_null() {
+            return true;
         }
+        if let Some(name) = port["port"].as_str() {
+            let calls = |pod: &Value| container_ports(pod, name, protocol).contains(&flow.port);
+            return match way {
+                Way::In => calls(pod),
+                Way::Out => self.pods_at(flow.peer).any(calls),
+            };
+        }
+        let first = port["port"].as_u64().unwrap_or_default();
+        let last = port["endPort"].as_u64().unwrap_or(first);
+        (first..=last).contains(&u64::from(flow.port))
     }
 }
 

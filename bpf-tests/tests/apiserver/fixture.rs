@@ -50,6 +50,7 @@ impl Heard {
                 self.model.apply(change);
             }
             Event::Problems(problems) => self.problems = problems.iter().map(ToString::to_string).collect(),
+            Event::Triggered { .. } => {}
             Event::Synced => self.synced += 1,
             Event::Contact(Contact::Lost) => {
                 assert!(!self.lost, "said twice");

@@ -3,9 +3,11 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::time::SystemTime;
 
 use serde::Deserialize;
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::super::directory::hash_of;
 use super::super::{Event, Problem, convert, document, policy};
@@ -50,6 +52,15 @@ struct Metadata<'a> {
     namespace: Cow<'a, str>,
     #[serde(borrow, default)]
     resource_version: Cow<'a, str>,
+    /// As it stands: of most objects nothing in it is read.
+    #[serde(borrow, default)]
+    annotations: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Annotations<'a> {
+    #[serde(borrow, default, rename = "endpoints.kubernetes.io/last-change-trigger-time")]
+    trigger: Cow<'a, str>,
 }
 
 impl Ledger {
@@ -71,7 +82,7 @@ impl Ledger {
     /// # Errors
     /// What is no object at all; one with bad fields is a [`Problem`].
     pub(super) fn take(&mut self, object: &[u8], said: &mut Vec<Event>) -> Result<Box<str>, Garbage> {
-        let Metadata { name, namespace, resource_version } = head(object)?;
+        let Metadata { name, namespace, resource_version, annotations } = head(object)?;
         let key = format!("{namespace}/{name}");
         let old = self.known.get(&*key).map_or(0, |known| known.hash);
         let hash = match self.read(&key, object) {
@@ -83,7 +94,9 @@ impl Ledger {
                 let gone = change == id.gone();
                 let hash = if gone { 0 } else { hash_of(&change).max(1) };
                 if hash != old {
+                    let triggered = super::super::triggered(&change, annotations.and_then(trigger));
                     said.push(Event::Change(change));
+                    said.extend(triggered);
                 }
                 // What is not for us takes no room.
                 if gone {
@@ -113,7 +126,7 @@ impl Ledger {
     /// # Errors
     /// What is no object.
     pub(super) fn remove(&mut self, object: &[u8], said: &mut Vec<Event>) -> Result<Box<str>, Garbage> {
-        let Metadata { name, namespace, resource_version } = head(object)?;
+        let Metadata { name, namespace, resource_version, .. } = head(object)?;
         let key = format!("{namespace}/{name}");
         if let Some(known) = self.known.remove(&*key) {
             said.extend(self.gone(&key, known));
@@ -192,6 +205,11 @@ fn head(object: &[u8]) -> Result<Metadata<'_>, Garbage> {
     Ok(metadata)
 }
 
+fn trigger(annotations: &RawValue) -> Option<SystemTime> {
+    let Annotations { trigger } = serde_json::from_str(annotations.get()).ok()?;
+    convert::trigger(&trigger)
+}
+
 /// The version that a bookmark gives.
 ///
 /// # Errors
@@ -234,7 +252,10 @@ mod tests {
                 }
                 Event::Change(Change::Service(name, None)) => format!("-{}", name.name),
                 Event::Change(other) => format!("{other:?}"),
-                other @ (Event::Problems(_) | Event::Synced | Event::Contact(_)) => format!("{other:?}"),
+                other
+                @ (Event::Problems(_) | Event::Synced | Event::Contact(_) | Event::Triggered { .. }) => {
+                    format!("{other:?}")
+                }
             };
             let mut said: Vec<_> = self.said.drain(..).map(text).collect();
             said.sort();
@@ -288,6 +309,37 @@ mod tests {
         it.take(&web("a", 70000));
         it.list(&[]);
         assert_eq!((it.said(), it.ledger.take_problems().unwrap().len()), ("-a".into(), 0));
+    }
+
+    #[test]
+    fn rule_42_a_slice_says_what_set_it_off_where_it_changed_and_not_when_it_goes() {
+        let slice = |address: &str, trigger: &str| {
+            format!(
+                r#"{{"metadata":{{"name":"s","namespace":"n","labels":{{"kubernetes.io/service-name":"web"}},
+                    "annotations":{{"a":"b","endpoints.kubernetes.io/last-change-trigger-time":{trigger}}}}},
+                    "addressType":"IPv4","endpoints":[{{"addresses":["{address}"]}}]}}"#
+            )
+        };
+        let mut it = Fixture::new(Kind::EndpointSlice);
+        let mut taken = |object: &str| {
+            it.take(object);
+            let triggered = it.said.iter().find_map(|event| match event {
+                Event::Triggered { service, at } => Some((service.clone(), *at)),
+                Event::Change(_) | Event::Problems(_) | Event::Synced | Event::Contact(_) => None,
+            });
+            (std::mem::take(&mut it.said).len(), triggered)
+        };
+        let at = |seconds| SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(seconds);
+        let web = crate::model::Name::new("n", "web");
+        let first = "\"1970-01-01T00:01:40.5Z\"";
+        assert_eq!(taken(&slice("10.0.0.1", first)), (2, Some((web, at(100_500)))));
+        assert_eq!(taken(&slice("10.0.0.1", "\"1970-01-01T00:01:41Z\"")), (0, None), "nothing changed");
+        for none in ["\"\"", "\"yesterday\""] {
+            assert_eq!(taken(&slice("10.0.0.2", none)).1, None, "{none}");
+            assert_eq!(taken(&slice("10.0.0.3", first)).0, 2);
+        }
+        it.ledger.remove(slice("10.0.0.3", first).as_bytes(), &mut it.said).unwrap();
+        assert_eq!(it.said.len(), 1, "a slice that goes: {:?}", it.said);
     }
 
     #[test]

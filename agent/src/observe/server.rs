@@ -1,0 +1,116 @@
+//! Answers `/metrics`, and `/healthz` where kube-proxy has it too.
+
+use std::io;
+use std::net::SocketAddr;
+
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::mpsc::Sender;
+use tokio::sync::oneshot;
+
+use super::View;
+use super::metrics::Page;
+use crate::health::{Answer, http};
+
+/// Where kube-proxy shows its metrics.
+pub const PORT: u16 = 10249;
+
+/// Somebody asks what is so; an answer that nobody awaits any longer is dropped.
+pub type Asked = oneshot::Sender<View>;
+
+/// Answers on `addr` for as long as it is polled; a port that is taken is tried again. Every scrape asks the agent
+/// once.
+pub async fn start(addr: SocketAddr, page: Page, ask: Sender<Asked>) {
+    let mut said = false;
+    let failed = |error: &io::Error| {
+        if !std::mem::replace(&mut said, true) {
+            tracing::warn!("cannot show metrics on {addr}: {error}; trying again");
+        }
+    };
+    let listener = http::bind(|| open(addr), failed).await;
+    let respond = move |_peer, path: String| answer(path, page.clone(), ask.clone());
+    http::listen(listener, || false, respond).await;
+}
+
+fn open(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(addr)?;
+    socket.listen(http::BACKLOG)
+}
+
+async fn answer(path: String, page: Page, ask: Sender<Asked>) -> Answer {
+    let plain = |status, body: &str| Answer { status, headers: Vec::new(), body: body.into() };
+    match path.as_str() {
+        "/metrics" => {}
+        "/healthz" => return plain(200, "ok"),
+        _ => return plain(404, ""),
+    }
+    let Some(body) = text(&page, &ask).await else {
+        return plain(503, "the agent ends, or cannot read its maps: its log says more\n");
+    };
+    let headers = vec![("content-type", CONTENT_TYPE.to_owned())];
+    Answer { status: 200, headers, body }
+}
+
+/// `None` where nobody answers.
+async fn text(page: &Page, ask: &Sender<Asked>) -> Option<String> {
+    let (asked, view) = oneshot::channel();
+    ask.send(asked).await.ok()?;
+    page.text(view.await.ok()?).ok()
+}
+
+const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpStream;
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::observe::Metrics;
+
+    async fn ask(addr: SocketAddr, path: &str) -> Option<String> {
+        let mut stream = TcpStream::connect(addr).await.ok()?;
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await.ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.ok()?;
+        Some(text)
+    }
+
+    #[tokio::test]
+    async fn metrics_are_answered_once_the_port_is_free() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = taken.local_addr().unwrap();
+        let (asking, mut asked) = mpsc::channel::<Asked>(1);
+        let metrics = Metrics::new(UNIX_EPOCH);
+        let server = tokio::spawn(start(addr, metrics.page(), asking));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(!server.is_finished(), "a port that is taken is no reason to end");
+        drop(taken);
+        let answering = tokio::spawn(async move {
+            while let Some(asked) = asked.recv().await {
+                asked.send(View { writes: 42, ..View::default() }).unwrap();
+            }
+        });
+        let mut text = None;
+        for _ in 0..3_000 {
+            text = ask(addr, "/metrics").await;
+            if text.is_some() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let text = text.unwrap();
+        assert!(text.starts_with("HTTP/1.1 200") && text.contains(CONTENT_TYPE), "{text}");
+        assert!(text.contains("\nferroflow_reconcile_writes_total 42\n"), "{text}");
+        assert!(ask(addr, "/healthz").await.unwrap().starts_with("HTTP/1.1 200"));
+        assert!(ask(addr, "/").await.unwrap().starts_with("HTTP/1.1 404"));
+        answering.abort();
+        let _ended = answering.await;
+        assert!(ask(addr, "/metrics").await.unwrap().starts_with("HTTP/1.1 503"));
+        server.abort();
+    }
+}
