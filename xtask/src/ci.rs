@@ -8,19 +8,18 @@ use anyhow::Result;
 
 use crate::test::{Scope, Tally};
 use crate::toolchain::{Toolchain, succeed};
-use crate::{chart, compile, demo, image, layers, setup, test, verify, vm};
+use crate::{chart, compile, demo, image, layers, setup, test, verify};
 
 /// Runs one part and returns its tests.
 type Part = fn(&Toolchain) -> Result<Tally>;
 
-const PARTS: [(&str, Part); 10] = [
+const PARTS: [(&str, Part); 9] = [
     ("setup", setup),
     ("format", format),
     ("lints", lints),
     ("layers", layers),
     ("test", all_tests),
     ("verify", verify::part),
-    ("vm", kernels),
     ("demo", demonstrate),
     ("chart", chart::part),
     ("image", image::part),
@@ -79,14 +78,6 @@ fn layers(toolchain: &Toolchain) -> Result<Tally> {
 
 fn all_tests(toolchain: &Toolchain) -> Result<Tally> {
     Ok(test::run(toolchain, Scope::All, None))
-}
-
-/// The oldest kernel that is supported, and the newest long-term one that Debian packages: what their verifiers say, and
-/// the tables of packets. `cargo xtask vm` also has the wire, which takes an emulated machine ten minutes.
-fn kernels(toolchain: &Toolchain) -> Result<Tally> {
-    let kernels =
-        vm::KERNELS.into_iter().filter(|kernel| ["5.10", "6.12"].contains(&kernel.version)).collect();
-    Ok(vm::run(toolchain, &vm::Plan { kernels, update: false, filter: Some("cases_of_ipv".to_owned()) }))
 }
 
 fn demonstrate(toolchain: &Toolchain) -> Result<Tally> {
