@@ -51,10 +51,6 @@ const STACK: &str = "stack";
 
 /// No program may need more: a tenth of what kernels allow, so that features have room.
 const BUDGET: u32 = 100_000;
-/// With log statements, which only debugging compiles in, a fifth.
-const LOGGED_BUDGET: u32 = 200_000;
-/// In the name of such a row.
-const LOGGED: &str = "--log-drops";
 /// So many parts of a count may come and go without a look.
 const DRIFT: u32 = 20;
 
@@ -87,9 +83,8 @@ fn run(cli: &Cli) -> Result<()> {
         ensure!(stack.rounded <= frames::LIMIT, "{name} needs {} bytes of stack: {stack}", stack.rounded);
     }
     for (row, counts) in &rows {
-        let budget = if row.contains(LOGGED) { LOGGED_BUDGET } else { BUDGET };
         for (name, count) in counts {
-            ensure!(*count < budget, "{row}: {name}: {count} verified instructions; the budget is {budget}");
+            ensure!(*count < BUDGET, "{row}: {name}: {count} verified instructions; the budget is {BUDGET}");
         }
     }
     rows.insert(STACK.to_owned(), stacks.iter().map(|(name, stack)| (name.clone(), stack.rounded)).collect());

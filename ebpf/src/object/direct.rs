@@ -2,6 +2,49 @@
 //! recognises its own checks only in certain shapes.
 
 use core::arch::asm;
+use core::ffi::c_void;
+
+/// Where the packet begins and ends: two fields of the context, loaded by instructions that the compiler cannot split or
+/// move apart. The verifier recognises a packet pointer only in a plain 32-bit load.
+///
+/// # Safety
+/// `context` is the program's own, and the fields at these offsets of its ABI are `data` and `data_end`.
+#[inline(always)]
+pub(crate) unsafe fn bounds<const DATA: usize, const END: usize>(context: *mut c_void) -> (u64, u64) {
+    let (data, end): (u64, u64);
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "{data} = *(u32 *)({context} + {at})",
+            "{end} = *(u32 *)({context} + {end_at})",
+            data = out(reg) data,
+            end = out(reg) end,
+            context = in(reg) context,
+            at = const DATA,
+            end_at = const END,
+            options(readonly, nostack),
+        );
+    }
+    (data, end)
+}
+
+/// The number, of which the verifier forgets what it knew: `unknown`, anything that it knows nothing of, is mixed in and
+/// taken out again, which it does not relate.
+#[inline(always)]
+pub(crate) fn forgotten(number: u32, unknown: u32) -> u32 {
+    let mut number = u64::from(number);
+    // SAFETY: arithmetic in a register that ends as it began.
+    unsafe {
+        asm!(
+            "{0} ^= {1}",
+            "{0} ^= {1}",
+            inout(reg) number,
+            in(reg) u64::from(unknown),
+            options(pure, nomem, nostack),
+        );
+    }
+    number as u32
+}
 
 /// How far into the packet direct access goes: the verifier wants a bound, and headers end long before.
 const DIRECT: u32 = 0x700;

@@ -77,24 +77,11 @@ impl Skb {
         if error == 0 { Ok(()) } else { Err(DropReason::EarlyFragment) }
     }
 
-    /// `__sk_buff::data` and `data_end`, loaded by instructions that the compiler cannot split or move apart: the
-    /// verifier recognises a packet pointer only in a plain 32-bit load.
+    /// `__sk_buff::data` and `data_end`.
     #[inline(always)]
     fn bounds(&self) -> (u64, u64) {
-        let (data, end): (u64, u64);
-        let context = self.0.as_ptr();
-        // SAFETY: `context` is the program's `__sk_buff`; 76 and 80 are the offsets of the two fields in its ABI.
-        unsafe {
-            asm!(
-                "{data} = *(u32 *)({context} + 76)",
-                "{end} = *(u32 *)({context} + 80)",
-                data = out(reg) data,
-                end = out(reg) end,
-                context = in(reg) context,
-                options(readonly, nostack),
-            );
-        }
-        (data, end)
+        // SAFETY: the context is the program's own `__sk_buff`, which has the two fields at 76 and 80.
+        unsafe { direct::bounds::<76, 80>(self.0.as_ptr()) }
     }
 }
 
@@ -126,19 +113,7 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn forget(&self, number: u32) -> u32 {
-        let mut number = u64::from(number);
-        let unknown = u64::from(self.0.len());
-        // SAFETY: adds nothing: what is mixed in is taken out again, which the verifier does not relate.
-        unsafe {
-            asm!(
-                "{0} ^= {1}",
-                "{0} ^= {1}",
-                inout(reg) number,
-                in(reg) unknown,
-                options(pure, nomem, nostack),
-            );
-        }
-        number as u32
+        direct::forgotten(number, self.0.len())
     }
 
     #[inline(always)]

@@ -1,7 +1,5 @@
 //! The program in a device's driver, and a frame there as the library's packet: its bytes, with complete checksums.
 
-use core::arch::asm;
-
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::macros::xdp;
@@ -34,23 +32,11 @@ pub(crate) fn device_xdp(ctx: XdpContext) -> u32 {
 struct Frame(XdpContext);
 
 impl Frame {
-    /// `xdp_md::data` and `data_end`, in plain 32-bit loads, which are what the verifier knows them by.
+    /// `xdp_md::data` and `data_end`.
     #[inline(always)]
     fn bounds(&self) -> (u64, u64) {
-        let (data, end): (u64, u64);
-        let context = self.0.as_ptr();
-        // SAFETY: `context` is the program's `xdp_md`; 0 and 4 are the offsets of the two fields in its ABI.
-        unsafe {
-            asm!(
-                "{data} = *(u32 *)({context} + 0)",
-                "{end} = *(u32 *)({context} + 4)",
-                data = out(reg) data,
-                end = out(reg) end,
-                context = in(reg) context,
-                options(readonly, nostack),
-            );
-        }
-        (data, end)
+        // SAFETY: the context is the program's own `xdp_md`, which begins with the two fields.
+        unsafe { direct::bounds::<0, 4>(self.0.as_ptr()) }
     }
 
     #[inline(always)]
@@ -98,20 +84,8 @@ impl Packet for Frame {
 
     #[inline(always)]
     fn forget(&self, number: u32) -> u32 {
-        let mut number = u64::from(number);
         // SAFETY: the context is the program's own `xdp_md`.
-        let unknown = u64::from(unsafe { (*self.0.as_ptr().cast::<xdp_md>()).ingress_ifindex });
-        // SAFETY: adds nothing: what is mixed in is taken out again, which the verifier does not relate.
-        unsafe {
-            asm!(
-                "{0} ^= {1}",
-                "{0} ^= {1}",
-                inout(reg) number,
-                in(reg) unknown,
-                options(pure, nomem, nostack),
-            );
-        }
-        number as u32
+        direct::forgotten(number, unsafe { (*self.0.as_ptr().cast::<xdp_md>()).ingress_ifindex })
     }
 
     #[inline(always)]

@@ -53,6 +53,15 @@ pub struct Planner {
     addresses: Addresses,
     /// What each set says of each class, where that is not what it says of the others.
     rules: BTreeMap<PolicyKey, Arc<Verdicts>>,
+    pods: Pods,
+}
+
+/// Whether pods are told apart. To a cluster that never had a policy they cost nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pods {
+    /// There has been no policy.
+    Unseen,
+    Followed,
 }
 
 /// Keys that were touched and not looked at yet.
@@ -99,13 +108,14 @@ impl Planner {
             sets: Sets::new(Assigned::new("policy_sets", room.sets, known.sets)),
             addresses: Addresses::new(Assigned::new("peer_classes", room.classes, known.classes)),
             rules: BTreeMap::new(),
+            pods: Pods::Unseen,
         }
     }
 
     /// Notes that an object has changed; whether it concerns policies at all.
     pub fn touch(&mut self, key: &Touched) -> Concern {
         match key {
-            Touched::Pod(name) => self.touched.pods.insert(name.clone()),
+            Touched::Pod(name) => self.pods == Pods::Followed && self.touched.pods.insert(name.clone()),
             Touched::Namespace(name) => self.touched.namespaces.insert(name.clone()),
             Touched::NetworkPolicy(name) => self.touched.policies.insert(name.clone()),
             Touched::Policies | Touched::Service(_) | Touched::Endpoint(_) | Touched::Node => {
@@ -118,7 +128,11 @@ impl Planner {
     /// Makes the plan follow what was touched, and says which rows to look at. What had no number to be given is left
     /// out, and asked for again at the next call.
     pub fn update(&mut self, world: &World, now: Instant) -> Changes {
-        let touched = std::mem::take(&mut self.touched);
+        let mut touched = std::mem::take(&mut self.touched);
+        if self.pods == Pods::Unseen && !touched.policies.is_empty() {
+            self.pods = Pods::Followed;
+            touched.pods = world.pods().map(|(name, _)| name.clone()).collect();
+        }
         let regrouped = self.groups.follow(world, &touched.pods, &touched.namespaces);
         let mut subjects = regrouped.local.clone();
         for name in &touched.policies {
