@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::cni::protocol;
+use crate::kube_proxy::Timeouts;
 use crate::model::Prefix;
 use crate::plan::node::NodePortAddresses;
 use crate::plan::routes::Routing;
@@ -111,6 +112,9 @@ pub struct Agent {
     #[arg(long = "masquerade-all", env = "FERROFLOW_MASQUERADE_ALL", num_args = 0..=1, require_equals = true, default_value = "false",
         default_missing_value = "true", hide_default_value = true, value_parser = masquerade_all)]
     pub masquerade: MasqueradeScope,
+
+    #[command(flatten)]
+    pub timeouts: Timeouts,
 
     #[command(flatten)]
     pub cni: Cni,

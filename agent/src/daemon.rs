@@ -93,6 +93,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     tasks.spawn(net::watch(events).map(drop));
     let (events, proxies) = mpsc::channel(QUEUE);
     tasks.spawn(kube_proxy::watch(kube_proxy.clone(), events));
+    tasks.spawn(kube_proxy::keep_timeouts(config.timeouts));
     let (metrics, gauges, scrapes) = measure(config, started, &mut tasks);
     let attachments =
         Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };

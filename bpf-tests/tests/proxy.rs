@@ -3,8 +3,10 @@
 
 use std::{
     collections::BTreeSet,
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     process::ExitCode,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
         ("weights_of_nodes_and_addresses_are_kept", weights_are_kept),
         ("least_connection_serves_every_backend", least_connection_serves),
         ("external_ips_are_served_where_the_flag_says_so", external_ips_are_served),
+        ("the_kernels_connection_tracking_remembers_as_kube_proxy_has_it", kernel_timeouts_are_set),
     ])
 }
 
@@ -54,6 +57,26 @@ fn other_ports_refuse(sandbox: &Sandbox) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+fn kernel_timeouts_are_set(sandbox: &Sandbox) -> Result<()> {
+    let cluster = Cluster::with_pods(sandbox, &["a"], 0)?;
+    let node = cluster.node("a");
+    let read = || -> Result<[String; 2]> {
+        node.netns.run(|_| {
+            let of =
+                |name| fs::read_to_string(format!("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_{name}"));
+            Ok([of("close_wait")?, of("established")?].map(|text| text.trim().to_owned()))
+        })?
+    };
+    let [_, established] = read()?;
+    let mut agent = Agent::start(node, &["--conntrack-tcp-timeout-established=0"])?;
+    let deadline = Instant::now() + SOON;
+    while read()? != ["3600", &established] {
+        ensure!(Instant::now() < deadline, "the kernel has {:?}\n{}", read()?, agent.log_tail());
+        thread::sleep(Duration::from_millis(20));
+    }
+    agent.stop().map(drop)
 }
 
 fn ranges_come_and_go(sandbox: &Sandbox) -> Result<()> {

@@ -10,6 +10,7 @@
 
 mod rules;
 mod tools;
+mod tracking;
 
 use std::fmt;
 use std::fs;
@@ -23,6 +24,7 @@ use rules::Removal;
 use tools::{IPTABLES, Iptables};
 
 pub use tools::ToolError;
+pub use tracking::{Timeouts, keep as keep_timeouts};
 
 /// How often it is looked for while it is here, so that its end is soon seen; and while it is not.
 const WHILE_PRESENT: Duration = Duration::from_secs(5);

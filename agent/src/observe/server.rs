@@ -1,4 +1,4 @@
-//! Answers `/metrics`, and `/healthz` where kube-proxy has it too.
+//! Answers `/metrics`, and `/healthz` and `/proxyMode` where kube-proxy has them too.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,6 +13,9 @@ use crate::health::{Answer, http};
 
 /// Where kube-proxy shows its metrics.
 pub const PORT: u16 = 10249;
+
+/// None of kube-proxy's own (`iptables`, `ipvs`, `nftables`): what is true of those is not true here.
+const PROXY_MODE: &str = "ebpf";
 
 /// Somebody asks what is so; an answer that nobody awaits any longer is dropped.
 pub type Asked = oneshot::Sender<View>;
@@ -43,6 +46,7 @@ async fn answer(path: String, page: Page, ask: Sender<Asked>) -> Answer {
     match path.as_str() {
         "/metrics" => {}
         "/healthz" => return plain(200, "ok"),
+        "/proxyMode" => return plain(200, PROXY_MODE),
         _ => return plain(404, ""),
     }
     let Some(body) = text(&page, &ask).await else {
@@ -107,6 +111,7 @@ mod tests {
         assert!(text.starts_with("HTTP/1.1 200") && text.contains(CONTENT_TYPE), "{text}");
         assert!(text.contains("\nferroflow_reconcile_writes_total 42\n"), "{text}");
         assert!(ask(addr, "/healthz").await.unwrap().starts_with("HTTP/1.1 200"));
+        assert!(ask(addr, "/proxyMode").await.unwrap().ends_with("\r\n\r\nebpf"));
         assert!(ask(addr, "/").await.unwrap().starts_with("HTTP/1.1 404"));
         answering.abort();
         let _ended = answering.await;
