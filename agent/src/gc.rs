@@ -59,6 +59,9 @@ pub fn sweep(maps: &mut KernelMaps) -> Result<[Sweep; 2], MapError> {
     let now = clock::seconds();
     let mut counts = vec![0; maps.len::<ConnectionCounts>() as usize];
     let mut count = |proto, entry: &Entry| {
+        if entry.flags & Entry::PLAIN != 0 {
+            return;
+        }
         let serves = maps.read::<Backends>(entry.backend).is_ok_and(|it| it.generation == entry.generation);
         let closed = proto == Proto::TCP && State(entry.state).closed();
         if let Some(count) = counts.get_mut(entry.backend as usize).filter(|_| serves && !closed) {

@@ -5,6 +5,7 @@
 //!     └─ cluster: nodes and pods as network namespaces ── manifests (ordinary Kubernetes YAML)
 //!           ├─ agent: the real binary on a node ── cni: the network plugin beside it, as a runtime runs it
 //!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
+//!           └─ probe: many first packets at once, and which of them are answered ── tests/netpol.rs
 //!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
 //!  apiserver: a Kubernetes API on the same manifests, with faults ── tests/apiserver.rs
@@ -28,6 +29,7 @@ pub mod netns;
 pub mod oracle;
 pub mod patience;
 pub mod pod;
+pub mod probe;
 pub mod run;
 pub mod runner;
 pub mod sandbox;

@@ -82,6 +82,11 @@ impl Directory {
         self.write("cluster", &nodes.chain(pods).collect::<String>())
     }
 
+    /// Its nodes alone, in place of [`Self::write_cluster`]: the pods are the test's own objects.
+    pub fn write_nodes(&self, cluster: &Cluster) -> Result<()> {
+        self.write("cluster", &cluster.nodes().iter().map(node).collect::<String>())
+    }
+
     /// The service in `service-<name>.yaml`.
     pub fn write_service(&self, service: &Service) -> Result<()> {
         self.write(&format!("service-{}", service.name), &service.yaml())

@@ -39,6 +39,21 @@ macro_rules! drop_reasons {
                 }
             }
 
+            /// Whether packets that are counted under it passed all the same: a policy in dry run would drop them.
+            pub const fn is_dry_run(self) -> bool {
+                matches!(self, Self::DryRunIngress | Self::DryRunEgress)
+            }
+
+            /// What the programs log.
+            #[expect(unreachable_patterns, reason = "the first two are written otherwise than the rest")]
+            pub const fn line(self) -> &'static str {
+                match self {
+                    Self::DryRunIngress => "passed: policy-ingress-dry-run",
+                    Self::DryRunEgress => "passed: policy-egress-dry-run",
+                    $(Self::$name => concat!("dropped: ", $text),)*
+                }
+            }
+
             /// The reason as metrics and the CLI print it.
             pub const fn as_str(self) -> &'static str {
                 match self {
@@ -83,6 +98,14 @@ drop_reasons! {
     UnallocatedAddress = 14, "unallocated-service-address";
     /// The packet was routed into the tunnel, and its destination is in the range of no other node.
     NoTunnel = 15, "no-tunnel";
+    /// The policies of the pod that it is for let no such flow in.
+    PolicyIngress = 16, "policy-ingress";
+    /// The policies of the pod that sent it let no such flow out.
+    PolicyEgress = 17, "policy-egress";
+    /// It passed: policies in dry run would have dropped it as [`Self::PolicyIngress`].
+    DryRunIngress = 18, "policy-ingress-dry-run";
+    /// It passed: policies in dry run would have dropped it as [`Self::PolicyEgress`].
+    DryRunEgress = 19, "policy-egress-dry-run";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

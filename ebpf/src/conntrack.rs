@@ -1,4 +1,5 @@
-//! Flows through services: found by the tuple of either direction, kept while they live.
+//! Flows through services, and those that policies were asked about: found by the tuple of either direction, kept while
+//! they live.
 //!
 //! A flow is two entries. The forward one says what the client's packets become on their way to the backend, the reply
 //! one what the backend's become on their way back. Each is refreshed by its own packets; what the other must know (a reply was seen,
@@ -114,7 +115,9 @@ pub fn mend<F: Parse, P: Packet, T: Tables<F>>(packet: &P, tables: &T) {
     entry.src_port = tuple.dst_port;
     entry.dst_port = tuple.src_port;
     entry.kind = if entry.kind == Entry::FORWARD { Entry::REPLY } else { Entry::FORWARD };
-    entry.flags = if own(tables, &entry.src) { Entry::OWN_SOURCE } else { 0 };
+    if entry.flags & Entry::PLAIN == 0 {
+        entry.flags = if own(tables, &entry.src) { Entry::OWN_SOURCE } else { 0 };
+    }
     // Where the table has no room, or another flow has taken the tuple over, this direction goes on alone.
     let _alone = tables.track(&other, &entry, OnConflict::Fail);
 }
@@ -132,6 +135,9 @@ fn chooses_again<F: Family, T: Services>(tables: &T, headers: &Headers<F>, entry
 
 #[inline(always)]
 fn gone<T: Services>(tables: &T, entry: &Entry) -> bool {
+    if entry.flags & Entry::PLAIN != 0 {
+        return false;
+    }
     tables.backend(entry.backend).is_none_or(|backend: Backend| backend.generation != entry.generation)
 }
 
@@ -217,15 +223,81 @@ pub fn open<F: Family, T: Tables<F>>(
         generation: backend.generation,
         expires: tables.now().wrapping_add(State::NEW.lifetime(tuple.proto)),
     };
-    claim(tables, headers, &mut reply_tuple, &entry)?;
+    claim(tables, headers, &mut reply_tuple, &entry, PORT_TRIES)?;
     entry.src = F::addr(reply_tuple.dst);
     entry.dst = F::addr(reply_tuple.src);
     entry.src_port = reply_tuple.dst_port;
     entry.dst_port = reply_tuple.src_port;
     entry.kind = Entry::FORWARD;
     entry.flags = if masquerade.is_some() { Entry::OWN_SOURCE } else { 0 };
-    if tables.track(tuple, &entry, OnConflict::Replace).is_err() {
-        tables.untrack(&reply_tuple);
+    complete(tables, tuple, &entry, &reply_tuple)
+}
+
+/// Who opened a flow of which this packet is the first that is seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opener {
+    Sender,
+    Receiver,
+}
+
+/// Tracks a flow of no service as it is.
+///
+/// # Errors
+/// [`DropReason::TupleCollision`] where its replies would be taken for those of a service flow,
+/// [`DropReason::ConntrackInsert`].
+#[inline(always)]
+pub fn open_plain<F: Family, T: Tables<F>>(
+    tables: &T,
+    headers: &Headers<F>,
+    opener: Opener,
+) -> Result<(), DropReason> {
+    let tuple = &headers.tuple;
+    let (kind, other) = match opener {
+        Opener::Sender => (Entry::FORWARD, Entry::REPLY),
+        Opener::Receiver => (Entry::REPLY, Entry::FORWARD),
+    };
+    // As in `open`: one tuple and one entry, of the other direction first.
+    let mut entry = Entry {
+        src: F::addr(tuple.dst),
+        dst: F::addr(tuple.src),
+        src_port: tuple.dst_port,
+        dst_port: tuple.src_port,
+        kind: other,
+        state: State::NEW.0,
+        flags: Entry::PLAIN,
+        reserved: 0,
+        service: 0,
+        backend: Entry::NO_BACKEND,
+        generation: 0,
+        expires: tables.now().wrapping_add(State::NEW.lifetime(tuple.proto)),
+    };
+    let mut turned = Aligned(Tuple {
+        src: tuple.dst,
+        dst: tuple.src,
+        src_port: tuple.dst_port,
+        dst_port: tuple.src_port,
+        proto: tuple.proto,
+        reserved: [0; 3],
+    });
+    claim(tables, headers, &mut turned, &entry, 1)?;
+    entry.src = F::addr(tuple.src);
+    entry.dst = F::addr(tuple.dst);
+    entry.src_port = tuple.src_port;
+    entry.dst_port = tuple.dst_port;
+    entry.kind = kind;
+    complete(tables, tuple, &entry, &turned)
+}
+
+/// Enters the packet's own direction; where that fails, the other one is taken back.
+#[inline(always)]
+fn complete<F: Family, T: Tables<F>>(
+    tables: &T,
+    tuple: &Key<F>,
+    entry: &Entry,
+    other: &Key<F>,
+) -> Result<(), DropReason> {
+    if tables.track(tuple, entry, OnConflict::Replace).is_err() {
+        tables.untrack(other);
         return Err(DropReason::ConntrackInsert);
     }
     Ok(())
@@ -236,15 +308,16 @@ fn own<T: Services>(tables: &T, addr: &Addr) -> bool {
     tables.node_address(addr).is_some()
 }
 
-/// Enters the reply's tuple, under another client port where this one is another flow's.
+/// Enters the reply's tuple, under another client port where this one is another flow's and there is more than one try.
 #[inline(always)]
 fn claim<F: Family, T: Tables<F>>(
     tables: &T,
     headers: &Headers<F>,
     reply_tuple: &mut Aligned<Tuple<F::Bytes>>,
     reply: &Entry,
+    tries: u32,
 ) -> Result<(), DropReason> {
-    for _ in 0..PORT_TRIES {
+    for _ in 0..tries {
         let mut entered = tables.track(reply_tuple, reply, OnConflict::Fail);
         if entered == Err(InsertError::Exists) && replaceable(tables, headers, reply_tuple) {
             entered = tables.track(reply_tuple, reply, OnConflict::Replace);

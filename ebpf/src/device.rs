@@ -46,6 +46,10 @@ where
     let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Outcome::RARE) };
     match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
         Flow::Known(to) => {
+            // The stack's, as before it was known: the program at the pod's interface finds it, too.
+            if to.is_plain() {
+                return Ok(Outcome::STACK);
+            }
             nat::rewrite(packet, &headers, &to)?;
             return Ok(Outcome::goes(route::rewritten::<F, T>(tables, &to)));
         }

@@ -100,7 +100,7 @@ where
 {
     let mut key = part.key::<F, P>(packet).ok_or(DropReason::Truncated)?;
     tables.note(&key);
-    if origin == Origin::Node {
+    if origin.is_routed() {
         return Ok(Outcome::RARE);
     }
     let mut datagram = known(tables, &key, tables.now());
@@ -138,11 +138,18 @@ where
     (datagram.src, datagram.dst) = (F::addr(src), F::addr(dst));
     let forwarded = outcome == Outcome::FORWARD;
     let rewritten = forwarded || datagram.src != key.src || datagram.dst != key.dst;
+    let dropped = outcome.is_dropped();
     // What the stack has routed is of no service unless it is changed here.
-    if origin == Origin::Node && !rewritten {
+    if origin.is_routed() && !rewritten && !dropped {
         return;
     }
-    datagram.fate = if rewritten { Datagram::REWRITTEN } else { Datagram::PASSES };
+    datagram.fate = if dropped {
+        Datagram::DROPPED
+    } else if rewritten {
+        Datagram::REWRITTEN
+    } else {
+        Datagram::PASSES
+    };
     datagram.flags = if forwarded { Entry::OWN_SOURCE } else { 0 };
     write(tables, &key, &datagram);
 }
@@ -163,7 +170,7 @@ where
     if datagram.fate == Datagram::DROPPED {
         return Err(DropReason::Fragment);
     }
-    if origin == Origin::Node && datagram.fate != Datagram::REWRITTEN {
+    if origin.is_routed() && datagram.fate != Datagram::REWRITTEN {
         return Ok(Outcome::STACK);
     }
     if datagram.fate == Datagram::AWAITED {

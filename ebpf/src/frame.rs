@@ -10,6 +10,7 @@ use ferroflow_common::verdict::{DropReason, Verdict};
 use crate::device;
 use crate::packet::{Bytes, L3};
 use crate::pod;
+use crate::service::Origin;
 use crate::tables::fake::Fake;
 
 /// A packet by its fields; its family is that of its addresses. What a test expects is the packet it sent with other
@@ -49,7 +50,7 @@ pub enum Transport {
     Sctp {
         chunk: u8,
     },
-    /// ICMP of the packet's family.
+    /// ICMP of the packet's family. The source port is the identifier of an echo.
     Icmp {
         kind: u8,
         code: u8,
@@ -240,6 +241,16 @@ impl Frame {
         self.outcome(verdict, packet)
     }
 
+    /// Through [`pod::entering_pod`].
+    ///
+    /// # Errors
+    /// As [`Frame::leave`].
+    pub fn enter_pod(&self, tables: &Fake, origin: Origin) -> Result<(Verdict, Vec<u8>), DropReason> {
+        let mut packet = self.packet();
+        let verdict = pod::entering_pod(&mut packet, tables, origin);
+        self.outcome(verdict, packet)
+    }
+
     /// Through [`device::arriving`].
     ///
     /// # Errors
@@ -341,7 +352,10 @@ impl Frame {
                 packet[8..12].copy_from_slice(&check.to_le_bytes());
                 return packet;
             }
-            Transport::Icmp { kind, code } => (vec![*kind, *code, 0, 0, 0, 0, 0, 0], 2),
+            Transport::Icmp { kind, code } => {
+                let [high, low] = self.src_port.to_be_bytes();
+                (vec![*kind, *code, 0, 0, high, low, 0, 0], 2)
+            }
         };
         header.extend(&self.payload);
         let udp = matches!(self.transport, Transport::Udp { .. });

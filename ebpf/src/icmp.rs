@@ -41,6 +41,8 @@ const MAX_END: u32 = 0xffff;
 /// The messages that quote a packet.
 pub trait Errors: Parse<Bytes: Ends> {
     fn is_error(kind: u8) -> bool;
+    /// Whether a message finds neighbours, routers or members of groups, which are on the link.
+    fn is_of_link(kind: u8) -> bool;
 }
 
 impl Errors for V4 {
@@ -49,6 +51,12 @@ impl Errors for V4 {
     fn is_error(kind: u8) -> bool {
         matches!(kind, 3 | 11 | 12)
     }
+
+    /// IPv4 has protocols of their own for that.
+    #[inline(always)]
+    fn is_of_link(_kind: u8) -> bool {
+        false
+    }
 }
 
 impl Errors for V6 {
@@ -56,6 +64,12 @@ impl Errors for V6 {
     #[inline(always)]
     fn is_error(kind: u8) -> bool {
         matches!(kind, 1..=4)
+    }
+
+    /// Multicast listener discovery and neighbour discovery (RFC 2710, RFC 4861, RFC 3810).
+    #[inline(always)]
+    fn is_of_link(kind: u8) -> bool {
+        matches!(kind, 130..=137 | 143)
     }
 }
 

@@ -6,13 +6,15 @@
 //!   parse -> conntrack -- known flow ----------------------------+
 //!                |                                               v
 //!                +-- an ICMP error about a known flow: icmp;  a fragment: fragment
-//!                +-- lb: frontend -> slot -> backend -> track -> nat -> route: local pod | kernel
+//!                +-- lb: frontend -> slot -> backend -> judge -> track -> nat -> route: local pod | kernel
+//!                +-- of no service, from or to a pod with policies: judge -> track -> route
 //!                          |
 //!                          +-- no endpoints: reject (RST, port unreachable)
 //!
 //!            node's stack
-//!                |  (TC egress on the host's end: pod::entering)
+//!                |  (TC egress on the host's end: pod::entering_pod)
 //!   parse -> conntrack -- reply of a service flow -> nat -> pod's eth0
+//!                +-- unknown, to a pod with policies: judge -> track -> pod's eth0
 //!
 //!            a device of the node
 //!                |  (XDP, where it is on: xdp) a known flow that leaves by the same device -> nat -> back out
@@ -40,6 +42,7 @@ pub mod fragment;
 #[cfg(not(target_arch = "bpf"))]
 pub mod frame;
 pub mod icmp;
+pub mod judge;
 pub mod lb;
 pub mod nat;
 #[cfg(not(target_arch = "bpf"))]

@@ -33,6 +33,12 @@ impl Rewrite {
         Self { addrs: [src, dst], src_port, dst_port, flags }
     }
 
+    /// The packet's ends stay what they are.
+    #[inline(always)]
+    pub const fn is_plain(&self) -> bool {
+        self.flags & Entry::PLAIN != 0
+    }
+
     #[inline(always)]
     pub const fn src(&self) -> &Addr {
         &self.addrs[0]
@@ -58,6 +64,9 @@ pub fn rewrite<F: Family, P: Packet>(
 where
     F::Bytes: Ends,
 {
+    if to.is_plain() {
+        return Ok(());
+    }
     let tuple = &headers.tuple;
     let (src, dst) = (F::bytes(to.src()), F::bytes(to.dst()));
     let addresses = difference::<F>(difference::<F>(Sum::ZERO, &tuple.src, &src), &tuple.dst, &dst);

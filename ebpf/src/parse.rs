@@ -51,6 +51,9 @@ pub struct Headers<F: Family> {
 
 /// Finds the transport header behind this family's network header.
 pub trait Parse: Family {
+    /// The types of an ICMP echo's request and reply (RFC 792, RFC 4443 section 4).
+    const ECHO: [u8; 2];
+
     /// The header at `at`. [`Network::end`] may be beyond the packet, as in what an ICMP error quotes.
     ///
     /// # Errors
@@ -75,6 +78,8 @@ pub trait Parse: Family {
 }
 
 impl Parse for V4 {
+    const ECHO: [u8; 2] = [8, 0];
+
     #[inline(always)]
     fn header<P: Packet>(packet: &P, at: u32) -> Result<Network<Self>, DropReason> {
         let [first, second, third, src, dst] = packet.words(at).ok_or(DropReason::Truncated)?;
@@ -115,6 +120,8 @@ impl Parse for V4 {
 const EXTENSION_HEADERS: usize = 6;
 
 impl Parse for V6 {
+    const ECHO: [u8; 2] = [128, 129];
+
     #[inline(always)]
     fn header<P: Packet>(packet: &P, at: u32) -> Result<Network<Self>, DropReason> {
         let [first, second, s0, s1, s2, s3, d0, d1, d2, d3] =
@@ -287,6 +294,41 @@ pub fn transport<F: Parse, P: Packet>(
         reserved: [0; 3],
     });
     Ok(Some(Headers { tuple, l4: network.l4, end: network.end, flags }))
+}
+
+/// The headers of any packet but a later fragment. Without ports those of the tuple are zero, but for those of an ICMP
+/// echo, whose identifier stands for the port of who asks.
+///
+/// # Errors
+/// As [`headers`].
+#[inline(always)]
+pub fn flow<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, DropReason> {
+    let network = F::network(packet)?;
+    if network.fragment == Fragment::Later {
+        return Ok(None);
+    }
+    if matches!(network.proto, Proto::TCP | Proto::UDP | Proto::SCTP) {
+        return transport(packet, network);
+    }
+    let l4 = packet.forget(network.l4);
+    let mut ports = [Port::ZERO; 2];
+    if network.proto == F::ICMP
+        && let Some([message, id]) = packet.words(l4)
+    {
+        let ([kind, ..], [high, low, ..]) = (message.to_ne_bytes(), id.to_ne_bytes());
+        if F::ECHO.contains(&kind) {
+            ports = echo_ports(kind == F::ECHO[0], Port { be: [high, low] });
+        }
+    }
+    let [src_port, dst_port] = ports;
+    let (src, dst, proto) = (network.src, network.dst, network.proto);
+    let tuple = Aligned(Tuple { src, dst, src_port, dst_port, proto, reserved: [0; 3] });
+    Ok(Some(Headers { tuple, l4, end: network.end, flags: Flags::NONE }))
+}
+
+#[inline(always)]
+const fn echo_ports(request: bool, id: Port) -> [Port; 2] {
+    if request { [id, Port::ZERO] } else { [Port::ZERO, id] }
 }
 
 /// The headers of a whole packet that [`headers`] found ports in, but for its flags; `None` where it ends before.

@@ -4,6 +4,7 @@ use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
 use crate::conntrack::{self, Flow};
+use crate::judge;
 use crate::lb;
 use crate::nat::{self, Ends};
 use crate::packet::{Packet, Reshape};
@@ -30,8 +31,8 @@ where
     }
 }
 
-/// A packet that the node's stack hands to a pod, or sends out of a device: what it may need is to come from the
-/// service that it answers for.
+/// A packet that the node's stack sends out of a device: what it may need is to come from the service that it answers
+/// for.
 ///
 /// # Errors
 /// Why the packet is dropped.
@@ -41,9 +42,32 @@ where
     P: Reshape,
     T: Steps<V4, P> + Steps<V6, P>,
 {
+    routed(packet, tables, Origin::Node)
+}
+
+/// A packet that the node's stack hands to a pod: the same, and where policies apply to the pod, they are asked. `origin`
+/// is [`Origin::Own`] or [`Origin::Inward`].
+///
+/// # Errors
+/// Why the packet is dropped.
+#[inline(always)]
+pub fn entering_pod<P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Verdict, DropReason>
+where
+    P: Reshape,
+    T: Steps<V4, P> + Steps<V6, P>,
+{
+    routed(packet, tables, origin)
+}
+
+#[inline(always)]
+fn routed<P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Verdict, DropReason>
+where
+    P: Reshape,
+    T: Steps<V4, P> + Steps<V6, P>,
+{
     match packet.ethertype() {
-        V4::ETHERTYPE => service::routed::<V4, P, T>(packet, tables),
-        V6::ETHERTYPE => service::routed::<V6, P, T>(packet, tables),
+        V4::ETHERTYPE => service::routed::<V4, P, T>(packet, tables, origin),
+        V6::ETHERTYPE => service::routed::<V6, P, T>(packet, tables, origin),
         _ => Ok(Verdict::Stack),
     }
 }
@@ -64,6 +88,10 @@ where
     match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
         Flow::Known(to) => {
             nat::rewrite(packet, &headers, &to)?;
+            // As for an unknown flow: it may be an answer that the stack has to translate back.
+            if to.is_plain() && service::migrating(tables) {
+                return Ok(Outcome::STACK);
+            }
             return Ok(Outcome::goes(route::rewritten::<F, T>(tables, &to)));
         }
         Flow::Halved => return Ok(Outcome::HALVED),
@@ -75,14 +103,20 @@ where
     }
     // Most packets are for a pod of this node or of another; only what is for neither may be for a NodePort.
     let verdict = route::route::<F, T>(tables, &key.addr);
-    if verdict != Verdict::Stack {
-        // While kube-proxy's rules are there, this may be an answer that the stack has to translate back.
-        return Ok(if service::migrating(tables) { Outcome::STACK } else { Outcome::goes(verdict) });
+    if verdict == Verdict::Stack {
+        if lb::is_service(lb::node_port(tables, &mut key)) {
+            return Ok(if service::is_kernels(tables, &headers) { Outcome::STACK } else { Outcome::OPENS });
+        }
+        let stray = service::stray(tables, &mut key)?;
+        if stray != Outcome::STACK {
+            return Ok(stray);
+        }
     }
-    if lb::is_service(lb::node_port(tables, &mut key)) {
-        return Ok(if service::is_kernels(tables, &headers) { Outcome::STACK } else { Outcome::OPENS });
+    if judge::concerns::<F, T>(tables, &headers.tuple, Origin::Pod) {
+        return Ok(Outcome::GUARDED);
     }
-    service::stray(tables, &mut key)
+    // While kube-proxy's rules are there, this may be an answer that the stack has to translate back.
+    Ok(if service::migrating(tables) { Outcome::STACK } else { Outcome::goes(verdict) })
 }
 
 /// A packet that goes on where it goes, as what a known flow makes of it.
@@ -90,7 +124,7 @@ where
 /// # Errors
 /// Why the packet is dropped.
 #[inline(always)]
-pub fn enter<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Outcome, DropReason>
+pub fn enter<F, P, T>(packet: &mut P, tables: &T, way: Way, origin: Origin) -> Result<Outcome, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
@@ -101,6 +135,9 @@ where
     match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
         Flow::Known(to) => nat::rewrite(packet, &headers, &to)?,
         Flow::Halved => return Ok(Outcome::HALVED),
+        Flow::Unknown if origin.is_at_pod() && judge::concerns::<F, T>(tables, &headers.tuple, origin) => {
+            return Ok(Outcome::GUARDED);
+        }
         Flow::Unknown => {}
     }
     Ok(Outcome::STACK)

@@ -16,6 +16,13 @@ pub trait Policies {
     fn rules(&self, key: &PolicyKey) -> Option<Rules>;
     /// `None` past the end of the array.
     fn port_range(&self, row: u32) -> Option<PortRange>;
+
+    /// The same number, of which the verifier knows no more than of `unknown`: see [`crate::packet::Packet::forget`].
+    #[inline(always)]
+    fn forget(&self, number: u32, unknown: u32) -> u32 {
+        let _unknown = unknown;
+        number
+    }
 }
 
 /// What a packet asks of a policy set: its protocol and its destination's port, 0 where it has none.
@@ -23,6 +30,20 @@ pub trait Policies {
 pub struct Wanted {
     pub proto: Proto,
     pub port: Port,
+}
+
+impl Wanted {
+    /// Where the port stands among those of all protocols.
+    #[inline(always)]
+    pub const fn place(self) -> u32 {
+        place(self.proto, self.port.host())
+    }
+
+    /// The port at this place.
+    #[inline(always)]
+    pub const fn at(place: u32) -> Self {
+        Self { proto: Proto { number: (place >> 16) as u8 }, port: Port::new(place as u16) }
+    }
 }
 
 /// How policies see an address: after service translation the backend's, before masquerade the client's (rule 47).
@@ -58,7 +79,7 @@ pub fn allowed(tables: &impl Policies, set: u32, class: Class, wanted: Wanted) -
 /// Halves the ranges until one has the port, or none is left.
 #[inline(always)]
 fn verdict(tables: &impl Policies, rules: &Rules, wanted: Wanted) -> Verdict {
-    let sought = place(wanted.proto, wanted.port.host());
+    let sought = wanted.place();
     let (mut from, mut length) = (rules.offset, rules.length);
     for _ in 0..PortRange::STEPS {
         if length == 0 {
@@ -67,6 +88,7 @@ fn verdict(tables: &impl Policies, rules: &Rules, wanted: Wanted) -> Verdict {
         let half = length / 2;
         let middle = from.wrapping_add(half);
         let Some(range) = tables.port_range(middle) else { return Verdict::Deny };
+        let unknown = place(range.proto, range.first);
         if sought < place(range.proto, range.first) {
             length = half;
         } else if sought > place(range.proto, range.last) {
@@ -75,6 +97,8 @@ fn verdict(tables: &impl Policies, rules: &Rules, wanted: Wanted) -> Verdict {
         } else {
             return Verdict::from_row(u32::from(range.verdict));
         }
+        // Whichever half it is, what follows is followed once.
+        (from, length) = (tables.forget(from, unknown), tables.forget(length, unknown));
     }
     Verdict::from_row(rules.otherwise)
 }

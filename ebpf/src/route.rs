@@ -31,6 +31,6 @@ pub fn rewritten<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite) -> Verdict {
 pub fn onwards<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite, origin: Origin) -> Verdict {
     match origin {
         Origin::Pod | Origin::Outside => rewritten::<F, T>(tables, to),
-        Origin::Node => Verdict::Stack,
+        Origin::Node | Origin::Inward | Origin::Own => Verdict::Stack,
     }
 }

@@ -6,9 +6,10 @@ use ferroflow_common::addr::Proto;
 use ferroflow_common::family::Family;
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack::{self, Halves};
+use crate::conntrack::{self, Halves, Opener};
 use crate::fragment::Part;
 use crate::icmp::{Errors, Quote};
+use crate::judge;
 use crate::lb;
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Headers, Parse};
@@ -23,8 +24,12 @@ pub enum Origin {
     /// A pod of this node.
     Pod,
     Outside,
-    /// The node's own stack, which has routed it: it opens no flow, and goes on where it goes.
+    /// The node's stack, which has routed it out of a device: it opens no flow, and goes on where it goes.
     Node,
+    /// The same, which hands it to a pod; it came to the node by another interface.
+    Inward,
+    /// The same, from the node's own processes.
+    Own,
 }
 
 impl Origin {
@@ -34,8 +39,22 @@ impl Origin {
         match number {
             0 => Self::Pod,
             1 => Self::Outside,
+            3 => Self::Inward,
+            4 => Self::Own,
             _ => Self::Node,
         }
+    }
+
+    /// The node's stack has routed it: it goes on where it goes.
+    #[inline(always)]
+    pub const fn is_routed(self) -> bool {
+        matches!(self, Self::Node | Self::Inward | Self::Own)
+    }
+
+    /// It is at a pod's interface, where policies are asked.
+    #[inline(always)]
+    pub const fn is_at_pod(self) -> bool {
+        matches!(self, Self::Pod | Self::Inward | Self::Own)
     }
 }
 
@@ -83,6 +102,12 @@ const TAKEN: u32 = 7;
 const HALVED: u32 = 8;
 const REFUSED: u32 = 9;
 const TRACKED: u32 = 10;
+const GUARDED: u32 = 11;
+/// With the reason why the packet may not open a flow.
+const TURNED: u32 = 12;
+/// With 1 where the packet is an answer.
+const ADMITTED: u32 = 13;
+const PORTLESS: u32 = 14;
 /// With a backend's index, and any of the two bits below.
 const CHOSEN: u32 = 16;
 /// The backend is to see the node's address instead of the client's.
@@ -100,6 +125,50 @@ impl Outcome {
     pub(crate) const REFUSED: Self = Self::new(REFUSED, 0);
     /// The packet's flow is known now.
     pub(crate) const TRACKED: Self = Self::new(TRACKED, 0);
+    /// Of no flow that is known and of no service; policies are to be asked.
+    pub(crate) const GUARDED: Self = Self::new(GUARDED, 0);
+    /// It has no ports.
+    pub(crate) const PORTLESS: Self = Self::new(PORTLESS, 0);
+
+    /// A packet that may not open a flow, but may be the answer of one.
+    #[inline(always)]
+    pub(crate) const fn turned(reason: DropReason) -> Self {
+        Self::new(TURNED, reason as u32)
+    }
+
+    #[inline(always)]
+    pub(crate) const fn is_turned(self) -> bool {
+        (self.0 >> 32) as u32 == TURNED
+    }
+
+    /// Why a packet is dropped that is no answer either; where it was not asked about before, this reason.
+    #[inline(always)]
+    pub(crate) const fn reason_or(self, reason: DropReason) -> DropReason {
+        if self.is_turned() { DropReason::from_number(self.0 as u32) } else { reason }
+    }
+
+    /// What was judged, let through: a choice stays that.
+    #[inline(always)]
+    pub(crate) const fn admitted(self) -> Self {
+        if self.is_chosen() { self } else { Self::new(ADMITTED, self.is_turned() as u32) }
+    }
+
+    #[inline(always)]
+    pub(crate) const fn is_admitted(self) -> bool {
+        (self.0 >> 32) as u32 == ADMITTED
+    }
+
+    /// Who opened the flow that was admitted.
+    #[inline(always)]
+    pub(crate) const fn opener(self) -> Opener {
+        if self.0 as u32 == 0 { Opener::Sender } else { Opener::Receiver }
+    }
+
+    /// The index of the backend that was chosen.
+    #[inline(always)]
+    pub(crate) const fn backend(self) -> u32 {
+        self.0 as u32
+    }
 
     #[inline(always)]
     const fn new(kind: u32, number: u32) -> Self {
@@ -127,19 +196,19 @@ impl Outcome {
         }
     }
 
-    /// A first fragment without ports is nothing of ours.
+    /// A first fragment that is no whole packet either has no ports.
     #[inline(always)]
-    fn or_stack(self) -> Self {
-        if self == Self::RARE { Self::STACK } else { self }
+    fn or_portless(self) -> Self {
+        if self == Self::RARE { Self::PORTLESS } else { self }
     }
 
     #[inline(always)]
-    const fn is_chosen(self) -> bool {
+    pub(crate) const fn is_chosen(self) -> bool {
         (self.0 >> 32) as u32 & CHOSEN != 0
     }
 
     #[inline(always)]
-    const fn is_dropped(self) -> bool {
+    pub(crate) const fn is_dropped(self) -> bool {
         (self.0 >> 32) as u32 == DROPPED
     }
 
@@ -154,7 +223,9 @@ impl Outcome {
             REPLY => Ok(Fate::Goes(Verdict::Reply)),
             POD => Ok(Fate::Goes(Verdict::Pod { ifindex: number })),
             TAKEN => Ok(Fate::Goes(Verdict::Taken)),
-            OPENS | RARE | HALVED | REFUSED | TRACKED => Ok(Fate::Unfinished),
+            OPENS | RARE | HALVED | REFUSED | TRACKED | GUARDED | TURNED | ADMITTED | PORTLESS => {
+                Ok(Fate::Unfinished)
+            }
             _ => Err(DropReason::from_number(number)),
         }
     }
@@ -182,18 +253,30 @@ where
         outcome = rare::<F, P, T>(packet, tables, origin);
         if outcome == Outcome::RARE {
             way = Way::FIRST_FRAGMENT;
-            outcome = tables.known(packet, origin, way).or_stack();
+            outcome = tables.known(packet, origin, way).or_portless();
+        }
+        if outcome == Outcome::PORTLESS {
+            outcome = if origin.is_at_pod() {
+                judge::admit_portless::<F, P, T>(packet, tables, origin)
+            } else {
+                Outcome::STACK
+            };
         }
     }
     let way = Way(packet.forget(way.0));
     if outcome == Outcome::OPENS {
         outcome = tables.choose(packet, origin);
+        if outcome.is_chosen() && judge::is_in_session(tables) {
+            outcome = tables.judge(packet, outcome, origin);
+        }
         if outcome.is_chosen() {
             outcome = tables.track_flow(packet, outcome);
         }
-        if outcome == Outcome::TRACKED {
-            outcome = tables.known(packet, origin, way);
-        }
+    } else if origin.is_at_pod() && outcome == Outcome::GUARDED {
+        outcome = judge::admit::<F, P, T>(packet, tables, origin);
+    }
+    if outcome == Outcome::TRACKED {
+        outcome = tables.known(packet, origin, way);
     }
     if outcome == Outcome::REFUSED {
         outcome = tables.refuse(packet);
@@ -207,29 +290,37 @@ where
     }
 }
 
-/// The same for a packet that opens nothing, because the node's stack has routed it.
+/// The same for a packet that the node's stack has routed: it opens no flow of a service.
 ///
 /// # Errors
 /// Why the packet is dropped.
 #[inline(always)]
-pub fn routed<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
+pub fn routed<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Verdict, DropReason>
 where
     F: Answer + Errors,
     P: Reshape,
     T: Steps<F, P>,
 {
-    let mut outcome = tables.known(packet, Origin::Node, Way::USUAL);
+    let mut way = Way::USUAL;
+    let mut outcome = tables.known(packet, origin, way);
     if outcome == Outcome::HALVED {
         tables.mend(packet);
-        outcome = tables.known(packet, Origin::Node, Way::MENDED);
+        outcome = tables.known(packet, origin, Way::MENDED);
     } else if outcome == Outcome::RARE {
-        outcome = rare::<F, P, T>(packet, tables, Origin::Node);
+        outcome = rare::<F, P, T>(packet, tables, origin);
         if outcome == Outcome::RARE {
-            outcome = tables.known(packet, Origin::Node, Way::FIRST_FRAGMENT).or_stack();
-            if !outcome.is_dropped() {
-                tables.remember_fragment(packet, outcome, Origin::Node);
-            }
+            way = Way::FIRST_FRAGMENT;
+            outcome = tables.known(packet, origin, way).or_portless();
         }
+        if origin.is_at_pod() && outcome == Outcome::PORTLESS {
+            outcome = judge::admit_portless::<F, P, T>(packet, tables, origin);
+        }
+    }
+    if origin.is_at_pod() && outcome == Outcome::GUARDED {
+        outcome = judge::admit::<F, P, T>(packet, tables, origin);
+    }
+    if way == Way::FIRST_FRAGMENT {
+        tables.remember_fragment(packet, outcome, origin);
     }
     match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
@@ -253,7 +344,7 @@ where
     fragments::<F, P, T>(packet, tables, origin)
 }
 
-/// A fragment, or nothing of ours.
+/// A fragment, or a packet without ports.
 #[inline(always)]
 fn fragments<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Outcome
 where
@@ -263,7 +354,7 @@ where
 {
     let part = tables.find_fragment(packet);
     if part == Part::NONE {
-        return Outcome::STACK;
+        return Outcome::PORTLESS;
     }
     if part.is_first() {
         let outcome = tables.first_fragment(packet, part, origin);
@@ -289,7 +380,7 @@ where
             let mended = tables.mend_error(packet, quote, changes);
             if mended.is_dropped() { mended } else { outcome }
         }
-        Ok(Fate::Unfinished) => Outcome::STACK,
+        Ok(Fate::Unfinished) => Outcome::PORTLESS,
         Err(_) => outcome,
     }
 }
@@ -393,7 +484,7 @@ where
 #[inline(always)]
 fn masquerades<T: Services>(tables: &T, frontend: &Frontend, origin: Origin) -> bool {
     match origin {
-        Origin::Pod | Origin::Node => {
+        Origin::Pod | Origin::Node | Origin::Inward | Origin::Own => {
             frontend.flags & Frontend::NORTH_SOUTH == 0 && tables.settings() & Settings::MASQUERADE_ALL != 0
         }
         Origin::Outside => frontend.flags & Frontend::KEEP_CLIENT == 0,

@@ -7,6 +7,7 @@ use crate::conntrack;
 use crate::device;
 use crate::fragment::{self, Part};
 use crate::icmp::{self, Changes, Errors, Quote};
+use crate::judge::{self, Judges};
 use crate::packet::Reshape;
 use crate::pod;
 use crate::reject::Answer;
@@ -14,15 +15,35 @@ use crate::service::{self, Origin, Outcome, Way};
 use crate::tables::{Datagrams, Tables};
 
 /// What [`service::in_steps`] and [`service::routed`] call, one after the other.
-pub trait Steps<F: Answer + Errors, P: Reshape>: Tables<F> + Datagrams<P> + Sized {
+pub trait Steps<F: Answer + Errors, P: Reshape>: Tables<F> + Datagrams<P> + Judges + Sized {
     /// A packet of a flow that is known, or of no service.
     #[inline(always)]
     fn known(&self, packet: &mut P, origin: Origin, way: Way) -> Outcome {
         Outcome::of(match origin {
             Origin::Pod => pod::leave::<F, P, Self>(packet, self, way),
             Origin::Outside => device::arrive::<F, P, Self>(packet, self, way),
-            Origin::Node => pod::enter::<F, P, Self>(packet, self, way),
+            Origin::Node | Origin::Inward | Origin::Own => {
+                pod::enter::<F, P, Self>(packet, self, way, origin)
+            }
         })
+    }
+
+    /// See [`judge::judge`].
+    #[inline(always)]
+    fn judge(&self, packet: &mut P, flow: Outcome, origin: Origin) -> Outcome {
+        Outcome::of(judge::judge::<F, P, Self>(packet, self, flow, origin))
+    }
+
+    /// See [`judge::track`].
+    #[inline(always)]
+    fn track_plain(&self, packet: &mut P, admitted: Outcome) -> Outcome {
+        Outcome::of(judge::track::<F, P, Self>(packet, self, admitted))
+    }
+
+    /// See [`judge::portless`].
+    #[inline(always)]
+    fn portless(&self, packet: &mut P, origin: Origin) -> Outcome {
+        Outcome::of(judge::portless::<F, P, Self>(packet, self, origin))
     }
 
     /// See [`conntrack::mend`].

@@ -15,7 +15,8 @@ use crate::clock;
 use crate::maps::kernel::KernelMaps;
 use crate::maps::{Backends, Maps as _};
 
-/// A flow by its first packet.
+/// A flow by its first packet. One of no service, which is there for the policies of its ends, has its destination for
+/// a frontend and for a backend.
 #[derive(Serialize)]
 struct Row {
     protocol: String,
@@ -56,7 +57,8 @@ fn row<F: Family>(maps: &KernelMaps, tuple: &Tuple<F::Bytes>, entry: &Entry, now
     if entry.kind != Entry::FORWARD || entry.expires < now {
         return None;
     }
-    let backend = maps.read::<Backends>(entry.backend).ok();
+    let plain = entry.flags & Entry::PLAIN != 0;
+    let backend = if plain { None } else { maps.read::<Backends>(entry.backend).ok() };
     Some(Row {
         protocol: tuple.proto.to_string(),
         client: socket(F::addr(tuple.src), tuple.src_port),
@@ -64,6 +66,7 @@ fn row<F: Family>(maps: &KernelMaps, tuple: &Tuple<F::Bytes>, entry: &Entry, now
         backend: socket(entry.dst, entry.dst_port),
         state: State(entry.state).name(tuple.proto),
         expires: entry.expires - now,
-        backend_serves: backend.is_some_and(|Backend { generation, .. }| generation == entry.generation),
+        backend_serves: plain
+            || backend.is_some_and(|Backend { generation, .. }| generation == entry.generation),
     })
 }

@@ -1,6 +1,7 @@
 //! `ferroflow status`.
 
 use ferroflow_common::abi::lb::Backend;
+use ferroflow_common::verdict::DropReason;
 use serde::Serialize;
 
 use super::table::table;
@@ -21,6 +22,8 @@ struct Status {
     endpoints: usize,
     flows: usize,
     drops: Vec<Drops>,
+    /// Packets that passed, and that policies in dry run would drop.
+    would_drop: Vec<Drops>,
 }
 
 /// What the agent said last.
@@ -71,6 +74,8 @@ pub(super) fn status(query: &Query) -> Result<Answer, CliError> {
     let maps = open(query)?;
     let agent = agent(&maps, Life { running: Lock::is_held(&query.bpffs.dir) })?;
     let drops = maps.drops()?.into_iter().filter(|(_, packets)| *packets > 0);
+    let (would_drop, drops): (Vec<_>, Vec<_>) = drops.partition(|(reason, _)| reason.is_dry_run());
+    let named = |(reason, packets): (DropReason, u64)| Drops { reason: reason.as_str(), packets };
     let status = Status {
         agent,
         services: maps.dump::<Services>()?.len(),
@@ -78,7 +83,8 @@ pub(super) fn status(query: &Query) -> Result<Answer, CliError> {
         backends: live_backends(&maps)?,
         endpoints: maps.dump::<Endpoints>()?.len(),
         flows: (maps.conntrack::<[u8; 4]>()?.len() + maps.conntrack::<[u8; 16]>()?.len()) / 2,
-        drops: drops.map(|(reason, packets)| Drops { reason: reason.as_str(), packets }).collect(),
+        drops: drops.into_iter().map(named).collect(),
+        would_drop: would_drop.into_iter().map(named).collect(),
     };
     Ok(Answer { table: lines(&status), json: serde_json::to_value(&status)? })
 }
@@ -127,9 +133,11 @@ fn lines(status: &Status) -> String {
             format!("{health_problems} ports cannot be answered: they are another process's (see the log)");
         lines.push(["health checks".to_owned(), what]);
     }
-    let dropped =
-        |drops: &Drops| [format!("dropped: {}", drops.reason), format!("{} packets", drops.packets)];
-    lines.extend(status.drops.iter().map(dropped));
+    let counted = |what: &str, drops: &Drops| {
+        [format!("{what}: {}", drops.reason), format!("{} packets", drops.packets)]
+    };
+    lines.extend(status.drops.iter().map(|drops| counted("dropped", drops)));
+    lines.extend(status.would_drop.iter().map(|drops| counted("would drop", drops)));
     table(["agent", &running], lines)
 }
 

@@ -92,8 +92,13 @@ impl View {
     }
 
     fn tables(&self, sheet: &mut Sheet<'_>) -> fmt::Result {
-        let drops = self.drops.iter().map(|(reason, count)| (("reason", reason.as_str()), *count));
-        sheet.counters("ferroflow_drops", "Packets that the programs dropped", drops)?;
+        let counted = |dry_run| {
+            let rows = self.drops.iter().filter(move |(reason, _)| reason.is_dry_run() == dry_run);
+            rows.map(|(reason, count)| (("reason", reason.as_str()), *count))
+        };
+        sheet.counters("ferroflow_drops", "Packets that the programs dropped", counted(false))?;
+        let help = "Packets that passed, and that policies in dry run would drop";
+        sheet.counters("ferroflow_would_drop", help, counted(true))?;
         let fills = || self.fills.iter();
         sheet.gauges(
             "ferroflow_map_entries",

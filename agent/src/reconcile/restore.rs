@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::lb::Backend;
 
 use super::Config;
@@ -73,6 +74,8 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
         owners,
         cluster_ips: frontends.keys().filter(|key| key.is_cluster_ip()).count(),
         frontends,
+        // Where that was not told yet, the first row that is written tells it.
+        enforcing: endpoints.values().any(Endpoint::is_isolated),
         endpoints,
         freed: false,
         displaced: BTreeSet::new(),

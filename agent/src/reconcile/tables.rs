@@ -41,6 +41,8 @@ pub(super) struct Tables<M> {
     /// How many of `frontends` only say that an address is a cluster IP.
     pub(super) cluster_ips: usize,
     pub(super) endpoints: BTreeMap<Addr, Endpoint>,
+    /// Whether the programs are told to ask policies: as long as they apply to a pod.
+    pub(super) enforcing: bool,
     /// A frontend was removed since this was last asked.
     pub(super) freed: bool,
     /// Services that lost a frontend to another since this was last asked.
@@ -135,6 +137,9 @@ impl<M: Maps> Tables<M> {
     pub(super) fn apply_endpoint(&mut self, addr: Addr, desired: Option<Endpoint>) -> Result<(), MapError> {
         match desired {
             Some(row) if self.endpoints.get(&addr) != Some(&row) => {
+                if row.is_isolated() {
+                    self.enforce(true)?;
+                }
                 self.maps.put::<Endpoints>(&addr, &row)?;
                 self.endpoints.insert(addr, row);
             }
@@ -142,7 +147,19 @@ impl<M: Maps> Tables<M> {
                 self.maps.delete::<Endpoints>(&addr)?;
                 self.endpoints.remove(&addr);
             }
-            Some(_) | None => {}
+            Some(_) | None => return Ok(()),
+        }
+        self.enforce(self.endpoints.values().any(Endpoint::is_isolated))
+    }
+
+    /// Tells the programs whether to ask policies: before the first pod that these apply to, and no longer than for the
+    /// last one.
+    fn enforce(&mut self, enforcing: bool) -> Result<(), MapError> {
+        if self.enforcing != enforcing {
+            let settings = self.maps.read::<SettingsRow>(0)?;
+            let flags = with_policies(settings.flags, enforcing);
+            self.maps.write::<SettingsRow>(0, &Settings { flags, ..settings })?;
+            self.enforcing = enforcing;
         }
         Ok(())
     }
@@ -152,10 +169,12 @@ impl<M: Maps> Tables<M> {
         if self.maps.read::<Masquerades>(0)? != rows.masquerade {
             self.maps.write::<Masquerades>(0, &rows.masquerade)?;
         }
-        if self.maps.read::<SettingsRow>(0)? != rows.settings {
+        let flags = with_policies(rows.settings.flags, self.enforcing);
+        let settings = Settings { flags, ..rows.settings };
+        if self.maps.read::<SettingsRow>(0)? != settings {
             // Ranges are taken back before they change: a program must not see half of one.
-            self.maps.write::<SettingsRow>(0, &Settings { flags: rows.settings.flags, ..Settings::NONE })?;
-            self.maps.write::<SettingsRow>(0, &rows.settings)?;
+            self.maps.write::<SettingsRow>(0, &Settings { flags, ..Settings::NONE })?;
+            self.maps.write::<SettingsRow>(0, &settings)?;
         }
         let mut actual = self.maps.dump::<NodeAddresses>()?;
         actual.sort_unstable_by_key(|(addr, _)| *addr);
@@ -299,4 +318,8 @@ impl PortState {
 
 pub(super) fn range_of(row: &Frontend) -> Range {
     Range { offset: row.offset, length: row.length }
+}
+
+const fn with_policies(flags: u32, enforcing: bool) -> u32 {
+    if enforcing { flags | Settings::POLICIES } else { flags & !Settings::POLICIES }
 }

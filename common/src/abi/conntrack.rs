@@ -1,5 +1,6 @@
 //! Tracked flows. A flow through a service has two entries, one per direction, each found by the tuple of the packet
-//! as it arrives. An entry says what that tuple becomes, so its partner's key is that, turned around.
+//! as it arrives. An entry says what that tuple becomes, so its partner's key is that, turned around. So has a flow of no
+//! service that policies were asked about ([`Entry::PLAIN`]).
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -46,7 +47,7 @@ pub struct Entry {
     pub kind: u8,
     /// The bits of [`crate::tcp::State`].
     pub state: u8,
-    /// [`Entry::OWN_SOURCE`].
+    /// [`Entry::OWN_SOURCE`] and [`Entry::PLAIN`].
     pub flags: u8,
     pub reserved: u8,
     pub service: u32,
@@ -63,4 +64,10 @@ impl Entry {
     /// The source becomes this node's own address: the stack would take such a packet for a forgery, so it goes out of
     /// its device at once.
     pub const OWN_SOURCE: u8 = 1;
+    /// The flow is of no service, and its packets stay what they are: it is tracked because policies apply to one of its
+    /// ends, which were asked about its first packet. Where there is no port the tuple has zero, and an ICMP echo has its
+    /// identifier in place of the port of who asks (RFC 5508 section 3).
+    pub const PLAIN: u8 = 2;
+    /// The backend of a plain flow: none that the table of backends has.
+    pub const NO_BACKEND: u32 = u32::MAX;
 }

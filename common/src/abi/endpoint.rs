@@ -11,3 +11,11 @@ pub struct Endpoint {
     pub ifindex: u32,
     pub policy: EndpointPolicy,
 }
+
+impl Endpoint {
+    /// Whether policies apply to the pod: its flows are tracked then.
+    #[inline(always)]
+    pub const fn is_isolated(&self) -> bool {
+        self.policy.ingress != EndpointPolicy::OPEN || self.policy.egress != EndpointPolicy::OPEN
+    }
+}

@@ -29,7 +29,7 @@ pub struct Masquerade {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Settings {
-    /// [`Settings::MASQUERADE_ALL`] and [`Settings::MIGRATING`].
+    /// [`Settings::MASQUERADE_ALL`], [`Settings::MIGRATING`] and [`Settings::POLICIES`].
     pub flags: u32,
     /// The ranges that cluster IPs are taken from, the ones in use first: whatever is in one and no service's goes
     /// nowhere (rule 19).
@@ -52,6 +52,8 @@ impl Settings {
     pub const MASQUERADE_ALL: u32 = 1;
     /// Rules of kube-proxy are in the kernel: connections that it opened are its to finish.
     pub const MIGRATING: u32 = 2;
+    /// Policies apply to a pod of this node. Without it the programs look none up.
+    pub const POLICIES: u32 = 4;
 
     /// How many ranges there is room for. A cluster has one of each family at first; more come as `ServiceCIDR`
     /// objects.

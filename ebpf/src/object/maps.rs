@@ -16,18 +16,20 @@ use ferroflow_common::abi::lb::{
     SourceRange, SourceRangeKey,
 };
 use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
-use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeKey, Rules};
+use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeKey, Rules, Verdict};
 use ferroflow_common::abi::socket::{Translation, Translations};
 use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::{DROP_ROWS, DropReason};
-use ferroflow_ebpf::policy::Policies;
+use ferroflow_ebpf::judge::Judges;
+use ferroflow_ebpf::policy::{Policies, Wanted};
 use ferroflow_ebpf::tables::{Aligned, Datagrams, InsertError, OnConflict, Services, Tables, Tracked};
 use ferroflow_ebpf::tunnel::Tunnels;
 
 use crate::skb::Skb;
+use crate::steps;
 
 /// The kernel has a clock that only reads what the last tick wrote (5.11, commit d05512618056): exact enough for
 /// seconds, and a seventh of the cost. Where it has not, the verifier drops the call with this constant.
@@ -223,6 +225,35 @@ impl Policies for Kernel {
     #[inline(always)]
     fn port_range(&self, row: u32) -> Option<PortRange> {
         PORT_RANGES.get(row).copied()
+    }
+
+    #[inline(always)]
+    fn forget(&self, number: u32, unknown: u32) -> u32 {
+        let mut number = u64::from(number);
+        // SAFETY: adds nothing: what is mixed in is taken out again, which the verifier does not relate.
+        unsafe {
+            asm!(
+                "{0} ^= {1}",
+                "{0} ^= {1}",
+                inout(reg) number,
+                in(reg) u64::from(unknown),
+                options(pure, nomem, nostack),
+            );
+        }
+        number as u32
+    }
+}
+
+impl Judges for Kernel {
+    #[inline(always)]
+    fn would_drop(&self, reason: DropReason) {
+        count(reason);
+        steps::log(reason as u32);
+    }
+
+    #[inline(always)]
+    fn weigh(&self, set: u32, class: Class, wanted: Wanted) -> Verdict {
+        Verdict::from_row(steps::weigh(set, class, wanted.place()) as u32)
     }
 }
 

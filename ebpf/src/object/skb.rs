@@ -45,6 +45,15 @@ impl Skb {
         found.map(|_known_or_not| query.device())
     }
 
+    /// Whether a process of the node, or its kernel, made the packet: it came in by no interface. `__sk_buff` has had the
+    /// field since it is there (4.2), and the kernel writes it for each packet that an interface hands over, and
+    /// clears it where one goes from one network namespace to another.
+    #[inline(always)]
+    pub(crate) fn is_own(&self) -> bool {
+        // SAFETY: the context is the program's own `__sk_buff`.
+        unsafe { (*self.0.as_ptr().cast::<__sk_buff>()).ingress_ifindex == 0 }
+    }
+
     /// Copies the packet and gives its length; `None` where that is more than there is room for.
     #[inline(always)]
     pub(crate) fn copy_to<const N: usize>(&self, bytes: &mut [u8; N]) -> Option<u32> {

@@ -7,12 +7,15 @@ use core::ptr::NonNull;
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::info;
 use ferroflow_common::family::{V4, V6};
+use ferroflow_common::verdict::{DROP_ROWS, DropReason};
 use ferroflow_ebpf::fragment::{self, Part};
 use ferroflow_ebpf::icmp::{self, Changes, Quote};
+use ferroflow_ebpf::policy::Wanted;
 use ferroflow_ebpf::service::{Origin, Outcome, Way};
 use ferroflow_ebpf::steps::Steps;
-use ferroflow_ebpf::{conntrack, device, pod, service};
+use ferroflow_ebpf::{conntrack, device, judge, pod, policy, service};
 
 use crate::maps::Kernel;
 use crate::skb::Skb;
@@ -34,6 +37,7 @@ macro_rules! global {
 macro_rules! steps {
     (
         $family:ty, $leave:ident, $arrive:ident, $enter:ident, $mend:ident, $choose:ident, $track:ident, $refuse:ident,
+        $judge:ident, $track_plain:ident, $portless:ident,
         $find_error:ident, $deliver_error:ident, $requote_error:ident, $mend_error:ident,
         $find_fragment:ident, $first_fragment:ident, $later_fragment:ident, $remember_fragment:ident
     ) => {
@@ -44,8 +48,18 @@ macro_rules! steps {
             fn $arrive(skb, way: u32) {
                 Outcome::of(device::arrive::<$family, _, _>(skb, &Kernel, Way(way)))
             }
-            fn $enter(skb, way: u32) {
-                Outcome::of(pod::enter::<$family, _, _>(skb, &Kernel, Way(way)))
+            fn $enter(skb, way: u32, origin: u32) {
+                Outcome::of(pod::enter::<$family, _, _>(skb, &Kernel, Way(way), Origin::from_number(origin)))
+            }
+            fn $judge(skb, flow: u64, origin: u32) {
+                let origin = Origin::from_number(origin);
+                Outcome::of(judge::judge::<$family, _, _>(skb, &Kernel, Outcome(flow), origin))
+            }
+            fn $track_plain(skb, admitted: u64) {
+                Outcome::of(judge::track::<$family, _, _>(skb, &Kernel, Outcome(admitted)))
+            }
+            fn $portless(skb, origin: u32) {
+                Outcome::of(judge::portless::<$family, _, _>(skb, &Kernel, Origin::from_number(origin)))
             }
             fn $mend(skb, ) {
                 conntrack::mend::<$family, _, _>(skb, &Kernel);
@@ -98,8 +112,25 @@ macro_rules! steps {
                 Outcome(match origin {
                     Origin::Pod => $leave(context(packet), way),
                     Origin::Outside => $arrive(context(packet), way),
-                    Origin::Node => $enter(context(packet), way),
+                    Origin::Node | Origin::Inward | Origin::Own => {
+                        $enter(context(packet), way, origin as u32)
+                    }
                 })
+            }
+
+            #[inline(always)]
+            fn judge(&self, packet: &mut Skb, Outcome(flow): Outcome, origin: Origin) -> Outcome {
+                Outcome($judge(context(packet), flow, origin as u32))
+            }
+
+            #[inline(always)]
+            fn track_plain(&self, packet: &mut Skb, Outcome(admitted): Outcome) -> Outcome {
+                Outcome($track_plain(context(packet), admitted))
+            }
+
+            #[inline(always)]
+            fn portless(&self, packet: &mut Skb, origin: Origin) -> Outcome {
+                Outcome($portless(context(packet), origin as u32))
             }
 
             #[inline(always)]
@@ -170,6 +201,47 @@ macro_rules! steps {
     };
 }
 
+/// Logs what became of a packet for the reason with this number. A function of its own: it is compiled out by the verifier
+/// unless the agent raises AYA_LOG_LEVEL when it loads, and long.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn log(reason: u32) -> u64 {
+    let line = &LINES[reason as usize % DROP_ROWS];
+    // SAFETY: lines are cut from text, and filled with spaces.
+    info!((), "{}", unsafe { core::str::from_utf8_unchecked(line) });
+    NOTHING.0
+}
+
+/// All of one length: the verifier would follow the log once for each other length of what is logged.
+static LINES: [[u8; LINE]; DROP_ROWS] = lines();
+const LINE: usize = 40;
+const _: () = assert!(DROP_ROWS.is_power_of_two());
+
+const fn lines() -> [[u8; LINE]; DROP_ROWS] {
+    let mut lines = [[b' '; LINE]; DROP_ROWS];
+    let mut reason = 0;
+    while reason < DropReason::ALL.len() {
+        let text = DropReason::ALL[reason].line().as_bytes();
+        assert!(text.len() <= LINE);
+        let mut at = 0;
+        while at < text.len() {
+            lines[DropReason::ALL[reason] as usize][at] = text[at];
+            at += 1;
+        }
+        reason += 1;
+    }
+    lines
+}
+
+/// What a policy set says of a class of peers, and of what is at a [`Wanted::place`]: a [`Verdict`]'s number.
+///
+/// [`Verdict`]: ferroflow_common::abi::policy::Verdict
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn weigh(set: u32, class: u32, wanted: u32) -> u64 {
+    policy::allowed(&Kernel, set, class, Wanted::at(wanted)) as u64
+}
+
 /// Of a step that has nothing to say.
 const NOTHING: Outcome = Outcome(0);
 
@@ -187,6 +259,9 @@ steps!(
     choose_v4,
     track_v4,
     refuse_v4,
+    judge_v4,
+    track_plain_v4,
+    portless_v4,
     find_error_v4,
     deliver_error_v4,
     requote_error_v4,
@@ -205,6 +280,9 @@ steps!(
     choose_v6,
     track_v6,
     refuse_v6,
+    judge_v6,
+    track_plain_v6,
+    portless_v6,
     find_error_v6,
     deliver_error_v6,
     requote_error_v6,

@@ -5,12 +5,13 @@ use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use aya_log_ebpf::info;
 use ferroflow_common::verdict::{DropReason, Verdict};
+use ferroflow_ebpf::service::Origin;
 use ferroflow_ebpf::{device, pod};
 
 use crate::maps::{self, Kernel};
 use crate::skb::Skb;
+use crate::steps;
 
 /// TC ingress on the host's end of a pod's veth: what the pod sends.
 #[classifier]
@@ -24,7 +25,8 @@ pub(crate) fn pod_egress(ctx: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn pod_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
-    let verdict = pod::entering(&mut skb, &Kernel);
+    let origin = if skb.is_own() { Origin::Own } else { Origin::Inward };
+    let verdict = pod::entering_pod(&mut skb, &Kernel, origin);
     action(&skb, verdict)
 }
 
@@ -54,7 +56,7 @@ pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
         Ok(Verdict::Forward) => match skb.output_device() {
             // SAFETY: as above; without parameters the next hop is looked up by the packet's own destination.
             Some(ifindex) => (unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) }) as i32,
-            None => shot(skb, DropReason::NoRoute),
+            None => shot(DropReason::NoRoute),
         },
         Ok(Verdict::Reply) => {
             // SAFETY: the context is the program's own `__sk_buff`.
@@ -64,14 +66,13 @@ pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
         }
         // No drop: what was kept goes on later.
         Ok(Verdict::Taken) => TC_ACT_SHOT,
-        Err(reason) => shot(skb, reason),
+        Err(reason) => shot(reason),
     }
 }
 
 #[inline(always)]
-pub(crate) fn shot(skb: &Skb, reason: DropReason) -> i32 {
+pub(crate) fn shot(reason: DropReason) -> i32 {
     maps::count(reason);
-    // Compiled out by the verifier unless the agent raises AYA_LOG_LEVEL when it loads.
-    info!(&skb.0, "dropped: {}", reason.as_str());
+    steps::log(reason as u32);
     TC_ACT_SHOT
 }

@@ -22,7 +22,7 @@ pub(crate) fn tunnel_egress(ctx: TcContext) -> i32 {
     match pod::entering(&mut skb, &Kernel) {
         Ok(Verdict::Stack) => match encapsulate(&mut skb) {
             Ok(()) => TC_ACT_UNSPEC,
-            Err(reason) => shot(&skb, reason),
+            Err(reason) => shot(reason),
         },
         verdict => action(&skb, verdict),
     }

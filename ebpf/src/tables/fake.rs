@@ -18,6 +18,7 @@ use ferroflow_common::verdict::DropReason;
 
 use super::{Aligned, Datagrams, InsertError, OnConflict, Services, Tables, Tracked};
 use crate::icmp::Errors;
+use crate::judge::Judges;
 use crate::packet::Bytes;
 use crate::policy::Policies;
 use crate::reject::Answer;
@@ -52,6 +53,9 @@ pub struct Fake {
     /// How often a flow's state was written.
     pub refreshed: Rc<Cell<u32>>,
     pub lookups: Cell<Lookups>,
+    pub policies: FakePolicies,
+    /// What policies in dry run would have dropped, first to last.
+    pub would_drop: RefCell<Vec<DropReason>>,
 }
 
 impl Fake {
@@ -141,6 +145,34 @@ impl Fake {
             proto: tuple.proto,
             reserved: [0; 3],
         }
+    }
+}
+
+impl Policies for Fake {
+    fn class(&self, addr: &Addr) -> Option<Class> {
+        self.count_hash();
+        self.policies.class(addr)
+    }
+
+    fn range_class(&self, addr: &Addr) -> Option<Class> {
+        self.count_hash();
+        self.policies.range_class(addr)
+    }
+
+    fn rules(&self, key: &PolicyKey) -> Option<Rules> {
+        self.count_hash();
+        self.policies.rules(key)
+    }
+
+    fn port_range(&self, row: u32) -> Option<PortRange> {
+        self.count_array();
+        self.policies.port_range(row)
+    }
+}
+
+impl Judges for Fake {
+    fn would_drop(&self, reason: DropReason) {
+        self.would_drop.borrow_mut().push(reason);
     }
 }
 

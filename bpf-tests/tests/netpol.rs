@@ -1,0 +1,459 @@
+//! Network policies on the wire: pods of two nodes, real agents, and an oracle that reads the text of the API.
+#![forbid(unsafe_code)]
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use bpf_tests::{
+    checks::{self, World, target},
+    cluster::{Cluster, Family},
+    netns::Netns,
+    oracle::{Answer, Flow, Oracle, Way},
+    patience::stretched,
+    pod::ECHO_PORT,
+    probe::{Answering, Probe, Transport, answered},
+    runner,
+    sandbox::Sandbox,
+    traffic::{Ask, Protocol},
+};
+use serde_json::{Value, json};
+
+fn main() -> ExitCode {
+    runner::main(&[
+        ("rules_43_to_53_a_truth_table_holds", rules_43_to_53_a_truth_table_holds),
+        ("rules_43_to_53_a_truth_table_holds_on_clsact", rules_43_to_53_a_truth_table_holds_on_clsact),
+        ("rule_47_policies_see_backends_and_clients", rule_47_policies_see_backends_and_clients),
+        (
+            "rule_49_a_pod_reaches_itself_and_its_node_reaches_it",
+            rule_49_a_pod_reaches_itself_and_its_node_reaches_it,
+        ),
+        ("rule_52_what_is_established_finishes", rule_52_what_is_established_finishes),
+    ])
+}
+
+const PORTS: [u16; 3] = [8000, 8001, 8053];
+const NAMESPACES: [&str; 2] = ["shop", "pay"];
+/// Pods by name, with their namespace, the value of their label `app`, and what they call `web`.
+const PODS: [(&str, &str, &str, u16); 4] = [
+    ("a1", "shop", "client", 8000),
+    ("a2", "shop", "db", 8000),
+    ("b1", "pay", "client", 8001),
+    ("b2", "pay", "db", 8001),
+];
+/// Until a change is in all tables.
+const SOON: Duration = Duration::from_secs(10);
+
+/// The objects of a world, and what answers in its pods.
+struct Objects<'a> {
+    world: &'a World,
+    oracle: Oracle,
+    answering: Vec<Answering>,
+}
+
+/// Who sends probes.
+#[derive(Clone, Copy)]
+enum From<'a> {
+    Pod(&'a str),
+    Host(&'a str),
+}
+
+impl<'a> Objects<'a> {
+    fn new(world: &'a World) -> Result<Self> {
+        world.cluster.manifests().write_nodes(&world.cluster)?;
+        let mut objects = Self { world, oracle: Oracle::default(), answering: Vec::new() };
+        for namespace in NAMESPACES {
+            let labels = json!({"team": namespace});
+            objects.apply(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}}))?;
+        }
+        for (name, _, app, _) in PODS {
+            objects.apply(&objects.pod(name, app))?;
+            objects.answering.push(Answering::start(&world.cluster.pod(name).netns, &PORTS)?);
+        }
+        Ok(objects)
+    }
+
+    fn pod(&self, name: &str, app: &str) -> Value {
+        let pod = self.world.cluster.pod(name);
+        let (_, namespace, _, web) = PODS.into_iter().find(|it| it.0 == name).unwrap_or_default();
+        let ports: Vec<_> = Transport::BOTH
+            .map(|it| json!({"name": "web", "containerPort": web, "protocol": it.name()}))
+            .into();
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": name, "namespace": namespace, "labels": {"app": app, "pod": name}},
+            "spec": {"nodeName": pod.node, "containers": [{"name": "pod", "image": "pod", "ports": ports}]},
+            "status": {"phase": "Running", "podIP": pod.v4, "podIPs": [{"ip": pod.v4}, {"ip": pod.v6}]},
+        })
+    }
+
+    /// Writes an object for the agents, and tells the oracle of it.
+    fn apply(&mut self, object: &Value) -> Result<()> {
+        self.oracle.apply(object);
+        self.world.cluster.manifests().write(&file(object), &object.to_string())
+    }
+
+    fn delete(&mut self, object: &Value) -> Result<()> {
+        let mut gone = object.clone();
+        gone["gone"] = true.into();
+        self.oracle.apply(&gone);
+        self.world.cluster.manifests().remove(&file(object))
+    }
+
+    /// Everybody's probes to every pod become what the oracle says; how many there are.
+    fn agree(&self) -> Result<usize> {
+        let deadline = Instant::now() + stretched(SOON);
+        loop {
+            let (asked, wrong) = self.compare()?;
+            let Some(wrong) = wrong.first() else { return Ok(asked) };
+            ensure!(Instant::now() < deadline, "{wrong}");
+        }
+    }
+
+    /// How many probes there were, and those that went otherwise than the oracle says.
+    fn compare(&self) -> Result<(usize, Vec<String>)> {
+        let pods = PODS.map(|it| From::Pod(it.0));
+        let senders: Vec<_> = pods.into_iter().chain(["a", "b"].map(From::Host)).collect();
+        let probes: Vec<Vec<(Probe, bool)>> =
+            senders.iter().map(|from| self.probes(*from)).collect::<Result<_>>()?;
+        let results: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = senders
+                .iter()
+                .zip(&probes)
+                .map(|(from, probes)| {
+                    let sent: Vec<_> = probes.iter().map(|(probe, _)| *probe).collect();
+                    scope.spawn(move || answered(from.netns(&self.world.cluster), &sent))
+                })
+                .collect();
+            threads
+                .into_iter()
+                .map(|it| it.join().map_err(|_panic| anyhow::anyhow!("a prober panicked")))
+                .collect()
+        });
+        let mut wrong = Vec::new();
+        for ((from, probes), result) in senders.iter().zip(&probes).zip(results) {
+            for ((probe, expected), passed) in probes.iter().zip(result??) {
+                if passed != *expected {
+                    let said =
+                        if *expected { "should pass, and does not" } else { "should be dropped, and passes" };
+                    wrong.push(format!(
+                        "{} -> {} {}: {said}",
+                        from.name(),
+                        probe.target,
+                        probe.transport.name()
+                    ));
+                }
+            }
+        }
+        Ok((probes.iter().map(Vec::len).sum(), wrong))
+    }
+
+    /// With what the oracle says of each.
+    fn probes(&self, from: From<'_>) -> Result<Vec<(Probe, bool)>> {
+        let mut probes = Vec::new();
+        for (name, ..) in PODS.into_iter().filter(|it| it.0 != from.name()) {
+            for family in Family::BOTH {
+                let own = from.ip(&self.world.cluster, family);
+                let to = self.world.cluster.pod(name).ip(family);
+                for (port, transport) in PORTS.iter().flat_map(|port| Transport::BOTH.map(|it| (*port, it))) {
+                    let out = Flow { peer: to, protocol: transport.name(), port };
+                    let back = Flow { peer: own, ..out };
+                    let leaves = match from {
+                        From::Pod(pod) => self.passes(pod, Way::Out, out)?,
+                        From::Host(_) => true,
+                    };
+                    let passes = leaves
+                        && (from.has(&self.world.cluster, name) || self.passes(name, Way::In, back)?);
+                    probes.push((Probe { transport, target: SocketAddr::new(to, port) }, passes));
+                }
+            }
+        }
+        Ok(probes)
+    }
+
+    fn passes(&self, pod: &str, way: Way, flow: Flow<'_>) -> Result<bool> {
+        let pods = self.oracle.pods_on(&self.world.cluster.pod(pod).node);
+        let (pod, _) = pods.iter().find(|(it, _)| it["metadata"]["name"] == pod).context("no such pod")?;
+        Ok(self.oracle.ask(pod, way, flow) != Answer::Dropped)
+    }
+}
+
+impl From<'_> {
+    fn name(&self) -> &str {
+        match self {
+            Self::Pod(name) | Self::Host(name) => name,
+        }
+    }
+
+    fn netns<'c>(&self, cluster: &'c Cluster) -> &'c Netns {
+        match self {
+            Self::Pod(name) => &cluster.pod(name).netns,
+            Self::Host(name) => &cluster.node(name).netns,
+        }
+    }
+
+    fn ip(&self, cluster: &Cluster, family: Family) -> IpAddr {
+        match self {
+            Self::Pod(name) => cluster.pod(name).ip(family),
+            Self::Host(name) => cluster.node(name).ip(family),
+        }
+    }
+
+    /// Whether it is the host of the pod (rule 49).
+    fn has(&self, cluster: &Cluster, pod: &str) -> bool {
+        match self {
+            Self::Pod(_) => false,
+            Self::Host(name) => cluster.node(name).name == cluster.pod(pod).node,
+        }
+    }
+}
+
+fn file(object: &Value) -> String {
+    let part = |value: &Value| value.as_str().unwrap_or_default().to_lowercase();
+    let metadata = &object["metadata"];
+    format!("{}-{}-{}", part(&object["kind"]), part(&metadata["namespace"]), part(&metadata["name"]))
+}
+
+fn policy(namespace: &str, name: &str, spec: Value) -> Value {
+    json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": {"name": name, "namespace": namespace}, "spec": spec,
+    })
+}
+
+fn app(value: &str) -> Value {
+    json!({"matchLabels": {"app": value}})
+}
+
+/// One after the other: what each says, and what pods in `shop` it is about.
+fn table(cluster: &Cluster) -> Vec<Value> {
+    let port = |protocol: &str, port: Value| json!({"protocol": protocol, "port": port});
+    let block =
+        |family, len: u8| json!({"ipBlock": {"cidr": format!("{}/{len}", cluster.pod("b1").ip(family))}});
+    let node = |name: &str| {
+        Family::BOTH.map(|family| {
+            let ip = cluster.node(name).ip(family);
+            json!({"ipBlock": {"cidr": format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 })}})
+        })
+    };
+    let except = cluster.pod("b1").v4;
+    let cidr = format!("{}/24", cluster.node("b").pod_cidr_v4().addr);
+    let others = json!({"namespaceSelector": {"matchLabels": {"team": "pay"}}, "podSelector": app("client")});
+    vec![
+        json!({"podSelector": {}, "policyTypes": ["Ingress"]}),
+        json!({"podSelector": {}, "policyTypes": ["Egress"]}),
+        json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}),
+        json!({"podSelector": {}, "ingress": [{}], "egress": [{}], "policyTypes": ["Ingress", "Egress"]}),
+        json!({"podSelector": app("db"), "ingress": [{"from": [{"podSelector": app("client")}]}]}),
+        json!({"podSelector": app("db"), "ingress": [{"from": [{"namespaceSelector": {}}]}]}),
+        json!({"podSelector": app("db"), "ingress": [{"from": [others.clone()]}]}),
+        json!({"podSelector": app("db"), "ingress": [{"from": [others, {"podSelector": {}}], "ports": [port("TCP", 8000.into())]}]}),
+        json!({"podSelector": app("db"), "ingress": [{"ports": [port("UDP", 8053.into()), port("TCP", "web".into())]}]}),
+        json!({"podSelector": app("db"), "ingress": [{"ports": [{"protocol": "TCP", "port": 8000, "endPort": 8001}]}]}),
+        json!({"podSelector": app("db"), "ingress": [{"ports": [port("SCTP", 8000.into())]}]}),
+        json!({"podSelector": app("db"), "ingress": [{"ports": [port("TCP", "nothing".into())]}]}),
+        json!({"podSelector": app("db"), "ingress": [{"from": [block(Family::V4, 32), block(Family::V6, 128)]}]}),
+        json!({"podSelector": app("db"), "ingress": [{"from": node("b")}]}),
+        json!({"podSelector": app("db"), "ingress": [{"from": [{"ipBlock": {"cidr": cidr, "except": [format!("{except}/32")]}}]}]}),
+        json!({"podSelector": {}, "egress": [{"to": [{"namespaceSelector": {"matchLabels": {"team": "pay"}}}]}], "policyTypes": ["Egress"]}),
+        json!({"podSelector": {}, "egress": [{"ports": [port("TCP", "web".into())]}], "policyTypes": ["Egress"]}),
+        json!({"podSelector": {"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["db"]}]},
+               "egress": [{"to": [block(Family::V4, 32)], "ports": [port("TCP", Value::Null)]}], "policyTypes": ["Egress"]}),
+    ]
+}
+
+fn rules_43_to_53_a_truth_table_holds(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| {
+        let mut objects = Objects::new(world)?;
+        let mut asked = objects.agree().context("without a policy")?;
+        for spec in table(&world.cluster) {
+            // One object that changes (rule 53).
+            let policy = policy("shop", "policy", spec);
+            objects.apply(&policy)?;
+            asked += objects.agree().with_context(|| policy["spec"].to_string())?;
+        }
+        asked += relabelled(&mut objects)?;
+        ensure!(asked > 2000, "only {asked} probes");
+        Ok(())
+    })
+}
+
+/// Rules 48, 51 and 53: policies that add up, labels that change, pods that finish, and policies that go.
+fn relabelled(objects: &mut Objects<'_>) -> Result<usize> {
+    let from_pay =
+        json!({"namespaceSelector": {"matchLabels": {"team": "pay"}}, "podSelector": app("client")});
+    let first =
+        policy("shop", "policy", json!({"podSelector": app("db"), "ingress": [{"from": [from_pay]}]}));
+    let second = policy(
+        "shop",
+        "second",
+        json!({"podSelector": {}, "ingress": [{"ports": [{"port": 8053, "protocol": "UDP"}]}]}),
+    );
+    let namespace = |team: &str| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "pay", "labels": {"team": team}}});
+    let mut asked = 0;
+    let mut step = |objects: &mut Objects<'_>, object: &Value, what: &str| -> Result<()> {
+        objects.apply(object)?;
+        asked += objects.agree().context(what.to_owned())?;
+        Ok(())
+    };
+    step(objects, &first, "one policy")?;
+    step(objects, &second, "another one")?;
+    step(objects, &objects.pod("b1", "other"), "a peer is relabelled")?;
+    step(objects, &objects.pod("b2", "client"), "another one becomes a peer")?;
+    step(objects, &objects.pod("a2", "other"), "a subject is relabelled")?;
+    step(objects, &objects.pod("a2", "db"), "and back")?;
+    step(objects, &namespace("other"), "a namespace is relabelled")?;
+    step(objects, &namespace("pay"), "and back")?;
+    for object in [first, second] {
+        objects.delete(&object)?;
+        asked += objects.agree().context("a policy is deleted")?;
+    }
+    Ok(asked)
+}
+
+fn rules_43_to_53_a_truth_table_holds_on_clsact(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &["--attach", "clsact", "--socket-lb", "off"], |world| {
+        let mut objects = Objects::new(world)?;
+        for spec in table(&world.cluster).into_iter().step_by(4) {
+            let policy = policy("shop", "policy", spec);
+            objects.apply(&policy)?;
+            objects.agree().with_context(|| policy["spec"].to_string())?;
+        }
+        Ok(())
+    })
+}
+
+/// A pod that may go to one backend of a service reaches that one by the service's address; a client from outside is
+/// seen by its own address, though the backend sees the node's.
+fn rule_47_policies_see_backends_and_clients(sandbox: &Sandbox) -> Result<()> {
+    for socket_lb in ["tcp", "off"] {
+        World::test(sandbox, &["--socket-lb", socket_lb], |world| {
+            let mut objects = Objects::new(world)?;
+            let to = json!([{"podSelector": app("db")}]);
+            let spec =
+                json!({"podSelector": app("client"), "egress": [{"to": to}], "policyTypes": ["Egress"]});
+            objects.apply(&policy("shop", "policy", spec))?;
+            objects.agree()?;
+            for family in Family::BOTH {
+                for protocol in [Protocol::Http, Protocol::Dns] {
+                    let ask = Ask::new(protocol, target(&world.web, protocol, family));
+                    world.set_backends(&["a2"])?;
+                    answers(world, "a1", &ask, Some("a2"))?;
+                    world.set_backends(&["b2"])?;
+                    answers(world, "a1", &ask, None)?;
+                }
+            }
+            clients_are_seen(world, &mut objects)
+        })?;
+    }
+    Ok(())
+}
+
+/// NodePort of node a with the backend a2 there; the client is the host of node b.
+fn clients_are_seen(world: &World, objects: &mut Objects<'_>) -> Result<()> {
+    const NODE_PORT: u16 = 30_081;
+    world.set_backends(&["a2"])?;
+    let yaml = world.web.exposed("NodePort", &[(checks::WEB_PORT, NODE_PORT)]);
+    world.cluster.manifests().write("service-web", &yaml)?;
+    for family in Family::BOTH {
+        let block = |name: &str| {
+            let ip = world.cluster.node(name).ip(family);
+            json!({"ipBlock": {"cidr": format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 })}})
+        };
+        let ask = Ask::http((world.cluster.node("a").ip(family), NODE_PORT).into());
+        for (allowed, expected) in [("a", None), ("b", Some("a2"))] {
+            let spec = json!({"podSelector": app("db"), "ingress": [{"from": [block(allowed)]}]});
+            objects.apply(&policy("shop", "ingress", spec))?;
+            objects.agree()?;
+            let deadline = Instant::now() + stretched(SOON);
+            loop {
+                let outcomes =
+                    world.cluster.node("b").ask(&ask.clone().timeout(Duration::from_millis(500)))?;
+                let by = outcomes.first().and_then(|it| it.answer()).map(|it| it.by.as_str());
+                if by == expected {
+                    break;
+                }
+                ensure!(Instant::now() < deadline, "{family:?}: only {allowed} may: answered by {by:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Soon, and then for some requests on end.
+fn answers(world: &World, from: &str, ask: &Ask, by: Option<&str>) -> Result<()> {
+    let deadline = Instant::now() + stretched(SOON);
+    let ask = ask.clone().count(3).timeout(Duration::from_millis(400));
+    loop {
+        let outcomes = world.cluster.pod(from).ask(&ask)?;
+        if outcomes.iter().all(|it| it.answer().map(|it| it.by.as_str()) == by) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{ask:?}: not {by:?}: {outcomes:?}");
+    }
+}
+
+/// Nothing passes it otherwise.
+fn rule_49_a_pod_reaches_itself_and_its_node_reaches_it(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &["--socket-lb", "off"], |world| {
+        let mut objects = Objects::new(world)?;
+        objects.apply(&policy(
+            "shop",
+            "policy",
+            json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}),
+        ))?;
+        // The node's own packets, among others: see `Objects::probes`.
+        objects.agree()?;
+        world.set_backends(&["a1"])?;
+        for family in Family::BOTH {
+            for protocol in [Protocol::Http, Protocol::Dns] {
+                answers(world, "a1", &Ask::new(protocol, target(&world.web, protocol, family)), Some("a1"))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Connections from before the first policy, and from before it changed, to a pod of this node and of another.
+fn rule_52_what_is_established_finishes(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| {
+        let mut objects = Objects::new(world)?;
+        objects.agree()?;
+        let mut streams = Vec::new();
+        let open = |streams: &mut Vec<_>| -> Result<()> {
+            for (family, to) in Family::BOTH.into_iter().flat_map(|family| [(family, "a2"), (family, "b2")]) {
+                let echo = (world.cluster.pod(to).ip(family), ECHO_PORT).into();
+                streams.push(world.cluster.pod("a1").stream(echo)?);
+            }
+            for stream in streams {
+                stream.wait_until(SOON, |seen: &[bpf_tests::pod::Progress]| {
+                    seen.last().is_some_and(|it| it.verified > 1 << 16)
+                })?;
+            }
+            Ok(())
+        };
+        open(&mut streams)?;
+        let all =
+            json!({"podSelector": {}, "ingress": [{}], "egress": [{}], "policyTypes": ["Ingress", "Egress"]});
+        objects.apply(&policy("shop", "policy", all))?;
+        objects.agree()?;
+        open(&mut streams)?;
+        objects.apply(&policy(
+            "shop",
+            "policy",
+            json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}),
+        ))?;
+        objects.agree()?;
+        for stream in streams {
+            let before = stream.seen().last().map_or(0, |it| it.verified);
+            stream.wait_until(SOON, |seen| seen.last().is_some_and(|it| it.verified > before + (1 << 16)))?;
+            let last = stream.stop()?.pop().context("no report")?;
+            ensure!(last.ended == Some(Ok(())), "{last:?}");
+        }
+        Ok(())
+    })
+}
