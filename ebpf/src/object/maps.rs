@@ -28,6 +28,7 @@ use ferroflow_ebpf::policy::{Policies, Wanted};
 use ferroflow_ebpf::tables::{Aligned, Datagrams, InsertError, OnConflict, Services, Tables, Tracked};
 use ferroflow_ebpf::tunnel::Tunnels;
 
+use crate::direct;
 use crate::skb::Skb;
 use crate::steps;
 
@@ -229,18 +230,7 @@ impl Policies for Kernel {
 
     #[inline(always)]
     fn forget(&self, number: u32, unknown: u32) -> u32 {
-        let mut number = u64::from(number);
-        // SAFETY: adds nothing: what is mixed in is taken out again, which the verifier does not relate.
-        unsafe {
-            asm!(
-                "{0} ^= {1}",
-                "{0} ^= {1}",
-                inout(reg) number,
-                in(reg) u64::from(unknown),
-                options(pure, nomem, nostack),
-            );
-        }
-        number as u32
+        direct::forgotten(number, unknown)
     }
 }
 
