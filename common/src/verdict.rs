@@ -83,6 +83,8 @@ drop_reasons! {
     UnallocatedAddress = 14, "unallocated-service-address";
     /// The packet was routed into the tunnel, and its destination is in the range of no other node.
     NoTunnel = 15, "no-tunnel";
+    /// A packet is too long for the way that the node sends it on, and its sender cannot be told (a later fragment).
+    TooBig = 16, "too-big";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

@@ -53,6 +53,8 @@ pub enum Transport {
     Icmp {
         kind: u8,
         code: u8,
+        /// What follows the checksum, such as a router's MTU.
+        parameter: u32,
     },
     /// All of it is payload.
     Other(Proto),
@@ -100,7 +102,7 @@ impl Frame {
     }
 
     pub fn icmp(src: Addr, dst: Addr, kind: u8, code: u8) -> Self {
-        Self::new((src, 0), (dst, 0), Transport::Icmp { kind, code })
+        Self::new((src, 0), (dst, 0), Transport::Icmp { kind, code, parameter: 0 })
     }
 
     pub fn new(src: Socket, dst: Socket, transport: Transport) -> Self {
@@ -341,7 +343,9 @@ impl Frame {
                 packet[8..12].copy_from_slice(&check.to_le_bytes());
                 return packet;
             }
-            Transport::Icmp { kind, code } => (vec![*kind, *code, 0, 0, 0, 0, 0, 0], 2),
+            Transport::Icmp { kind, code, parameter } => {
+                ([&[*kind, *code, 0, 0], &parameter.to_be_bytes()[..]].concat(), 2)
+            }
         };
         header.extend(&self.payload);
         let udp = matches!(self.transport, Transport::Udp { .. });
