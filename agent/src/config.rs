@@ -222,7 +222,7 @@ pub struct Api {
 pub enum SocketLb {
     /// TCP connections
     Tcp,
-    /// TCP and UDP
+    /// TCP connections, and datagrams of UDP sockets that are not connected
     All,
     /// None
     Off,

@@ -12,7 +12,7 @@ use futures_util::FutureExt as _;
 use futures_util::future::{self, BoxFuture};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedReceiver, UnboundedSender};
-use tokio::sync::{oneshot, watch as latest};
+use tokio::sync::{Notify, oneshot, watch as latest};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::sleep_until;
 
@@ -39,6 +39,7 @@ use crate::plan;
 use crate::plan::routes::Routing;
 use crate::reconcile::{self, Limits, Reconciler};
 use crate::scrape::Gauges;
+use crate::stale;
 use crate::watch::file::{FileSource, Timing};
 use crate::watch::kube::{
     Access, AccessError, KubeSource, Network, Readiness as NodeReadiness, Timing as ApiTiming,
@@ -95,6 +96,8 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     tasks.spawn(kube_proxy::watch(kube_proxy.clone(), events));
     tasks.spawn(kube_proxy::keep_timeouts(config.timeouts));
     let (metrics, gauges, scrapes) = measure(config, started, &mut tasks);
+    let changed = Arc::new(Notify::new());
+    tasks.spawn(stale::run(config.bpffs.maps(), changed.clone()));
     let attachments =
         Attachments { attached: datapath.pinned()?.into_iter().collect(), ..Attachments::default() };
     let health = Health::start(config.health_port);
@@ -120,6 +123,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         recorder,
         metrics,
         gauges,
+        changed,
         ready: Some(ready),
         said: None,
         state,
@@ -262,6 +266,8 @@ struct Daemon {
     recorder: Recorder,
     metrics: Metrics,
     gauges: Gauges,
+    /// Told whenever something was written to the tables.
+    changed: Arc<Notify>,
     /// To be told once everything is in the tables.
     ready: Option<oneshot::Sender<()>>,
     /// What was last said where `ferroflow status` finds it; nothing yet.
@@ -609,6 +615,9 @@ impl Daemon {
         if synced && let Some(ready) = self.ready.take() {
             // With a directory there is nobody to tell.
             let _nobody = ready.send(());
+        }
+        if self.state.writes != stats.writes {
+            self.changed.notify_one();
         }
         self.state.synced = u32::from(synced);
         self.state.writes = stats.writes;

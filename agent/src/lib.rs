@@ -49,6 +49,7 @@ pub mod observe;
 pub mod plan;
 pub mod reconcile;
 mod scrape;
+pub mod stale;
 pub mod watch;
 
 #[cfg(test)]

@@ -288,7 +288,9 @@ pub fn service(name: &str, number: u8) -> Service {
 pub fn target(service: &Service, protocol: Protocol, family: Family) -> SocketAddr {
     let port = match protocol {
         Protocol::Http => WEB_PORT,
-        Protocol::Dns | Protocol::DnsUnconnected | Protocol::DnsOneSocket => DNS_SERVICE_PORT,
+        Protocol::Dns | Protocol::DnsUnconnected | Protocol::DnsOneSocket | Protocol::DnsConnected => {
+            DNS_SERVICE_PORT
+        }
         Protocol::Sctp => SCTP_SERVICE_PORT,
     };
     SocketAddr::new(service.ip(family), port)
@@ -298,7 +300,9 @@ pub fn target(service: &Service, protocol: Protocol, family: Family) -> SocketAd
 pub fn pod_target(pod: &Pod, protocol: Protocol, family: Family) -> SocketAddr {
     let port = match protocol {
         Protocol::Http => HTTP_PORT,
-        Protocol::Dns | Protocol::DnsUnconnected | Protocol::DnsOneSocket => DNS_PORT,
+        Protocol::Dns | Protocol::DnsUnconnected | Protocol::DnsOneSocket | Protocol::DnsConnected => {
+            DNS_PORT
+        }
         Protocol::Sctp => SCTP_PORT,
     };
     SocketAddr::new(pod.ip(family), port)

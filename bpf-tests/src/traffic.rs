@@ -38,6 +38,8 @@ pub enum Protocol {
     DnsUnconnected,
     /// The same, and all questions from one socket.
     DnsOneSocket,
+    /// All questions from one connected socket, and from another after an error.
+    DnsConnected,
     /// HTTP over SCTP.
     Sctp,
 }
@@ -131,6 +133,7 @@ impl Ask {
             Protocol::Dns => &["dns"],
             Protocol::DnsUnconnected => &["dns", "--unconnected"],
             Protocol::DnsOneSocket => &["resolver"],
+            Protocol::DnsConnected => &["resolver", "--connected"],
             Protocol::Sctp => &["http", "--sctp"],
         };
         let mut args: Vec<_> = verb.iter().map(|&arg| arg.to_owned()).collect();
@@ -157,6 +160,7 @@ impl fmt::Display for Protocol {
             Self::Dns => "DNS",
             Self::DnsUnconnected => "DNS (unconnected)",
             Self::DnsOneSocket => "DNS (one socket)",
+            Self::DnsConnected => "DNS (one connected socket)",
             Self::Sctp => "SCTP",
         })
     }

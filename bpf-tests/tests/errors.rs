@@ -38,6 +38,7 @@ use nix::sys::socket::{
 fn main() -> ExitCode {
     runner::main(&[
         ("rule_37_a_narrow_link_is_found_through_a_service", a_narrow_link_is_found_through_a_service),
+        ("rule_37_a_narrow_way_of_the_node_itself_is_told", a_narrow_way_of_the_node_itself_is_told),
         ("rule_37_a_closed_port_is_refused_through_a_service", a_closed_port_is_refused_through_a_service),
         ("rule_37_a_hop_too_far_is_told_through_a_service", a_hop_too_far_is_told_through_a_service),
         ("rule_38_large_datagrams_are_served", large_datagrams_are_served),
@@ -62,14 +63,24 @@ struct World {
 
 impl World {
     fn test(sandbox: &Sandbox, backend: &str, test: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
-        let world = Self::new(sandbox, backend)?;
+        Self::test_on(sandbox, backend, narrow, test)
+    }
+
+    /// The same where `lay` makes the ways between the nodes.
+    fn test_on(
+        sandbox: &Sandbox,
+        backend: &str,
+        lay: impl FnOnce(&Cluster) -> Result<()>,
+        test: impl FnOnce(&Self) -> Result<()>,
+    ) -> Result<()> {
+        let world = Self::new(sandbox, backend, lay)?;
         let logs = || world.agents.iter().map(Agent::log_tail).collect::<Vec<_>>().join("\n");
         test(&world).map_err(|error| error.context(logs()))
     }
 
-    fn new(sandbox: &Sandbox, backend: &str) -> Result<Self> {
+    fn new(sandbox: &Sandbox, backend: &str, lay: impl FnOnce(&Cluster) -> Result<()>) -> Result<Self> {
         let cluster = Cluster::with_pods(sandbox, &["a", "b", "c", "r"], 1)?;
-        narrow(&cluster)?;
+        lay(&cluster)?;
         let mut service = checks::service("web", 10);
         for (name, (port, _, target)) in [("closed", CLOSED), ("datagrams", DATAGRAMS)] {
             service.ports.push(Port { name: name.into(), protocol: "UDP", port, target });
@@ -140,6 +151,48 @@ fn narrow(cluster: &Cluster) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Node a has ways to the pods of b and c that are narrow at their beginning.
+fn narrow_at_the_node(cluster: &Cluster) -> Result<()> {
+    for family in Family::BOTH {
+        for to in ["b", "c"] {
+            let pods: Prefix = match family {
+                Family::V4 => cluster.node(to).pod_cidr_v4(),
+                Family::V6 => cluster.node(to).pod_cidr_v6(),
+            };
+            let route = Route { to: pods, via: Some(node(cluster, to, family)), dev: "eth0" };
+            cluster.node("a").netns.run(move |inside| inside.replace_route(route, Some(NARROW)))??;
+        }
+    }
+    Ok(())
+}
+
+/// What is masqueraded goes past the stack, which would have said so (before: it was lost, or too long on the wire).
+fn a_narrow_way_of_the_node_itself_is_told(sandbox: &Sandbox) -> Result<()> {
+    World::test_on(sandbox, "b1", narrow_at_the_node, |world| {
+        echo(world.pod("b1"))?;
+        for family in Family::BOTH {
+            let [_, (client, datagrams)] = world.targets(family, (DATAGRAMS.0, DATAGRAMS.1));
+            let socket = connected(&client.netns, 0, datagrams)?;
+            // One that fits and one that does not, whose sender is told and cuts the next.
+            for length in [1_000, 1_440] {
+                answered(&socket, &payload(length)).with_context(|| format!("{datagrams}, {length}"))?;
+            }
+            let [_, (_, stream)] = world.targets(family, (ECHO_SERVICE_PORT, ECHO_NODE_PORT));
+            let echoed = client.stream(stream)?;
+            echoed.wait_until(PATIENCE * 2, |progress| {
+                progress.last().is_some_and(|progress| progress.verified > 2_000_000)
+            })?;
+            echoed.stop()?;
+            let to = world.node("a", family);
+            for end in [client, world.pod("b1")] {
+                let learned = end.netns.run(move |inside| inside.path_mtu(to))??;
+                ensure!(learned == Some(NARROW), "{} to {to}: {learned:?}", end.name);
+            }
+        }
+        Ok(())
+    })
 }
 
 /// Segments of full length go out with "don't fragment"; each end finds out what its way takes.

@@ -18,7 +18,7 @@ use bpf_tests::{
     pod::{FailureKind, Outcome},
     runner,
     sandbox::Sandbox,
-    traffic::{Ask, Protocol},
+    traffic::{Ask, Client, Protocol},
 };
 
 fn main() -> ExitCode {
@@ -35,6 +35,8 @@ fn main() -> ExitCode {
         ("rule_28_a_socket_bound_to_the_loopback_is_refused_at_once", bound_to_the_loopback_is_refused),
         ("rule_29_all_processes_of_the_host_keep_one_backend", one_backend_with_affinity),
         ("rules_31_to_33_datagrams_leave_a_backend_that_is_gone", datagrams_leave_a_backend),
+        ("rule_31_a_connected_socket_is_taken_from_a_backend_that_is_gone", connected_socket_is_taken),
+        ("rule_31_a_pods_connected_socket_moves_by_itself", pods_connected_socket_moves),
         ("one_socket_asks_several_services", one_socket_asks_several_services),
         ("mapped_addresses_are_ipv4", mapped_addresses_are_ipv4),
     ])
@@ -150,7 +152,9 @@ fn balancer(family: Family) -> IpAddr {
 fn node_port(protocol: Protocol) -> u16 {
     match protocol {
         Protocol::Http => HTTP_NODE_PORT,
-        Protocol::Dns | Protocol::DnsUnconnected | Protocol::DnsOneSocket => DNS_NODE_PORT,
+        Protocol::Dns | Protocol::DnsUnconnected | Protocol::DnsOneSocket | Protocol::DnsConnected => {
+            DNS_NODE_PORT
+        }
         Protocol::Sctp => panic!("sockets of SCTP are not translated"),
     }
 }
@@ -440,19 +444,71 @@ fn datagrams_leave_a_backend(sandbox: &Sandbox) -> Result<()> {
 
 /// From a1 to b1, without a failure.
 fn moves(world: &World, ask: &Ask) -> Result<()> {
-    let last_is = |name: &'static str| move |outcomes: &[Outcome]| outcomes.last().and_then(by) == Some(name);
     world.set_backends(&["a1"])?;
-    let client = world.cluster.node("a").keep_asking(ask)?;
+    let failed = moved(world, world.cluster.node("a").keep_asking(ask)?)?;
+    ensure!(failed.is_empty(), "{failed:?}");
+    Ok(())
+}
+
+/// Moves a client that asks a1 to b1, and says what failed from its first answer on.
+fn moved(world: &World, client: Client<Outcome>) -> Result<Vec<Outcome>> {
+    let last_is = |name: &'static str| move |outcomes: &[Outcome]| outcomes.last().and_then(by) == Some(name);
     client.wait_until(SOON, last_is("a1"))?;
     world.set_backends(&["b1"])?;
     client.wait_until(SOON, last_is("b1"))?;
-    let outcomes = client.stop()?;
-    let failed = outcomes.iter().find(|outcome| outcome.failure().is_some());
-    ensure!(failed.is_none(), "{failed:?}");
-    // What was there before comes first.
-    let served =
-        outcomes.iter().map(by).skip_while(|it| *it != Some("a1")).skip_while(|it| *it == Some("a1"));
+    // What was there before comes first, and a connected socket that was sent there is told, too.
+    let outcomes = client.stop()?.into_iter().skip_while(|outcome| by(outcome) != Some("a1"));
+    let (failed, outcomes): (Vec<_>, Vec<_>) = outcomes.partition(|outcome| outcome.failure().is_some());
+    let served = outcomes.iter().map(by).skip_while(|it| *it == Some("a1"));
     ensure!(served.into_iter().all(|it| it == Some("b1")), "it went back");
+    Ok(failed)
+}
+
+/// Its datagrams ask no program: it would send to a1 for ever. It is told once, and connects again.
+fn connected_socket_is_taken(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, (&[], "", &["a1"]), |world| {
+        let mut source_port = 40_200;
+        for family in Family::BOTH {
+            let mut targets = world.served("a", Protocol::DnsConnected, family);
+            if let SocketAddr::V4(target) = world.cluster_ip(Protocol::DnsConnected, family) {
+                targets.push(SocketAddr::new(target.ip().to_ipv6_mapped().into(), target.port()));
+            }
+            for target in targets {
+                source_port += 1;
+                let ask = Ask::new(Protocol::DnsConnected, target).source_port(source_port).interval(TICK);
+                world.set_backends(&["a1"])?;
+                let bystander = checks::pod_target(world.cluster.pod("a1"), Protocol::DnsConnected, family);
+                let node = world.cluster.node("a");
+                let direct = node.keep_asking(&Ask::new(Protocol::DnsConnected, bystander).interval(TICK))?;
+                direct.wait_until(SOON, |outcomes| !outcomes.is_empty())?;
+                let failed = moved(world, node.keep_asking(&ask)?).with_context(|| target.to_string())?;
+                let details: Vec<_> =
+                    failed.iter().filter_map(Outcome::failure).map(|it| it.detail.as_str()).collect();
+                // What it was doing decides which: it waited for an answer, or sent.
+                let told = details == ["ECONNABORTED"] || details == ["EDESTADDRREQ"];
+                ensure!(told, "{target}: {details:?}");
+                let untouched = direct.stop()?;
+                ensure!(untouched.iter().all(|it| by(it) == Some("a1")), "who named the pod: {untouched:?}");
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Its datagrams go the packet path, whatever is said of pods' sockets.
+fn pods_connected_socket_moves(sandbox: &Sandbox) -> Result<()> {
+    for socket_lb in ["tcp", "all"] {
+        World::test(sandbox, (&["--socket-lb", socket_lb], "", &["a1"]), |world| {
+            for family in Family::BOTH {
+                let target = world.cluster_ip(Protocol::DnsConnected, family);
+                world.set_backends(&["a1"])?;
+                let ask = Ask::new(Protocol::DnsConnected, target).interval(TICK);
+                let failed = moved(world, world.cluster.pod("b1").keep_asking(&ask)?)?;
+                ensure!(failed.is_empty(), "--socket-lb {socket_lb}: {failed:?}");
+            }
+            Ok(())
+        })?;
+    }
     Ok(())
 }
 

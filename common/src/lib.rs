@@ -31,6 +31,7 @@
 //! | `held_buffer` | per-CPU array | 0 -> [`abi::fragment::HeldFragment`] on its way into `held_fragments` | programs | programs |
 //! | `sockets` | socket storage | stream socket -> [`abi::socket::Translation`] | programs | programs |
 //! | `datagram_sockets` | socket storage | datagram socket -> [`abi::socket::Translations`] | programs | programs |
+//! | `connected_sockets` | hash | cookie -> [`abi::socket::Translation`] of a connected datagram socket of the host | programs | agent, which deletes what is closed |
 //! | `drops` | per-CPU array | [`verdict::DropReason`] -> packets | programs | agent (metrics), CLI |
 //! | `agent` | array | 0 -> [`abi::state::AgentState`] | agent | CLI |
 #![no_std]

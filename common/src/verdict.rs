@@ -106,6 +106,8 @@ drop_reasons! {
     DryRunIngress = 18, "policy-ingress-dry-run";
     /// It passed: policies in dry run would have dropped it as [`Self::PolicyEgress`].
     DryRunEgress = 19, "policy-egress-dry-run";
+    /// A packet is too long for the way that the node sends it on, and its sender cannot be told (a later fragment).
+    TooBig = 20, "too-big";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

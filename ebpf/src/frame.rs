@@ -54,6 +54,8 @@ pub enum Transport {
     Icmp {
         kind: u8,
         code: u8,
+        /// What follows the checksum, such as a router's MTU.
+        parameter: u32,
     },
     /// All of it is payload.
     Other(Proto),
@@ -101,7 +103,7 @@ impl Frame {
     }
 
     pub fn icmp(src: Addr, dst: Addr, kind: u8, code: u8) -> Self {
-        Self::new((src, 0), (dst, 0), Transport::Icmp { kind, code })
+        Self::new((src, 0), (dst, 0), Transport::Icmp { kind, code, parameter: 0 })
     }
 
     pub fn new(src: Socket, dst: Socket, transport: Transport) -> Self {
@@ -352,9 +354,11 @@ impl Frame {
                 packet[8..12].copy_from_slice(&check.to_le_bytes());
                 return packet;
             }
-            Transport::Icmp { kind, code } => {
+            Transport::Icmp { kind, code, parameter } => {
+                // Of an echo the identifier comes first.
                 let [high, low] = self.src_port.to_be_bytes();
-                (vec![*kind, *code, 0, 0, high, low, 0, 0], 2)
+                let [p0, p1, p2, p3] = parameter.to_be_bytes();
+                (vec![*kind, *code, 0, 0, p0 | high, p1 | low, p2, p3], 2)
             }
         };
         header.extend(&self.payload);

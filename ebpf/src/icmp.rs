@@ -18,6 +18,7 @@ use core::mem::offset_of;
 
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::addr::{Port, Proto};
+use ferroflow_common::crc32c;
 use ferroflow_common::csum::Sum;
 use ferroflow_common::family::{V4, V6};
 use ferroflow_common::verdict::DropReason;
@@ -257,10 +258,43 @@ where
         .less_half(u16::from_ne_bytes(tuple.src_port.be))
         .half(u16::from_ne_bytes(to.dst_port.be));
     let ([s0, s1], [d0, d1]) = (to.src_port.be, to.dst_port.be);
+    let ports = [s0, s1, d0, d1];
+    let ends =
+        if quote.proto == Proto::SCTP { requote_sctp::<F, P>(packet, &quote, ports, ends)? } else { ends };
     F::Bytes::store(packet, quote.ip() + F::SRC_OFF, &to).ok()?;
-    packet.write(quote.l4, &[s0, s1, d0, d1]).ok()?;
+    packet.write(quote.l4, &ports).ok()?;
     Some(Changes::new(addresses, ends))
 }
+
+/// Brings a quoted SCTP checksum in line with the ports, and adds to `ends` what that changes. It covers the packet from
+/// the ports on, and what a change of these does to it depends on how much that is and not on what it is (CRC32c is
+/// linear): the quoted header says how much, whether all of it is quoted or not. What was a fragment says it of the
+/// fragment only; its checksum stays as it is, as does one that is not quoted and one that is none (zero, RFC 9653).
+#[inline(always)]
+fn requote_sctp<F: Errors, P: Packet>(
+    packet: &mut P,
+    quote: &Parts,
+    ports: [u8; 4],
+    ends: Sum,
+) -> Option<Sum> {
+    if quote.l4 + SCTP_CHECK + 4 > quote.end {
+        return Some(ends);
+    }
+    let [old_ports] = packet.words(quote.l4)?;
+    let [old] = packet.words(quote.l4 + SCTP_CHECK)?;
+    let inner = F::header(packet, quote.ip()).ok()?;
+    if old == 0 || inner.fragment != Fragment::Whole || inner.end > MAX_END {
+        return Some(ends);
+    }
+    let difference = u32::from_le(old_ports) ^ u32::from_le_bytes(ports);
+    let change = crc32c::change(difference, inner.end.saturating_sub(quote.l4));
+    let new = u32::from_le(old) ^ change;
+    packet.write(quote.l4 + SCTP_CHECK, &new.to_le_bytes()).ok()?;
+    Some(ends.less_word(old).word(new.to_le()))
+}
+
+/// Of SCTP's common header (RFC 9260 section 3.1).
+const SCTP_CHECK: u32 = 8;
 
 /// What a packet of this direction is an answer to.
 #[inline(always)]
@@ -285,7 +319,7 @@ pub fn mend<F: Errors, P: Packet>(packet: &mut P, quote: Quote, changes: Changes
     }
     let (check, zero_is_none) = nat::checksum(quote.proto);
     let at = quote.l4 + check;
-    // An SCTP packet's checksum lies elsewhere, covers no addresses, and cannot be computed without all of the packet.
+    // An SCTP packet's checksum lies elsewhere and covers no addresses: see `requote_sctp`.
     if quote.proto != Proto::SCTP && at + 2 <= quote.end && !(zero_is_none && half(packet, at)? == [0, 0]) {
         total = mend_at(packet, at, (changes.ends(), zero_is_none), total)?;
     }
@@ -341,7 +375,9 @@ mod tests {
     use ferroflow_common::abi::lb::{Frontend, FrontendKey};
     use ferroflow_common::abi::node::NodeAddress;
     use ferroflow_common::addr::Addr;
-    use ferroflow_common::tcp::Flags;
+    use std::ops::Range;
+
+    use ferroflow_common::tcp::{Flags, chunk};
     use ferroflow_common::verdict::Verdict;
 
     use super::*;
@@ -385,8 +421,22 @@ mod tests {
         let client = (F::pod(1), 4000);
         let tcp = Frame::tcp(client, (vip, 80), SYN).payload(b"data of a segment");
         let udp = Frame::udp(client, (vip, 53)).payload(b"a query");
-        let frames = [(tcp, (pod, 8080)), (udp, (pod, 5353))];
+        let sctp = Frame::sctp(client, (vip, 38412), chunk::INIT).payload(b"parameters");
+        let frames = [(tcp, (pod, TCP)), (udp, (pod, 5353)), (sctp, (pod, SCTP))];
         frames.into_iter().flat_map(|(frame, to)| [(frame.clone(), to), (frame.extended(), to)]).collect()
+    }
+
+    /// Where backends listen.
+    const TCP: u16 = 8080;
+    const SCTP: u16 = 3868;
+
+    /// The bytes of a transport header, and those of its checksum, by where its receiver listens.
+    fn transport(port: u16) -> (usize, Range<usize>) {
+        match port {
+            TCP => (20, 16..18),
+            SCTP => (16, 8..12),
+            _ => (8, 6..8),
+        }
     }
 
     const LOCAL: u8 = 2;
@@ -486,9 +536,11 @@ mod tests {
             assert!(request.leave(&fake).is_ok());
             let sent_on = request.clone().sent_to(backend);
             let whole = request.build().len() - L3 as usize;
-            let header = whole - request.payload.len() - if backend.1 == 8080 { 20 } else { 8 };
-            // A quote that ends amid the checksum has one byte of it, which nobody can use.
-            for quoted in (header + 8..=whole).filter(|&quoted| backend.1 != 8080 || quoted != header + 17) {
+            let (length, checksum) = transport(backend.1);
+            let header = whole - request.payload.len() - length;
+            // A quote that ends amid the checksum has some bytes of it, which nobody can use.
+            let amid = header + checksum.start + 1..header + checksum.end;
+            for quoted in (header + 8..=whole).filter(|quoted| !amid.contains(quoted)) {
                 let expected = error(F::vip(200), &request, kinds::<F>()[2], quoted).build();
                 let came = error(F::vip(200), &sent_on, kinds::<F>()[2], quoted);
                 assert_eq!(came.enter(&fake), Ok((Verdict::Stack, expected)), "{quoted} of {whole}");
@@ -559,7 +611,7 @@ mod tests {
             assert!(request.leave(&fake).is_ok());
             let sent_on = request.clone().sent_to(backend);
             let whole = request.build().len() - L3 as usize;
-            let header = whole - request.payload.len() - if backend.1 == 8080 { 20 } else { 8 };
+            let header = whole - request.payload.len() - transport(backend.1).0;
             for quoted in 0..header + 8 {
                 let came = error(F::vip(200), &sent_on, kinds::<F>()[1], quoted);
                 assert_eq!(came.arrive(&fake), Ok((Verdict::Stack, came.build())), "{quoted}");

@@ -408,7 +408,7 @@ mod tests {
             (false, false) => 129,
         };
         let ends = ((F::pod(from), id), (F::pod(to), 0));
-        Frame::new(ends.0, ends.1, Transport::Icmp { kind, code: 0 }).payload(b"echo")
+        Frame::new(ends.0, ends.1, Transport::Icmp { kind, code: 0, parameter: 0 }).payload(b"echo")
     }
 
     fn rule_45_what_has_no_ports_is_judged_by_no_port<F: Names>() {

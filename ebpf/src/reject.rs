@@ -23,6 +23,10 @@ const ICMP_LEN: u32 = Icmpv4Hdr::LEN as u32;
 pub trait Answer: Parse {
     /// Type and code of "port unreachable" (RFC 792, RFC 4443 section 3.1).
     const PORT_UNREACHABLE: [u8; 2];
+    /// Type and code of "fragmentation needed" (RFC 1191), "packet too big" (RFC 4443 section 3.2).
+    const TOO_BIG: [u8; 2];
+    /// What every link carries, in bytes (RFC 791 says it of receivers, RFC 8200 section 5).
+    const LEAST_MTU: u32;
 
     /// Writes a fresh IP header from the packet's destination back to its source.
     ///
@@ -40,6 +44,8 @@ const HOP_LIMIT: u8 = 64;
 
 impl Answer for V4 {
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
+    const TOO_BIG: [u8; 2] = [3, 4];
+    const LEAST_MTU: u32 = 576;
 
     #[inline(always)]
     fn write_header<P: Reshape>(
@@ -88,6 +94,8 @@ impl Answer for V4 {
 
 impl Answer for V6 {
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
+    const TOO_BIG: [u8; 2] = [2, 0];
+    const LEAST_MTU: u32 = 1280;
 
     #[inline(always)]
     fn write_header<P: Reshape>(
@@ -113,7 +121,7 @@ pub fn reject<F: Answer, P: Reshape>(packet: &mut P, headers: &Headers<F>) -> Re
     if headers.tuple.proto == Proto::TCP {
         reset(packet, headers)?;
     } else {
-        unreachable(packet, headers)?;
+        error(packet, headers, F::PORT_UNREACHABLE, 0)?;
     }
     turn_around(packet)?;
     Ok(Verdict::Reply)
@@ -156,11 +164,19 @@ fn reset<F: Answer, P: Reshape>(packet: &mut P, headers: &Headers<F>) -> Result<
     )
 }
 
-/// The refused packet's IP header and the eight bytes behind it (RFC 792 asks for no more, RFC 4443 would like it),
-/// behind a new IP and ICMP header.
+/// Turns the packet into an ICMP error about it: its IP header and the beginning of its transport header (RFC 792 asks for
+/// eight bytes, RFC 4443 would like more), behind a new IP and ICMP header, whose last four bytes are `parameter`.
+///
+/// # Errors
+/// [`DropReason::ExtensionHeaders`] where the headers are too long to be quoted; else as [`reject`].
 #[inline(always)]
-fn unreachable<F: Answer, P: Reshape>(packet: &mut P, headers: &Headers<F>) -> Result<(), DropReason> {
-    let quote = headers.l4 - L3 + UdpHdr::LEN as u32;
+pub fn error<F: Answer, P: Reshape>(
+    packet: &mut P,
+    headers: &Headers<F>,
+    [kind, code]: [u8; 2],
+    parameter: u32,
+) -> Result<(), DropReason> {
+    let quote = headers.l4 - L3 + quoted(headers.tuple.proto);
     if quote > SUM_MAX {
         return Err(DropReason::ExtensionHeaders);
     }
@@ -168,14 +184,31 @@ fn unreachable<F: Answer, P: Reshape>(packet: &mut P, headers: &Headers<F>) -> R
     packet.make_room(F::HDR_LEN + ICMP_LEN)?;
     F::write_header(packet, headers, F::ICMP, ICMP_LEN + quote)?;
     let icmp = L3 + F::HDR_LEN;
-    let [kind, code] = F::PORT_UNREACHABLE;
     let sum =
         if F::CSUM_OFF.is_some() { Sum::ZERO } else { pseudo_header(headers, F::ICMP, ICMP_LEN + quote) }
-            .word(u32::from_ne_bytes([kind, code, 0, 0]));
+            .word(u32::from_ne_bytes([kind, code, 0, 0]))
+            .word(parameter.to_be());
     let quoted = packet.sum(icmp + ICMP_LEN, quote).ok_or(DropReason::Reject)?;
     let [c0, c1] = sum.half(quoted.folded()).finish();
-    packet.write(icmp, &[kind, code, c0, c1, 0, 0, 0, 0])
+    let [p0, p1, p2, p3] = parameter.to_be_bytes();
+    packet.write(icmp, &[kind, code, c0, c1, p0, p1, p2, p3])
 }
+
+/// How much of the transport header is quoted: to its checksum, since the kernel does not cut a packet before the place
+/// where that is still to be written.
+#[inline(always)]
+const fn quoted(proto: Proto) -> u32 {
+    if proto.number == Proto::TCP.number {
+        TCP_LEN
+    } else if proto.number == Proto::SCTP.number {
+        SCTP_LEN
+    } else {
+        UdpHdr::LEN as u32
+    }
+}
+
+/// SCTP's common header (RFC 9260 section 3.1).
+const SCTP_LEN: u32 = 12;
 
 /// The sum of the answer's pseudo-header (RFC 9293 section 3.1, RFC 8200 section 8.1): source and destination may
 /// change places in it.

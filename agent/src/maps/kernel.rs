@@ -19,9 +19,9 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use super::batch;
 use super::{
-    ArrayTable, Backends, ConnectionCounts, Endpoints, Frontends, HashTable, Ipcache, IpcacheRanges,
-    MapError, Maps, Masquerades, NodeAddresses, PeerClasses, Plain, Policy, PolicySets, PortRanges, Services,
-    SettingsRow, Slots, SourceRanges, Tunnels,
+    ArrayTable, Backends, ConnectedSockets, ConnectionCounts, Endpoints, Frontends, HashTable, Ipcache,
+    IpcacheRanges, MapError, Maps, Masquerades, NodeAddresses, PeerClasses, Plain, Policy, PolicySets,
+    PortRanges, Services, SettingsRow, Slots, SourceRanges, Tunnels,
 };
 
 /// A value whose bytes may go to the kernel and come from it.
@@ -59,6 +59,7 @@ impl KernelMaps {
             Endpoints::NAME,
             NodeAddresses::NAME,
             Tunnels::NAME,
+            ConnectedSockets::NAME,
         ]
         .into_iter()
         .chain(POLICIES)

@@ -14,6 +14,7 @@ use ferroflow_common::abi::lb::{
 };
 use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
 use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeKey, Rules};
+use ferroflow_common::abi::socket::Translation;
 use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -65,6 +66,8 @@ tables! { HashTable:
     PolicySets = "policy_sets", Key = u32, Value = Meaning;
     /// Class -> which one it is.
     PeerClasses = "peer_classes", Key = Class, Value = Meaning;
+    /// Cookie -> what the host's socket was connected through. The programs write it.
+    ConnectedSockets = "connected_sockets", Key = u64, Value = Translation;
     /// Local pods by address.
     Endpoints = "endpoints", Key = Addr, Value = Endpoint;
 }

@@ -7,6 +7,7 @@ mod kernel;
 mod netns;
 pub mod pod;
 pub mod routes;
+pub mod sockets;
 pub mod tunnel;
 pub mod veth;
 

@@ -1,8 +1,10 @@
 //! DNS, as much as a test needs: one question, one TXT record with who answered and whom it saw.
 
 use std::{
+    cell::RefCell,
     io,
     net::SocketAddr,
+    rc::Rc,
     sync::atomic::{AtomicU16, AtomicUsize, Ordering},
 };
 
@@ -18,8 +20,16 @@ const RESPONSE: u16 = 0x8000;
 
 /// On a connected socket: an ICMP error comes back as an errno.
 pub(super) async fn ask_connected(requests: Requests) -> Result<Answer, Failure> {
+    ask_peer(&connect(&requests).await?).await
+}
+
+async fn connect(requests: &Requests) -> io::Result<UdpSocket> {
     let socket = UdpSocket::bind(requests.source()).await?;
     socket.connect(requests.target).await?;
+    Ok(socket)
+}
+
+async fn ask_peer(socket: &UdpSocket) -> Result<Answer, Failure> {
     let id = next_id();
     socket.send(&question(id)).await?;
     let mut packet = [0; 512];
@@ -55,6 +65,31 @@ impl Resolver {
         let turn = self.asked.fetch_add(1, Ordering::Relaxed) % self.targets.len();
         let target = self.targets.get(turn).copied().unwrap_or(requests.target);
         ask_from(&self.socket, Requests { target, ..requests }).await
+    }
+}
+
+/// One connected socket for all questions, and another one after an error. One that gets no answer is kept.
+#[derive(Default)]
+pub(super) struct ConnectedResolver {
+    socket: RefCell<Option<Rc<UdpSocket>>>,
+}
+
+impl ConnectedResolver {
+    pub(super) async fn ask(&self, requests: Requests) -> Result<Answer, Failure> {
+        let kept = self.socket.borrow().clone();
+        let socket = match kept {
+            Some(socket) => socket,
+            None => {
+                let socket = Rc::new(connect(&requests).await?);
+                self.socket.replace(Some(socket.clone()));
+                socket
+            }
+        };
+        let answer = ask_peer(&socket).await;
+        if answer.is_err() {
+            self.socket.replace(None);
+        }
+        answer
     }
 }
 

@@ -145,13 +145,16 @@ enum Verb {
         #[arg(long)]
         unconnected: bool,
     },
-    /// DNS questions to each target in turn, all from one socket that is not connected.
+    /// DNS questions to each target in turn, all from one socket.
     Resolver {
         #[command(flatten)]
         requests: Requests,
         /// Another target.
         #[arg(long)]
         also: Vec<SocketAddr>,
+        /// Connect the socket, to the one target; after an error, open another.
+        #[arg(long, conflicts_with = "also")]
+        connected: bool,
     },
     /// One long connection that is echoed and compared byte for byte.
     Stream { target: SocketAddr },
@@ -220,7 +223,11 @@ impl Cli {
                 Verb::Dns { requests, unconnected: true } => {
                     repeat(&requests, &closed, dns::ask_unconnected).await
                 }
-                Verb::Resolver { requests, also } => {
+                Verb::Resolver { requests, connected: true, also: _ } => {
+                    let resolver = dns::ConnectedResolver::default();
+                    repeat(&requests, &closed, |requests| resolver.ask(requests)).await
+                }
+                Verb::Resolver { requests, also, connected: false } => {
                     let resolver = dns::Resolver::new(&requests, &also).await?;
                     repeat(&requests, &closed, |requests| resolver.ask(requests)).await
                 }

@@ -2,18 +2,26 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup};
+use aya_ebpf::bindings::{
+    BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup,
+};
 use aya_ebpf::helpers::generated::bpf_fib_lookup as lookup;
 use ferroflow_common::family::{Family, V4};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
-/// Whether the kernel has the next hop's Ethernet address.
+/// What the kernel says of a way.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Neighbour {
+pub(crate) enum Found {
+    /// It has the next hop's Ethernet address.
     Known,
+    /// It would ask for that.
     Unknown,
+    /// The packet is too long for it.
+    Narrow,
+    /// It would not forward the packet.
+    Nowhere,
 }
 
 /// A question, and then its answer.
@@ -40,22 +48,30 @@ impl Query {
         Self(query)
     }
 
-    /// `None` where the kernel would not forward the packet.
-    ///
     /// # Safety
     /// `context` is that of the running program.
     #[inline(always)]
-    pub(crate) unsafe fn ask(&mut self, context: *mut c_void) -> Option<Neighbour> {
+    pub(crate) unsafe fn ask(&mut self, context: *mut c_void) -> Found {
         let size = size_of::<bpf_fib_lookup>() as i32;
         // SAFETY: the helper reads and writes `size` bytes; the context is the caller's promise.
         let answer = unsafe { lookup(context, &raw mut self.0, size, 0) };
         if answer == i64::from(BPF_FIB_LKUP_RET_SUCCESS) {
-            Some(Neighbour::Known)
+            Found::Known
         } else if answer == i64::from(BPF_FIB_LKUP_RET_NO_NEIGH) {
-            Some(Neighbour::Unknown)
+            Found::Unknown
+        } else if answer == i64::from(BPF_FIB_LKUP_RET_FRAG_NEEDED) {
+            Found::Narrow
         } else {
-            None
+            Found::Nowhere
         }
+    }
+
+    /// What fits, in bytes from the IP header on, after [`Found::Narrow`]: the kernel writes it over the length that it
+    /// was asked about, from 5.12 on.
+    #[inline(always)]
+    pub(crate) fn room(&self) -> u32 {
+        // SAFETY: both members of the union are one number.
+        u32::from(unsafe { self.0.__bindgen_anon_1.mtu_result })
     }
 
     /// The device that the packet leaves by.

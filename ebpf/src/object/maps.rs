@@ -119,6 +119,9 @@ pub(crate) static SOCKETS: SkStorage<Translation> = SkStorage::new();
 #[btf_map(name = "datagram_sockets", pin_by_name)]
 pub(crate) static DATAGRAM_SOCKETS: SkStorage<Translations> = SkStorage::new();
 
+#[btf_map(name = "connected_sockets", pin_by_name)]
+pub(crate) static CONNECTED_SOCKETS: HashMap<u64, Translation, 65_536, ON_DEMAND> = HashMap::new();
+
 #[btf_map(name = "drops", pin_by_name)]
 static DROPS: PerCpuArray<u64, DROP_ROWS> = PerCpuArray::new();
 

@@ -15,34 +15,86 @@ use aya_ebpf::programs::TcContext;
 use ferroflow_common::csum::Sum;
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::DropReason;
+use ferroflow_ebpf::mtu;
 use ferroflow_ebpf::packet::{L3, L4Change, Packet, Reshape, SUM_MAX};
 
 use crate::direct;
-use crate::fib::Query;
+use crate::fib::{Found, Query};
 
 pub(crate) struct Skb(pub(crate) TcContext);
+
+/// Where a packet leaves, in one register: see [`ferroflow_ebpf::service::Outcome`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub(crate) struct Exit(u64);
+
+impl Exit {
+    /// The kernel would not forward it.
+    pub(crate) const NOWHERE: Self = Self(0);
+    const BY: u64 = 1 << 32;
+    const NARROW: u64 = 2 << 32;
+
+    #[inline(always)]
+    const fn by(ifindex: u32) -> Self {
+        Self(Self::BY | ifindex as u64)
+    }
+
+    /// The way has room for so much; before 5.12 the kernel leaves there the length that it was asked about, and does not
+    /// look at that but at the packet, unless it is several.
+    #[inline(always)]
+    const fn narrow(room: u32, asked: u16) -> Self {
+        let room = if room < asked as u32 { room } else { 0 };
+        Self(Self::NARROW | room as u64)
+    }
+
+    /// The device that it leaves by.
+    #[inline(always)]
+    pub(crate) fn device(self) -> Option<u32> {
+        (self.0 & Self::BY != 0).then_some(self.0 as u32)
+    }
+
+    /// How much the way has room for, where that is less; 0 where the kernel does not say.
+    #[inline(always)]
+    pub(crate) fn room(self) -> Option<u32> {
+        (self.0 & Self::NARROW != 0).then_some(self.0 as u32)
+    }
+}
 
 /// The multiples of four that a sum's length less four may be.
 const SUM_MASK: u32 = SUM_MAX - 4;
 const _: () = assert!(SUM_MAX.is_power_of_two());
 
 impl Skb {
-    /// The device that the kernel's routes send the packet out of, as it now is.
+    /// Where the kernel's routes send the packet, as it now is.
     #[inline(never)]
-    pub(crate) fn output_device(&self) -> Option<u32> {
+    pub(crate) fn exit(&self) -> Exit {
+        let skb = self.0.as_ptr().cast::<__sk_buff>();
         // SAFETY: the context is the program's own `__sk_buff`.
-        let ifindex = unsafe { (*self.0.as_ptr().cast::<__sk_buff>()).ingress_ifindex };
-        let mut query = if self.ethertype() == V4::ETHERTYPE {
-            let [src, dst] = self.words(L3 + V4::SRC_OFF)?;
-            Query::new::<V4>(ifindex, [src, 0, 0, 0], [dst, 0, 0, 0], 0)
-        } else {
-            let [s0, s1, s2, s3, d0, d1, d2, d3] = self.words(L3 + V6::SRC_OFF)?;
-            Query::new::<V6>(ifindex, [s0, s1, s2, s3], [d0, d1, d2, d3], 0)
-        };
+        let ifindex = unsafe { (*skb).ingress_ifindex };
         // SAFETY: as above.
-        let found = unsafe { query.ask(self.0.as_ptr()) };
-        // A neighbour that is not known is asked for when the packet is sent.
-        found.map(|_known_or_not| query.device())
+        let segment = unsafe { (*skb).gso_size };
+        if self.ethertype() == V4::ETHERTYPE {
+            let Some([src, dst]) = self.words(L3 + V4::SRC_OFF) else { return Exit::NOWHERE };
+            let length = mtu::longest::<V4, _>(self, segment);
+            self.ask(Query::new::<V4>(ifindex, [src, 0, 0, 0], [dst, 0, 0, 0], length), length)
+        } else {
+            let Some([s0, s1, s2, s3, d0, d1, d2, d3]) = self.words(L3 + V6::SRC_OFF) else {
+                return Exit::NOWHERE;
+            };
+            let length = mtu::longest::<V6, _>(self, segment);
+            self.ask(Query::new::<V6>(ifindex, [s0, s1, s2, s3], [d0, d1, d2, d3], length), length)
+        }
+    }
+
+    #[inline(always)]
+    fn ask(&self, mut query: Query, length: u16) -> Exit {
+        // SAFETY: the context is the program's own.
+        match unsafe { query.ask(self.0.as_ptr()) } {
+            // A neighbour that is not known is asked for when the packet is sent.
+            Found::Known | Found::Unknown => Exit::by(query.device()),
+            Found::Narrow => Exit::narrow(query.room(), length),
+            Found::Nowhere => Exit::NOWHERE,
+        }
     }
 
     /// Whether a process of the node, or its kernel, made the packet: it came in by no interface. `__sk_buff` has had the

@@ -1,8 +1,8 @@
 //! The cgroup programs: they change where a socket goes, and show it the service it asked for.
 
-use aya_ebpf::bindings::{BPF_TCP_ESTABLISHED, bpf_sock, bpf_sock_addr};
+use aya_ebpf::bindings::{BPF_ANY, BPF_TCP_ESTABLISHED, bpf_sock, bpf_sock_addr};
 use aya_ebpf::helpers::bpf_get_prandom_u32;
-use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
+use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use aya_ebpf::{EbpfContext as _, Global};
@@ -13,7 +13,7 @@ use ferroflow_common::verdict::DropReason;
 use ferroflow_ebpf::datagram;
 use ferroflow_ebpf::socket::{self, Decision, Peer, Verb};
 
-use crate::maps::{DATAGRAM_SOCKETS, Kernel, SOCKETS, count};
+use crate::maps::{CONNECTED_SOCKETS, DATAGRAM_SOCKETS, Kernel, SOCKETS, count};
 
 /// The cookie of the host's network namespace; 0, which is no cookie: it is the initial one.
 #[unsafe(no_mangle)]
@@ -23,8 +23,8 @@ static HOST_NETNS: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 static POD_TCP: Global<u8> = Global::new(1);
 
-/// Whether their datagram sockets are, too. Off by default: the packet path serves them and moves a flow at its next
-/// packet, also for sockets that were connected before.
+/// Whether their datagram sockets are, too, where they name a peer with each datagram. Off by default: the packet path
+/// serves them and moves a flow at its next packet, also for sockets that were connected before.
 #[unsafe(no_mangle)]
 static POD_UDP: Global<u8> = Global::new(0);
 
@@ -169,6 +169,13 @@ enum Owner {
     Pod,
 }
 
+/// Which system call names the peer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Call {
+    Connect,
+    Send,
+}
+
 /// `None` where the packet path serves it.
 #[inline(always)]
 fn owner(ctx: &SockAddrContext, proto: Proto) -> Option<Owner> {
@@ -221,10 +228,19 @@ fn entropy() -> u32 {
 fn connect<F: SockAddr>(ctx: &SockAddrContext) -> i32 {
     let peer = peer::<F>(ctx);
     let Some(owner) = owner(ctx, peer.proto) else { return PROCEED };
+    // What a connected datagram socket sends asks no program again: the packet path moves that of a pod (rule 31). That
+    // of the host the agent takes from a backend that is gone.
+    if owner == Owner::Pod && peer.proto != Proto::TCP {
+        forget(ctx, &peer);
+        return PROCEED;
+    }
     let Decision { verb, number } = decide::<F>(ctx, owner, &peer, None);
     match verb {
-        Verb::Leave => forget(ctx, &peer),
-        Verb::Translate => return translate::<F>(ctx, owner, &peer, number),
+        Verb::Leave => {
+            forget(ctx, &peer);
+            unwatch(ctx, &peer);
+        }
+        Verb::Translate => return translate::<F>(ctx, (owner, Call::Connect), &peer, number),
         Verb::Refuse => {
             let own = if peer.addr.is_v4() { Addr::v4([127, 0, 0, 1]) } else { LOOPBACK_V6 };
             redirect::<F>(ctx, &own, Port::ZERO);
@@ -244,7 +260,7 @@ fn sendmsg<F: SockAddr>(ctx: &SockAddrContext) -> i32 {
         // The kernel also asks for a connected IPv6 socket whose peer is IPv4, and names the backend.
         Verb::Leave if is_connected(ctx) => {}
         Verb::Leave => forget(ctx, &peer),
-        Verb::Translate => return translate::<F>(ctx, owner, &peer, number),
+        Verb::Translate => return translate::<F>(ctx, (owner, Call::Send), &peer, number),
         Verb::Refuse => return FAIL,
         Verb::Deny => return deny(DropReason::from_number(number)),
     }
@@ -254,10 +270,19 @@ fn sendmsg<F: SockAddr>(ctx: &SockAddrContext) -> i32 {
 /// Sends the socket to the backend, and remembers that. Where the kernel has no memory for it, a pod's socket is left to
 /// the packet path; one of the host's goes all the same, and is shown the backend's address.
 #[inline(always)]
-fn translate<F: SockAddr>(ctx: &SockAddrContext, owner: Owner, peer: &Peer, backend: u32) -> i32 {
+fn translate<F: SockAddr>(
+    ctx: &SockAddrContext,
+    (owner, call): (Owner, Call),
+    peer: &Peer,
+    backend: u32,
+) -> i32 {
     let Some(translation) = socket::translation(&Kernel, peer, backend) else {
         return deny(DropReason::NoBackend);
     };
+    if call == Call::Connect && peer.proto != Proto::TCP {
+        // Where so many were connected since the agent looked last that there is no room, it goes without being watched.
+        let _unwatched = CONNECTED_SOCKETS.insert(&cookie(ctx), &translation, u64::from(BPF_ANY));
+    }
     if remember(ctx, peer, &translation) || owner == Owner::Host {
         redirect::<F>(ctx, &translation.backend, translation.backend_port);
     }
@@ -268,6 +293,20 @@ fn translate<F: SockAddr>(ctx: &SockAddrContext, owner: Owner, peer: &Peer, back
 fn deny(reason: DropReason) -> i32 {
     count(reason);
     FAIL
+}
+
+/// The agent need not take the socket from a backend any more; that it was to is seldom.
+#[inline(always)]
+fn unwatch(ctx: &SockAddrContext, peer: &Peer) {
+    if peer.proto != Proto::TCP {
+        let _unwatched = CONNECTED_SOCKETS.remove(&cookie(ctx));
+    }
+}
+
+#[inline(always)]
+fn cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the context is the program's own.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
 }
 
 /// What a datagram socket remembers, if anything.

@@ -10,6 +10,7 @@ use ferroflow_ebpf::service::Origin;
 use ferroflow_ebpf::{device, pod};
 
 use crate::maps::{self, Kernel};
+use crate::mtu;
 use crate::skb::Skb;
 use crate::steps;
 
@@ -53,11 +54,7 @@ pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
         Ok(Verdict::Stack) => TC_ACT_UNSPEC,
         // SAFETY: the helper takes numbers and checks them.
         Ok(Verdict::Pod { ifindex }) => (unsafe { bpf_redirect_peer(ifindex, 0) }) as i32,
-        Ok(Verdict::Forward) => match skb.output_device() {
-            // SAFETY: as above; without parameters the next hop is looked up by the packet's own destination.
-            Some(ifindex) => (unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) }) as i32,
-            None => shot(DropReason::NoRoute),
-        },
+        Ok(Verdict::Forward) => forward(skb),
         Ok(Verdict::Reply) => {
             // SAFETY: the context is the program's own `__sk_buff`.
             let ifindex = unsafe { (*skb.0.as_ptr().cast::<__sk_buff>()).ifindex };
@@ -67,6 +64,20 @@ pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
         // No drop: what was kept goes on later.
         Ok(Verdict::Taken) => TC_ACT_SHOT,
         Err(reason) => shot(reason),
+    }
+}
+
+#[inline(always)]
+fn forward(skb: &Skb) -> i32 {
+    let exit = skb.exit();
+    if let Some(ifindex) = exit.device() {
+        // SAFETY: the helper takes numbers and checks them; without parameters the next hop is looked up by the packet's
+        // own destination.
+        return (unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) }) as i32;
+    }
+    match exit.room() {
+        Some(room) => mtu::answer(skb, room),
+        None => shot(DropReason::NoRoute),
     }
 }
 

@@ -13,7 +13,7 @@ use ferroflow_ebpf::tables::Tracked;
 use ferroflow_ebpf::xdp::{self, Wire};
 
 use crate::direct;
-use crate::fib::{Neighbour, Query};
+use crate::fib::{Found, Query};
 use crate::maps::{self, Kernel};
 
 /// A device of the node, before TC's `device_ingress`.
@@ -65,7 +65,7 @@ impl Frame {
         let (src, dst) = (F::words(&F::bytes(to.src())), F::words(&F::bytes(to.dst())));
         let mut query = Query::new::<F>(ifindex, src, dst, length);
         // SAFETY: as above.
-        let found = unsafe { query.ask(context) } == Some(Neighbour::Known) && query.device() == ifindex;
+        let found = unsafe { query.ask(context) } == Found::Known && query.device() == ifindex;
         found.then(|| query.addresses())
     }
 }
