@@ -83,6 +83,8 @@ drop_reasons! {
     UnallocatedAddress = 14, "unallocated-service-address";
     /// The packet was routed into the tunnel, and its destination is in the range of no other node.
     NoTunnel = 15, "no-tunnel";
+    /// A pod's packet to the world, of a protocol that cannot be masqueraded: it has neither ports nor an identifier.
+    Unmasqueradable = 16, "not-masqueradable";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

@@ -8,6 +8,7 @@ use ferroflow_common::tcp::{Flags, chunk};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
 use crate::device;
+use crate::masquerade;
 use crate::packet::{Bytes, L3};
 use crate::pod;
 use crate::tables::fake::Fake;
@@ -250,6 +251,16 @@ impl Frame {
         self.outcome(verdict, packet)
     }
 
+    /// Through [`masquerade::leaving`].
+    ///
+    /// # Errors
+    /// As [`Frame::leave`].
+    pub fn exit(&self, tables: &Fake) -> Result<(Verdict, Vec<u8>), DropReason> {
+        let mut packet = self.packet();
+        let verdict = masquerade::leaving(&mut packet, tables);
+        self.outcome(verdict, packet)
+    }
+
     fn outcome(
         &self,
         verdict: Result<Verdict, DropReason>,
@@ -341,7 +352,11 @@ impl Frame {
                 packet[8..12].copy_from_slice(&check.to_le_bytes());
                 return packet;
             }
-            Transport::Icmp { kind, code } => (vec![*kind, *code, 0, 0, 0, 0, 0, 0], 2),
+            // An echo's identifier is the port of who asks for it, and the other has none.
+            Transport::Icmp { kind, code } => {
+                let [i0, i1] = (self.src_port | self.dst_port).to_be_bytes();
+                (vec![*kind, *code, 0, 0, i0, i1, 0, 0], 2)
+            }
         };
         header.extend(&self.payload);
         let udp = matches!(self.transport, Transport::Udp { .. });

@@ -41,6 +41,7 @@ pub mod fragment;
 pub mod frame;
 pub mod icmp;
 pub mod lb;
+pub mod masquerade;
 pub mod nat;
 #[cfg(not(target_arch = "bpf"))]
 pub mod noise;

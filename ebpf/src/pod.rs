@@ -1,5 +1,6 @@
 //! The two ways past a pod's interface.
 
+use ferroflow_common::abi::conntrack::Entry;
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
@@ -9,7 +10,7 @@ use crate::nat::{self, Ends};
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::route;
-use crate::service::{self, Origin, Outcome, Way};
+use crate::service::{self, Exit, Origin, Outcome, Way};
 use crate::steps::Steps;
 use crate::tables::Tables;
 
@@ -30,7 +31,7 @@ where
     }
 }
 
-/// A packet that the node's stack hands to a pod, or sends out of a device: what it may need is to come from the
+/// A packet that the node's stack hands to a pod, or sends through a tunnel: what it may need is to come from the
 /// service that it answers for.
 ///
 /// # Errors
@@ -42,8 +43,8 @@ where
     T: Steps<V4, P> + Steps<V6, P>,
 {
     match packet.ethertype() {
-        V4::ETHERTYPE => service::routed::<V4, P, T>(packet, tables),
-        V6::ETHERTYPE => service::routed::<V6, P, T>(packet, tables),
+        V4::ETHERTYPE => service::routed::<V4, P, T>(packet, tables, Exit::Inside),
+        V6::ETHERTYPE => service::routed::<V6, P, T>(packet, tables, Exit::Inside),
         _ => Ok(Verdict::Stack),
     }
 }
@@ -62,6 +63,8 @@ where
 {
     let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Outcome::RARE) };
     match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
+        // Its source changes where it leaves the node.
+        Flow::Known(to) if to.flags & Entry::MASQUERADED != 0 => return Ok(Outcome::STACK),
         Flow::Known(to) => {
             nat::rewrite(packet, &headers, &to)?;
             return Ok(Outcome::goes(route::rewritten::<F, T>(tables, &to)));
@@ -85,7 +88,7 @@ where
     service::stray(tables, &mut key)
 }
 
-/// A packet that goes on where it goes, as what a known flow makes of it.
+/// A packet that goes on where it goes, as what a known flow makes of it. [`Outcome::OPENS`] where there is none.
 ///
 /// # Errors
 /// Why the packet is dropped.
@@ -101,7 +104,7 @@ where
     match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
         Flow::Known(to) => nat::rewrite(packet, &headers, &to)?,
         Flow::Halved => return Ok(Outcome::HALVED),
-        Flow::Unknown => {}
+        Flow::Unknown => return Ok(Outcome::OPENS),
     }
     Ok(Outcome::STACK)
 }

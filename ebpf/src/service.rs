@@ -10,6 +10,7 @@ use crate::conntrack::{self, Halves};
 use crate::fragment::Part;
 use crate::icmp::{Errors, Quote};
 use crate::lb;
+use crate::masquerade::{self, Exits};
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Headers, Parse};
 use crate::reject::{self, Answer};
@@ -37,6 +38,15 @@ impl Origin {
             _ => Self::Node,
         }
     }
+}
+
+/// Where a packet that the node's stack has routed goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// To a pod of this node, or through the tunnel to one of another.
+    Inside,
+    /// Out of one of the node's own devices.
+    Device,
 }
 
 /// How a step takes a packet. A number, so that the verifier can forget it.
@@ -127,12 +137,6 @@ impl Outcome {
         }
     }
 
-    /// A first fragment without ports is nothing of ours.
-    #[inline(always)]
-    fn or_stack(self) -> Self {
-        if self == Self::RARE { Self::STACK } else { self }
-    }
-
     #[inline(always)]
     const fn is_chosen(self) -> bool {
         (self.0 >> 32) as u32 & CHOSEN != 0
@@ -182,7 +186,7 @@ where
         outcome = rare::<F, P, T>(packet, tables, origin);
         if outcome == Outcome::RARE {
             way = Way::FIRST_FRAGMENT;
-            outcome = tables.known(packet, origin, way).or_stack();
+            outcome = known_in_first(packet, tables, origin);
         }
     }
     let way = Way(packet.forget(way.0));
@@ -207,33 +211,69 @@ where
     }
 }
 
-/// The same for a packet that opens nothing, because the node's stack has routed it.
+/// The same for a packet that opens no flow of a service, because the node's stack has routed it. A pod's to the world
+/// opens one.
 ///
 /// # Errors
 /// Why the packet is dropped.
 #[inline(always)]
-pub fn routed<F, P, T>(packet: &mut P, tables: &T) -> Result<Verdict, DropReason>
+pub fn routed<F, P, T>(packet: &mut P, tables: &T, exit: Exit) -> Result<Verdict, DropReason>
 where
     F: Answer + Errors,
     P: Reshape,
     T: Steps<F, P>,
 {
-    let mut outcome = tables.known(packet, Origin::Node, Way::USUAL);
+    let mut way = Way::USUAL;
+    let mut outcome = tables.known(packet, Origin::Node, way);
     if outcome == Outcome::HALVED {
         tables.mend(packet);
         outcome = tables.known(packet, Origin::Node, Way::MENDED);
     } else if outcome == Outcome::RARE {
         outcome = rare::<F, P, T>(packet, tables, Origin::Node);
         if outcome == Outcome::RARE {
-            outcome = tables.known(packet, Origin::Node, Way::FIRST_FRAGMENT).or_stack();
-            if !outcome.is_dropped() {
-                tables.remember_fragment(packet, outcome, Origin::Node);
-            }
+            way = Way::FIRST_FRAGMENT;
+            outcome = known_in_first(packet, tables, Origin::Node);
         }
+    }
+    let way = Way(packet.forget(way.0));
+    if exit == Exit::Device && outcome == Outcome::OPENS && masquerade::leads_out::<F, P, T>(packet, tables) {
+        outcome = tables.masquerade_flow(packet);
+        if outcome == Outcome::TRACKED {
+            outcome = known_in_first(packet, tables, Origin::Node);
+        }
+    }
+    if way == Way::FIRST_FRAGMENT && !outcome.is_dropped() {
+        tables.remember_fragment(packet, outcome, Origin::Node);
     }
     match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
         Fate::Unfinished => Ok(Verdict::Stack),
+    }
+}
+
+/// A packet as if it were whole, with ports or without.
+#[inline(always)]
+fn known_in_first<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Outcome
+where
+    F: Answer + Errors,
+    P: Reshape,
+    T: Steps<F, P>,
+{
+    let outcome = tables.known(packet, origin, Way::FIRST_FRAGMENT);
+    if outcome == Outcome::RARE { without_ports::<F, P, T>(packet, tables, origin) } else { outcome }
+}
+
+/// Only masqueraded packets have a flow without having ports, and they do where they leave the node and come back.
+#[inline(always)]
+fn without_ports<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Outcome
+where
+    F: Answer + Errors,
+    P: Reshape,
+    T: Steps<F, P>,
+{
+    match origin {
+        Origin::Outside | Origin::Node if tables.masquerades() => tables.known_echo(packet, origin),
+        Origin::Pod | Origin::Outside | Origin::Node => Outcome::STACK,
     }
 }
 
@@ -263,7 +303,7 @@ where
 {
     let part = tables.find_fragment(packet);
     if part == Part::NONE {
-        return Outcome::STACK;
+        return without_ports::<F, P, T>(packet, tables, origin);
     }
     if part.is_first() {
         let outcome = tables.first_fragment(packet, part, origin);
@@ -333,7 +373,7 @@ pub fn choose<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Out
 where
     F: Parse,
     P: Packet,
-    T: Tables<F>,
+    T: Tables<F> + Exits<P>,
 {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
     let tuple = &headers.tuple;
@@ -355,7 +395,12 @@ where
     let Some(index) = lb::kept_or_chosen(tables, &frontend, client, now, hash)? else {
         return Ok(Outcome::REFUSED);
     };
-    let masqueraded = if masquerades(tables, &frontend, origin) { MASQUERADED } else { 0 };
+    // At once where the backend is out in the world: one flow, and not one inside of the other.
+    let stands_in = masquerades(tables, &frontend, origin)
+        || (origin == Origin::Pod
+            && tables.masquerades()
+            && tables.backend(index).is_some_and(|backend| !tables.keeps_source(&backend.addr)));
+    let masqueraded = if stands_in { MASQUERADED } else { 0 };
     let counted = if frontend.flags & Frontend::LEAST_CONNECTION != 0 { COUNTED } else { 0 };
     Ok(Outcome::new(CHOSEN | masqueraded | counted, index))
 }
@@ -369,7 +414,7 @@ pub fn track<F, P, T>(packet: &mut P, tables: &T, chosen: Outcome) -> Result<Out
 where
     F: Parse,
     P: Packet,
-    T: Tables<F>,
+    T: Tables<F> + Exits<P>,
 {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
     let (kind, index) = ((chosen.0 >> 32) as u32, chosen.0 as u32);
@@ -381,7 +426,9 @@ where
         }
         masquerade = Some(own);
     }
-    conntrack::open(tables, &headers, index, masquerade)?;
+    conntrack::open(tables, &headers, index, masquerade, |tuple| {
+        masquerade::is_taken::<F, P, T>(tables, packet, tuple)
+    })?;
     if kind & COUNTED != 0 {
         tables.connect(index);
     }

@@ -5,7 +5,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::addr::{Addr, Port, Proto};
 
-/// A packet's addresses and ports as it arrives; `A` is `[u8; 4]` or `[u8; 16]`.
+/// A packet's addresses and ports as it arrives; `A` is `[u8; 4]` or `[u8; 16]`. An ICMP echo has its identifier for the
+/// port of who asks, and 0 for the other.
 #[derive(
     Clone,
     Copy,
@@ -46,7 +47,7 @@ pub struct Entry {
     pub kind: u8,
     /// The bits of [`crate::tcp::State`].
     pub state: u8,
-    /// [`Entry::OWN_SOURCE`].
+    /// [`Entry::OWN_SOURCE`] and [`Entry::MASQUERADED`].
     pub flags: u8,
     pub reserved: u8,
     pub service: u32,
@@ -63,4 +64,7 @@ impl Entry {
     /// The source becomes this node's own address: the stack would take such a packet for a forgery, so it goes out of
     /// its device at once.
     pub const OWN_SOURCE: u8 = 1;
+    /// A pod's flow to the world. Its packets are rewritten where they leave the node, and no sooner: until then the
+    /// stack routes them as the pod's.
+    pub const MASQUERADED: u8 = 64;
 }
