@@ -124,6 +124,9 @@ pub struct Agent {
     #[arg(long, env = "FERROFLOW_ROUTING", value_enum, default_value_t = Routing::None)]
     pub routing: Routing,
 
+    #[command(flatten)]
+    pub world: World,
+
     /// UDP port of the tunnels between nodes, with --routing vxlan: the same on every node
     #[arg(long, env = "FERROFLOW_VXLAN_PORT", value_name = "PORT", default_value_t = 8472)]
     pub vxlan_port: u16,
@@ -136,6 +139,21 @@ pub struct Agent {
     /// Log packets that the programs drop (slow; for debugging)
     #[arg(long, env = "FERROFLOW_LOG_DROPS")]
     pub log_drops: bool,
+}
+
+/// How pods reach what is outside of the cluster.
+#[derive(Args, Clone, Debug)]
+pub struct World {
+    /// Whether packets of pods leave the node by the address of the node's device, which the world knows the way back
+    /// to [default: on with --cni, else off]
+    #[arg(long = "masquerade", env = "FERROFLOW_MASQUERADE", value_enum)]
+    pods: Option<Masquerade>,
+
+    /// Ranges in which pods keep their own addresses, separated by commas, in addition to the pods' own (spec.podCIDRs
+    /// of all nodes) and the nodes' addresses: what is there must know the way back to pods
+    #[arg(long, env = "FERROFLOW_NON_MASQUERADE_CIDRS", value_name = "RANGES", value_delimiter = ',',
+        value_parser = non_masquerade_range)]
+    pub non_masquerade_cidrs: Vec<Prefix>,
 }
 
 /// Where `/metrics` is answered.
@@ -239,6 +257,15 @@ pub enum Xdp {
     BestEffort,
 }
 
+/// Whether pods are masqueraded to the world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Masquerade {
+    /// They leave the node by its address
+    On,
+    /// They leave as they are: the network knows the way back, or another program masquerades them
+    Off,
+}
+
 /// The hook for programs on interfaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Attach {
@@ -248,6 +275,14 @@ pub enum Attach {
     Tcx,
     /// Filters on a clsact qdisc
     Clsact,
+}
+
+impl Agent {
+    /// Whoever attaches pods gives them addresses that nobody else knows.
+    pub fn masquerades(&self) -> Masquerade {
+        let default = if self.cni.enabled { Masquerade::On } else { Masquerade::Off };
+        self.world.pods.unwrap_or(default)
+    }
 }
 
 fn conf_name(text: &str) -> Result<String, String> {
@@ -270,6 +305,15 @@ fn range(text: &str) -> Result<Prefix, String> {
         .split_once('/')
         .and_then(|(addr, bits)| Prefix::new(addr.parse::<IpAddr>().ok()?.into(), bits.parse().ok()?));
     parsed.ok_or_else(|| format!("`{text}` is not a range: write it like 10.0.0.0/8 or fd00::/8"))
+}
+
+fn non_masquerade_range(text: &str) -> Result<Prefix, String> {
+    let parsed = range(text)?;
+    if parsed.is_proper() {
+        Ok(parsed)
+    } else {
+        Err(format!("`{text}` contains every address: to masquerade none, say --masquerade off"))
+    }
 }
 
 fn masquerade_all(text: &str) -> Result<MasqueradeScope, String> {
@@ -304,4 +348,51 @@ pub struct Query {
 pub enum Output {
     Table,
     Json,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        agent: Agent,
+    }
+
+    fn agent(more: &[&str]) -> Result<Agent, String> {
+        let line = ["ferroflow", "--node-name", "a", "--manifests", "/m"].iter().chain(more);
+        Line::try_parse_from(line).map(|line| line.agent).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn who_attaches_pods_masquerades_them() {
+        for (more, expected) in [
+            (&[][..], Masquerade::Off),
+            (&["--cni"], Masquerade::On),
+            (&["--cni", "--masquerade", "off"], Masquerade::Off),
+            (&["--masquerade", "on"], Masquerade::On),
+        ] {
+            assert_eq!(agent(more).unwrap().masquerades(), expected, "{more:?}");
+        }
+    }
+
+    #[test]
+    fn ranges_without_masquerade_are_told_by_their_own_text() {
+        let ranges = agent(&["--non-masquerade-cidrs", "10.0.0.0/8,fd00::/8"]).unwrap();
+        assert_eq!(ranges.world.non_masquerade_cidrs.len(), 2);
+        for (text, says) in [
+            ("10.0.0.0", "`10.0.0.0` is not a range: write it like 10.0.0.0/8 or fd00::/8"),
+            ("10.0.0.1/8", "`10.0.0.1/8` is not a range"),
+            ("10.0.0.0/33", "`10.0.0.0/33` is not a range"),
+            ("10.0.0.0/8,nonsense", "`nonsense` is not a range"),
+            ("0.0.0.0/0", "`0.0.0.0/0` contains every address: to masquerade none, say --masquerade off"),
+            ("::/0", "`::/0` contains every address"),
+        ] {
+            let error = agent(&["--non-masquerade-cidrs", text]).unwrap_err();
+            assert!(error.contains(says) && error.contains("--non-masquerade-cidrs"), "{error}");
+        }
+    }
 }

@@ -143,6 +143,7 @@ fn load(config: &config::Agent, cgroup: &Path) -> Result<Datapath, DaemonError> 
         socket_lb: config.socket_lb,
         attach: config.attach,
         xdp: config.xdp,
+        masquerade: config.masquerades(),
         max_endpoints: config.max_endpoints,
         log_drops: config.log_drops,
     };
@@ -232,6 +233,12 @@ fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
         node_ports: config.node_port_addresses.clone(),
         service_ranges: config.service_cidr.clone().into(),
         masquerade: config.masquerade,
+        world: match config.masquerades() {
+            config::Masquerade::Off => plan::masquerade::World::Known,
+            config::Masquerade::On => {
+                plan::masquerade::World::Unknown { kept: config.world.non_masquerade_cidrs.clone().into() }
+            }
+        },
         routing: config.routing,
         vni: config.vxlan_vni,
         ..plan::Config::default()

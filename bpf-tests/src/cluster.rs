@@ -151,7 +151,13 @@ impl Cluster {
         self.nodes.iter().flat_map(|node| &node.pods)
     }
 
-    /// What all agents read.
+    /// Connects another machine with the nodes.
+    pub fn plug(&self, port: &End, machine: &Netns, there: &End) -> Result<()> {
+        self.switch.veth(port, machine, there)?;
+        let port = port.name.clone();
+        self.switch.run(move |inside| inside.enslave(&port, "br0"))?
+    }
+
     /// Makes the wires to the nodes like those of network cards: their packets have complete checksums, and the other
     /// end takes what XDP sends back, as a veth does only where it has a program too. That is ours without a service,
     /// and passes everything; it stays for as long as what is returned.
@@ -168,6 +174,7 @@ impl Cluster {
         })?
     }
 
+    /// What all agents read.
     pub fn manifests(&self) -> &Directory {
         &self.manifests
     }

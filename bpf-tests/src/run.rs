@@ -16,7 +16,7 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use ferroflow::{
-    config::{Attach, Bpffs, MAX_ENDPOINTS, SocketLb, Xdp},
+    config::{Attach, Bpffs, MAX_ENDPOINTS, Masquerade, SocketLb, Xdp},
     datapath::{Datapath, Options},
     maps::{Backends, Endpoints, Frontends, Maps as _, Slots, kernel::KernelMaps},
 };
@@ -115,25 +115,29 @@ pub fn thrown(packet: &[u8]) -> Option<u32> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Constants {
     pub socket_lb: SocketLb,
+    pub masquerade: Masquerade,
     pub log_drops: bool,
 }
 
 /// What an agent without options loads.
-pub const DEFAULTS: Constants = Constants { socket_lb: SocketLb::Tcp, log_drops: false };
+pub const DEFAULTS: Constants =
+    Constants { socket_lb: SocketLb::Tcp, masquerade: Masquerade::Off, log_drops: false };
 
 impl Constants {
-    /// Every combination; `SocketLb::Off` loads what `Tcp` does, and attaches less. What a kernel has (its coarse
-    /// clock) is no choice.
-    pub const ALL: [Self; 4] = [
+    /// Every combination that makes a program another; `SocketLb::Off` loads what `Tcp` does, and attaches less. What
+    /// sockets do and what packets do are in different programs. What a kernel has (its coarse clock) is no choice.
+    pub const ALL: [Self; 6] = [
         DEFAULTS,
-        Self { socket_lb: SocketLb::All, log_drops: false },
-        Self { socket_lb: SocketLb::Tcp, log_drops: true },
-        Self { socket_lb: SocketLb::All, log_drops: true },
+        Self { socket_lb: SocketLb::All, ..DEFAULTS },
+        Self { log_drops: true, ..DEFAULTS },
+        Self { socket_lb: SocketLb::All, log_drops: true, ..DEFAULTS },
+        Self { masquerade: Masquerade::On, ..DEFAULTS },
+        Self { masquerade: Masquerade::On, log_drops: true, ..DEFAULTS },
     ];
 
     fn options(self, place: &Place) -> Options {
-        let Self { socket_lb, log_drops } = self;
-        Options { socket_lb, log_drops, ..options(&place.bpffs, Xdp::Off) }
+        let Self { socket_lb, masquerade, log_drops } = self;
+        Options { socket_lb, masquerade, log_drops, ..options(&place.bpffs, Xdp::Off) }
     }
 }
 
@@ -141,6 +145,7 @@ impl fmt::Display for Constants {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut options = Vec::new();
         options.extend((self.socket_lb == SocketLb::All).then_some("--socket-lb all"));
+        options.extend((self.masquerade == Masquerade::On).then_some("--masquerade on"));
         options.extend(self.log_drops.then_some("--log-drops"));
         f.write_str(&options.join(" "))
     }
@@ -153,6 +158,7 @@ pub fn options(bpffs: &Path, xdp: Xdp) -> Options {
         socket_lb: SocketLb::Tcp,
         attach: Attach::Auto,
         xdp,
+        masquerade: Masquerade::Off,
         max_endpoints: MAX_ENDPOINTS,
         log_drops: false,
     }

@@ -24,6 +24,8 @@
 //! | `node_addresses` | hash | [`addr::Addr`] -> [`abi::node::NodeAddress`] | agent | programs |
 //! | `settings` | array, mmap | 0 -> [`abi::node::Settings`] | agent | programs |
 //! | `masquerade` | array, mmap | 0 -> [`abi::node::Masquerade`] | agent | programs |
+//! | `exit_addresses` | hash | interface -> [`abi::node::Masquerade`] | agent | programs |
+//! | `unmasqueraded` | LPM trie | [`abi::policy::RangeKey`] -> [`abi::node::Unmasqueraded`] | agent | programs |
 //! | `conntrack_v4`, `conntrack_v6` | LRU hash | [`abi::conntrack::Tuple`] -> [`abi::conntrack::Entry`] | programs | programs, CLI; the agent deletes what expired |
 //! | `datagrams` | LRU hash | [`abi::fragment::DatagramKey`] -> [`abi::fragment::Datagram`] | programs | programs |
 //! | `held_fragments` | LRU hash | [`abi::fragment::DatagramKey`] -> [`abi::fragment::HeldFragment`] | programs | programs |

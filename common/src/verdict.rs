@@ -108,6 +108,8 @@ drop_reasons! {
     DryRunEgress = 19, "policy-egress-dry-run";
     /// A packet is too long for the way that the node sends it on, and its sender cannot be told (a later fragment).
     TooBig = 20, "too-big";
+    /// A pod's packet to the world, of a protocol that cannot be masqueraded: it has neither ports nor an identifier.
+    Unmasqueradable = 21, "not-masqueradable";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

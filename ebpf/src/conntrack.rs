@@ -115,9 +115,8 @@ pub fn mend<F: Parse, P: Packet, T: Tables<F>>(packet: &P, tables: &T) {
     entry.src_port = tuple.dst_port;
     entry.dst_port = tuple.src_port;
     entry.kind = if entry.kind == Entry::FORWARD { Entry::REPLY } else { Entry::FORWARD };
-    if entry.flags & Entry::PLAIN == 0 {
-        entry.flags = if own(tables, &entry.src) { Entry::OWN_SOURCE } else { 0 };
-    }
+    let lasting = entry.flags & (Entry::PLAIN | Entry::MASQUERADED);
+    entry.flags = if lasting != 0 { lasting } else { own_source(tables, &entry.src) };
     // Where the table has no room, or another flow has taken the tuple over, this direction goes on alone.
     let _alone = tables.track(&other, &entry, OnConflict::Fail);
 }
@@ -126,7 +125,10 @@ pub fn mend<F: Parse, P: Packet, T: Tables<F>>(packet: &P, tables: &T) {
 /// flow moves as soon as its backend stopped serving (rule 31): that is what the generation is for.
 #[inline(always)]
 fn chooses_again<F: Family, T: Services>(tables: &T, headers: &Headers<F>, entry: &Entry) -> bool {
-    if headers.tuple.proto.connects() {
+    if entry.flags & Entry::MASQUERADED != 0 {
+        // There is no choice to be made again, and to the world it is to be the same connection for as long as it may be.
+        headers.tuple.proto.connects() && headers.flags.opens() && State(entry.state).closed()
+    } else if headers.tuple.proto.connects() {
         headers.flags.opens() && (entry.state != State::NEW.0 || gone(tables, entry))
     } else {
         gone(tables, entry)
@@ -193,9 +195,9 @@ pub fn open<F: Family, T: Tables<F>>(
     headers: &Headers<F>,
     index: u32,
     masquerade: Option<F::Bytes>,
+    is_taken: impl Fn(&Aligned<Tuple<F::Bytes>>) -> bool,
 ) -> Result<(), DropReason> {
     let tuple = &headers.tuple;
-    // The stack is short: one tuple and one entry, which are the reply's first and the forward one's then.
     let backend = tables.backend(index).ok_or(DropReason::NoBackend)?;
     let mut reply_tuple = Aligned(Tuple {
         src: F::bytes(&backend.addr),
@@ -209,28 +211,47 @@ pub fn open<F: Family, T: Tables<F>>(
         reply_tuple.0.dst = tuple.dst;
     }
     let frontend = F::addr(tuple.dst);
-    let mut entry = Entry {
+    let entry = Entry {
         src: frontend,
         dst: F::addr(tuple.src),
         src_port: tuple.dst_port,
         dst_port: tuple.src_port,
         kind: Entry::REPLY,
         state: State::NEW.0,
-        flags: if own(tables, &frontend) { Entry::OWN_SOURCE } else { 0 },
+        flags: own_source(tables, &frontend),
         reserved: 0,
         service: backend.service,
         backend: index,
         generation: backend.generation,
         expires: tables.now().wrapping_add(State::NEW.lifetime(tuple.proto)),
     };
-    claim(tables, headers, &mut reply_tuple, &entry, PORT_TRIES)?;
+    let masqueraded = masquerade.is_some();
+    let flags = if masqueraded { Entry::OWN_SOURCE } else { 0 };
+    enter(tables, headers, (reply_tuple, entry), flags, |tuple| masqueraded && is_taken(tuple))
+}
+
+/// Enters both directions of a new flow: the reply's, under another client port where this one is another flow's or
+/// taken, and the packet's own, which has these flags.
+///
+/// # Errors
+/// [`DropReason::TupleCollision`], [`DropReason::ConntrackInsert`].
+#[inline(always)]
+pub fn enter<F: Family, T: Tables<F>>(
+    tables: &T,
+    headers: &Headers<F>,
+    // The stack is short: one tuple and one entry, which are the reply's first and the forward one's then.
+    (mut reply_tuple, mut entry): (Aligned<Tuple<F::Bytes>>, Entry),
+    flags: u8,
+    is_taken: impl Fn(&Aligned<Tuple<F::Bytes>>) -> bool,
+) -> Result<(), DropReason> {
+    claim(tables, headers, &mut reply_tuple, &entry, (PORT_TRIES, is_taken))?;
     entry.src = F::addr(reply_tuple.dst);
     entry.dst = F::addr(reply_tuple.src);
     entry.src_port = reply_tuple.dst_port;
     entry.dst_port = reply_tuple.src_port;
     entry.kind = Entry::FORWARD;
-    entry.flags = if masquerade.is_some() { Entry::OWN_SOURCE } else { 0 };
-    complete(tables, tuple, &entry, &reply_tuple)
+    entry.flags = flags;
+    complete(tables, &headers.tuple, &entry, &reply_tuple)
 }
 
 /// Who opened a flow of which this packet is the first that is seen.
@@ -279,7 +300,7 @@ pub fn open_plain<F: Family, T: Tables<F>>(
         proto: tuple.proto,
         reserved: [0; 3],
     });
-    claim(tables, headers, &mut turned, &entry, 1)?;
+    claim(tables, headers, &mut turned, &entry, (1, |_: &_| false))?;
     entry.src = F::addr(tuple.src);
     entry.dst = F::addr(tuple.dst);
     entry.src_port = tuple.src_port;
@@ -304,20 +325,25 @@ fn complete<F: Family, T: Tables<F>>(
 }
 
 #[inline(always)]
-fn own<T: Services>(tables: &T, addr: &Addr) -> bool {
-    tables.node_address(addr).is_some()
+fn own_source<T: Services>(tables: &T, addr: &Addr) -> u8 {
+    if tables.node_address(addr).is_some() { Entry::OWN_SOURCE } else { 0 }
 }
 
-/// Enters the reply's tuple, under another client port where this one is another flow's and there is more than one try.
+/// Enters the reply's tuple, under another client port where this one is another flow's or taken and there is more than one
+/// try.
 #[inline(always)]
 fn claim<F: Family, T: Tables<F>>(
     tables: &T,
     headers: &Headers<F>,
     reply_tuple: &mut Aligned<Tuple<F::Bytes>>,
     reply: &Entry,
-    tries: u32,
+    (tries, is_taken): (u32, impl Fn(&Aligned<Tuple<F::Bytes>>) -> bool),
 ) -> Result<(), DropReason> {
     for _ in 0..tries {
+        if is_taken(reply_tuple) {
+            reply_tuple.0.dst_port = random_port(tables.random());
+            continue;
+        }
         let mut entered = tables.track(reply_tuple, reply, OnConflict::Fail);
         if entered == Err(InsertError::Exists) && replaceable(tables, headers, reply_tuple) {
             entered = tables.track(reply_tuple, reply, OnConflict::Replace);
@@ -337,7 +363,7 @@ const PORT_TRIES: u32 = 8;
 /// A source port that no socket chooses by itself: below `net.ipv4.ip_local_port_range`, and below NodePorts. Random
 /// throughout (rule 27), so that two CPUs seldom want the same.
 #[inline(always)]
-const fn random_port(random: u32) -> Port {
+pub(crate) const fn random_port(random: u32) -> Port {
     Port::new(FIRST_PORT + hash::slot(random, PORTS) as u16)
 }
 

@@ -63,7 +63,7 @@ impl Part {
 
     /// What all fragments of the datagram share.
     #[inline(always)]
-    fn key<F: Errors, P: Packet>(self, packet: &P) -> Option<DatagramKey> {
+    fn key<F: Errors, P: Packet>(self, packet: &P, origin: Origin) -> Option<DatagramKey> {
         let Aligned([src, dst]) = F::ends(packet, L3)?;
         let [word] = packet.words(packet.forget(self.0 as u16 as u32))?;
         let (id, proto) = if F::CSUM_OFF.is_some() {
@@ -71,7 +71,8 @@ impl Part {
         } else {
             (word, Proto { number: 0 })
         };
-        Some(DatagramKey { src: F::addr(src), dst: F::addr(dst), id, proto, part: 0, reserved: [0; 2] })
+        let side = if origin.is_routed() { 1 } else { 0 };
+        Some(DatagramKey { src: F::addr(src), dst: F::addr(dst), id, proto, part: 0, side, reserved: 0 })
     }
 }
 
@@ -98,7 +99,7 @@ where
     P: Packet,
     T: Tables<F> + Datagrams<P>,
 {
-    let mut key = part.key::<F, P>(packet).ok_or(DropReason::Truncated)?;
+    let mut key = part.key::<F, P>(packet, origin).ok_or(DropReason::Truncated)?;
     tables.note(&key);
     if origin.is_routed() {
         return Ok(Outcome::RARE);
@@ -150,7 +151,12 @@ where
     } else {
         Datagram::PASSES
     };
-    datagram.flags = if forwarded { Entry::OWN_SOURCE } else { 0 };
+    // The others go where this one goes: out at once, or by the stack.
+    datagram.flags = match outcome {
+        Outcome::FORWARD => Entry::OWN_SOURCE,
+        Outcome::STACK => Entry::MASQUERADED,
+        _ => 0,
+    };
     write(tables, &key, &datagram);
 }
 
@@ -165,7 +171,7 @@ where
     P: Packet,
     T: Tables<F> + Datagrams<P>,
 {
-    let mut key = part.key::<F, P>(packet).ok_or(DropReason::Truncated)?;
+    let mut key = part.key::<F, P>(packet, origin).ok_or(DropReason::Truncated)?;
     let mut datagram = known(tables, &key, tables.now());
     if datagram.fate == Datagram::DROPPED {
         return Err(DropReason::Fragment);

@@ -8,6 +8,7 @@ use ferroflow_common::tcp::{Flags, chunk};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
 use crate::device;
+use crate::masquerade;
 use crate::packet::{Bytes, L3};
 use crate::pod;
 use crate::service::Origin;
@@ -263,6 +264,16 @@ impl Frame {
         self.outcome(verdict, packet)
     }
 
+    /// Through [`masquerade::leaving`].
+    ///
+    /// # Errors
+    /// As [`Frame::leave`].
+    pub fn exit(&self, tables: &Fake) -> Result<(Verdict, Vec<u8>), DropReason> {
+        let mut packet = self.packet();
+        let verdict = masquerade::leaving(&mut packet, tables);
+        self.outcome(verdict, packet)
+    }
+
     fn outcome(
         &self,
         verdict: Result<Verdict, DropReason>,
@@ -355,8 +366,8 @@ impl Frame {
                 return packet;
             }
             Transport::Icmp { kind, code, parameter } => {
-                // Of an echo the identifier comes first.
-                let [high, low] = self.src_port.to_be_bytes();
+                // An echo's identifier is the port of who asks for it, and the other has none.
+                let [high, low] = (self.src_port | self.dst_port).to_be_bytes();
                 let [p0, p1, p2, p3] = parameter.to_be_bytes();
                 (vec![*kind, *code, 0, 0, p0 | high, p1 | low, p2, p3], 2)
             }

@@ -11,7 +11,8 @@
 //! So the error goes to the quoted packet's own sender and quotes what that one sent. Its source stays where the receiver
 //! does, for a router is not part of the flow; unless it is the flow's other end, which the receiver knows by another
 //! address. An error that goes to another address than it came for (a masqueraded client's, a backend's) comes from the
-//! flow's other end too: it may go back the way it came, and no router takes packets from its own address. An error
+//! flow's other end too: it may go back the way it came, and no router takes packets from its own address. (What comes back
+//! to a pod from the world does not: the pod is told which router it was.) An error
 //! leaves the flow as it was: anyone may send one.
 
 use core::mem::offset_of;
@@ -34,6 +35,8 @@ use crate::tables::{Aligned, Tables, Tracked};
 /// ICMP's header, in both families.
 const HEADER: u32 = Icmpv4Hdr::LEN as u32;
 const CHECK: u32 = offset_of!(Icmpv4Hdr, check) as u32;
+/// Of an echo, in both families.
+pub(crate) const IDENTIFIER: u32 = 4;
 /// How much of the quoted transport header there is at the least (RFC 792).
 const QUOTED: u32 = 8;
 /// The longest error; a sender sends no more than 576 or 1280 bytes (RFC 1812 section 4.3.2.3, RFC 4443 section 2.4).
@@ -41,12 +44,18 @@ const MAX_END: u32 = 0xffff;
 
 /// The messages that quote a packet.
 pub trait Errors: Parse<Bytes: Ends> {
+    const ECHO_REQUEST: u8;
+    const ECHO_REPLY: u8;
+
     fn is_error(kind: u8) -> bool;
     /// Whether a message finds neighbours, routers or members of groups, which are on the link.
     fn is_of_link(kind: u8) -> bool;
 }
 
 impl Errors for V4 {
+    const ECHO_REQUEST: u8 = 8;
+    const ECHO_REPLY: u8 = 0;
+
     /// Destination unreachable, time exceeded, parameter problem (RFC 792).
     #[inline(always)]
     fn is_error(kind: u8) -> bool {
@@ -61,6 +70,9 @@ impl Errors for V4 {
 }
 
 impl Errors for V6 {
+    const ECHO_REQUEST: u8 = 128;
+    const ECHO_REPLY: u8 = 129;
+
     /// Destination unreachable, packet too big, time exceeded, parameter problem (RFC 4443 section 2.1).
     #[inline(always)]
     fn is_error(kind: u8) -> bool {
@@ -123,8 +135,17 @@ impl Parts {
     #[inline(always)]
     fn tuple<F: Errors, P: Packet>(&self, packet: &P) -> Option<Aligned<Tuple<F::Bytes>>> {
         let Aligned([src, dst]) = F::ends(packet, self.ip())?;
-        let [ports] = packet.words(self.l4)?;
-        let [s0, s1, d0, d1] = ports.to_ne_bytes();
+        let [first, second] = packet.words(self.l4)?;
+        let [s0, s1, d0, d1] = if self.proto == F::ICMP {
+            // Whoever asked for an echo has the identifier for its port, and answers to it are not quoted.
+            let ([kind, ..], [i0, i1, _, _]) = (first.to_ne_bytes(), second.to_ne_bytes());
+            if kind != F::ECHO_REQUEST {
+                return None;
+            }
+            [i0, i1, 0, 0]
+        } else {
+            first.to_ne_bytes()
+        };
         Some(Aligned(Tuple {
             src: dst,
             dst: src,
@@ -188,7 +209,14 @@ where
     }
     let Some(row) = flow(tables, &tuple) else { return Ok(Outcome::RARE) };
     let mut to = Rewrite::of(&row.load());
-    if F::words(&src) != F::words(&tuple.src) && F::words(&F::bytes(to.dst())) == F::words(&dst) {
+    // As its flow's packets, where it leaves the node.
+    if origin == Origin::Pod && to.flags & Entry::MASQUERADED != 0 {
+        return Ok(Outcome::RARE);
+    }
+    let back_inside = to.flags & Entry::MASQUERADED != 0;
+    if F::words(&src) != F::words(&tuple.src)
+        && (back_inside || F::words(&F::bytes(to.dst())) == F::words(&dst))
+    {
         to.addrs[0] = F::addr(src);
         to.flags = 0;
     }
@@ -262,7 +290,11 @@ where
     let ends =
         if quote.proto == Proto::SCTP { requote_sctp::<F, P>(packet, &quote, ports, ends)? } else { ends };
     F::Bytes::store(packet, quote.ip() + F::SRC_OFF, &to).ok()?;
-    packet.write(quote.l4, &ports).ok()?;
+    if quote.proto == F::ICMP {
+        packet.write(quote.l4 + IDENTIFIER, &[s0, s1]).ok()?;
+    } else {
+        packet.write(quote.l4, &ports).ok()?;
+    }
     Some(Changes::new(addresses, ends))
 }
 
@@ -317,11 +349,15 @@ pub fn mend<F: Errors, P: Packet>(packet: &mut P, quote: Quote, changes: Changes
     if let Some(check) = F::CSUM_OFF {
         total = mend_at(packet, quote.ip() + check, (changes.addresses(), false), total)?;
     }
-    let (check, zero_is_none) = nat::checksum(quote.proto);
+    let (check, zero_is_none) =
+        if quote.proto == F::ICMP { (CHECK, false) } else { nat::checksum(quote.proto) };
     let at = quote.l4 + check;
+    // ICMP covers no addresses in IPv4.
+    let unsummed = quote.proto == F::ICMP && F::CSUM_OFF.is_some();
+    let ends = if unsummed { changes.ends().less_half(changes.addresses().folded()) } else { changes.ends() };
     // An SCTP packet's checksum lies elsewhere and covers no addresses: see `requote_sctp`.
     if quote.proto != Proto::SCTP && at + 2 <= quote.end && !(zero_is_none && half(packet, at)? == [0, 0]) {
-        total = mend_at(packet, at, (changes.ends(), zero_is_none), total)?;
+        total = mend_at(packet, at, (ends, zero_is_none), total)?;
     }
     change_checksum(packet, quote.icmp, total)
 }
@@ -339,7 +375,7 @@ fn flow<F: Errors, T: Tables<F>>(tables: &T, tuple: &Aligned<Tuple<F::Bytes>>) -
 /// Brings the error's checksum in line with a change of what it covers. Its change makes up for that in a sum over the
 /// whole packet, as with ports.
 #[inline(always)]
-fn change_checksum<P: Packet>(packet: &mut P, icmp: u32, change: Sum) -> Result<(), DropReason> {
+pub(crate) fn change_checksum<P: Packet>(packet: &mut P, icmp: u32, change: Sum) -> Result<(), DropReason> {
     let change = L4Change::Ports { ports: change, zero_is_none: false };
     packet.change_l4_checksum(icmp + CHECK, &change)
 }

@@ -1,5 +1,6 @@
 //! The two ways past a pod's interface.
 
+use ferroflow_common::abi::conntrack::Entry;
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
@@ -31,8 +32,7 @@ where
     }
 }
 
-/// A packet that the node's stack sends out of a device: what it may need is to come from the service that it answers
-/// for.
+/// A packet that the node's stack sends through a tunnel: what it may need is to come from the service that it answers for.
 ///
 /// # Errors
 /// Why the packet is dropped.
@@ -86,6 +86,8 @@ where
 {
     let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Outcome::RARE) };
     match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
+        // Its source changes where it leaves the node.
+        Flow::Known(to) if to.flags & Entry::MASQUERADED != 0 => return Ok(Outcome::STACK),
         Flow::Known(to) => {
             nat::rewrite(packet, &headers, &to)?;
             // As for an unknown flow: it may be an answer that the stack has to translate back.
@@ -119,7 +121,7 @@ where
     Ok(if service::migrating(tables) { Outcome::STACK } else { Outcome::goes(verdict) })
 }
 
-/// A packet that goes on where it goes, as what a known flow makes of it.
+/// A packet that goes on where it goes, as what a known flow makes of it. [`Outcome::OPENS`] where there is none.
 ///
 /// # Errors
 /// Why the packet is dropped.
@@ -133,12 +135,14 @@ where
 {
     let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Outcome::RARE) };
     match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
+        // Only policies know it, yet.
+        Flow::Known(to) if to.is_plain() && origin == Origin::Exit => return Ok(Outcome::OPENS),
         Flow::Known(to) => nat::rewrite(packet, &headers, &to)?,
         Flow::Halved => return Ok(Outcome::HALVED),
         Flow::Unknown if origin.is_at_pod() && judge::concerns::<F, T>(tables, &headers.tuple, origin) => {
             return Ok(Outcome::GUARDED);
         }
-        Flow::Unknown => {}
+        Flow::Unknown => return Ok(if origin == Origin::Exit { Outcome::OPENS } else { Outcome::STACK }),
     }
     Ok(Outcome::STACK)
 }

@@ -21,6 +21,10 @@ pub fn route<F: Family, T: Tables<F>>(tables: &T, dst: &Addr) -> Verdict {
 /// The same for a packet that was rewritten, which the stack may not accept any more.
 #[inline(always)]
 pub fn rewritten<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite) -> Verdict {
+    // It went out by the stack: the node's packet filter is to see both directions, or it takes the flow for broken.
+    if to.flags & Entry::MASQUERADED != 0 {
+        return Verdict::Stack;
+    }
     let verdict = route::<F, T>(tables, to.dst());
     let own_source = to.flags & Entry::OWN_SOURCE != 0;
     if own_source && verdict == Verdict::Stack { Verdict::Forward } else { verdict }
@@ -31,6 +35,6 @@ pub fn rewritten<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite) -> Verdict {
 pub fn onwards<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite, origin: Origin) -> Verdict {
     match origin {
         Origin::Pod | Origin::Outside => rewritten::<F, T>(tables, to),
-        Origin::Node | Origin::Inward | Origin::Own => Verdict::Stack,
+        Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => Verdict::Stack,
     }
 }

@@ -11,6 +11,7 @@ use crate::fragment::Part;
 use crate::icmp::{Errors, Quote};
 use crate::judge;
 use crate::lb;
+use crate::masquerade::{self, Exits};
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Headers, Parse};
 use crate::reject::{self, Answer};
@@ -24,12 +25,14 @@ pub enum Origin {
     /// A pod of this node.
     Pod,
     Outside,
-    /// The node's stack, which has routed it out of a device: it opens no flow, and goes on where it goes.
+    /// The node's stack, which has routed it into the tunnel: it opens no flow, and goes on where it goes.
     Node,
     /// The same, which hands it to a pod; it came to the node by another interface.
     Inward,
     /// The same, from the node's own processes.
     Own,
+    /// The same, which sends it out of one of the node's own devices: a pod's packet to the world opens a flow.
+    Exit,
 }
 
 impl Origin {
@@ -41,6 +44,7 @@ impl Origin {
             1 => Self::Outside,
             3 => Self::Inward,
             4 => Self::Own,
+            5 => Self::Exit,
             _ => Self::Node,
         }
     }
@@ -48,7 +52,7 @@ impl Origin {
     /// The node's stack has routed it: it goes on where it goes.
     #[inline(always)]
     pub const fn is_routed(self) -> bool {
-        matches!(self, Self::Node | Self::Inward | Self::Own)
+        matches!(self, Self::Node | Self::Inward | Self::Own | Self::Exit)
     }
 
     /// It is at a pod's interface, where policies are asked.
@@ -256,11 +260,7 @@ where
             outcome = tables.known(packet, origin, way).or_portless();
         }
         if outcome == Outcome::PORTLESS {
-            outcome = if origin.is_at_pod() {
-                judge::admit_portless::<F, P, T>(packet, tables, origin)
-            } else {
-                Outcome::STACK
-            };
+            outcome = without_ports::<F, P, T>(packet, tables, origin);
         }
     }
     let way = Way(packet.forget(way.0));
@@ -290,7 +290,8 @@ where
     }
 }
 
-/// The same for a packet that the node's stack has routed: it opens no flow of a service.
+/// The same for a packet that opens no flow of a service, because the node's stack has routed it. A pod's to the world
+/// opens one.
 ///
 /// # Errors
 /// Why the packet is dropped.
@@ -312,12 +313,23 @@ where
             way = Way::FIRST_FRAGMENT;
             outcome = tables.known(packet, origin, way).or_portless();
         }
-        if origin.is_at_pod() && outcome == Outcome::PORTLESS {
-            outcome = judge::admit_portless::<F, P, T>(packet, tables, origin);
+        if outcome == Outcome::PORTLESS {
+            outcome = without_ports::<F, P, T>(packet, tables, origin);
         }
     }
     if origin.is_at_pod() && outcome == Outcome::GUARDED {
         outcome = judge::admit::<F, P, T>(packet, tables, origin);
+    }
+    let way = Way(packet.forget(way.0));
+    if origin == Origin::Exit && outcome == Outcome::OPENS && masquerade::leads_out::<F, P, T>(packet, tables)
+    {
+        outcome = tables.masquerade_flow(packet);
+        if outcome == Outcome::TRACKED {
+            outcome = tables.known(packet, origin, Way::FIRST_FRAGMENT);
+        }
+        if outcome == Outcome::RARE {
+            outcome = tables.known_echo(packet, origin);
+        }
     }
     if way == Way::FIRST_FRAGMENT {
         tables.remember_fragment(packet, outcome, origin);
@@ -325,6 +337,25 @@ where
     match outcome.fate()? {
         Fate::Goes(verdict) => Ok(verdict),
         Fate::Unfinished => Ok(Verdict::Stack),
+    }
+}
+
+/// A packet without ports: policies have a say in it at a pod's interface, and an echo may be masqueraded where it leaves
+/// the node and comes back.
+#[inline(always)]
+fn without_ports<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Outcome
+where
+    F: Answer + Errors,
+    P: Reshape,
+    T: Steps<F, P>,
+{
+    if origin.is_at_pod() {
+        return judge::admit_portless::<F, P, T>(packet, tables, origin);
+    }
+    if origin != Origin::Node && tables.masquerades() {
+        tables.known_echo(packet, origin)
+    } else {
+        Outcome::STACK
     }
 }
 
@@ -424,7 +455,7 @@ pub fn choose<F, P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Out
 where
     F: Parse,
     P: Packet,
-    T: Tables<F>,
+    T: Tables<F> + Exits<P>,
 {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
     let tuple = &headers.tuple;
@@ -446,7 +477,12 @@ where
     let Some(index) = lb::kept_or_chosen(tables, &frontend, client, now, hash)? else {
         return Ok(Outcome::REFUSED);
     };
-    let masqueraded = if masquerades(tables, &frontend, origin) { MASQUERADED } else { 0 };
+    // At once where the backend is out in the world: one flow, and not one inside of the other.
+    let stands_in = masquerades(tables, &frontend, origin)
+        || (origin == Origin::Pod
+            && tables.masquerades()
+            && tables.backend(index).is_some_and(|backend| !tables.keeps_source(&backend.addr)));
+    let masqueraded = if stands_in { MASQUERADED } else { 0 };
     let counted = if frontend.flags & Frontend::LEAST_CONNECTION != 0 { COUNTED } else { 0 };
     Ok(Outcome::new(CHOSEN | masqueraded | counted, index))
 }
@@ -460,7 +496,7 @@ pub fn track<F, P, T>(packet: &mut P, tables: &T, chosen: Outcome) -> Result<Out
 where
     F: Parse,
     P: Packet,
-    T: Tables<F>,
+    T: Tables<F> + Exits<P>,
 {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
     let (kind, index) = ((chosen.0 >> 32) as u32, chosen.0 as u32);
@@ -472,7 +508,9 @@ where
         }
         masquerade = Some(own);
     }
-    conntrack::open(tables, &headers, index, masquerade)?;
+    conntrack::open(tables, &headers, index, masquerade, |tuple| {
+        masquerade::is_taken::<F, P, T>(tables, packet, tuple)
+    })?;
     if kind & COUNTED != 0 {
         tables.connect(index);
     }
@@ -484,7 +522,7 @@ where
 #[inline(always)]
 fn masquerades<T: Services>(tables: &T, frontend: &Frontend, origin: Origin) -> bool {
     match origin {
-        Origin::Pod | Origin::Node | Origin::Inward | Origin::Own => {
+        Origin::Pod | Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => {
             frontend.flags & Frontend::NORTH_SOUTH == 0 && tables.settings() & Settings::MASQUERADE_ALL != 0
         }
         Origin::Outside => frontend.flags & Frontend::KEEP_CLIENT == 0,

@@ -8,6 +8,7 @@ use crate::device;
 use crate::fragment::{self, Part};
 use crate::icmp::{self, Changes, Errors, Quote};
 use crate::judge::{self, Judges};
+use crate::masquerade::{self, Exits};
 use crate::packet::Reshape;
 use crate::pod;
 use crate::reject::Answer;
@@ -15,14 +16,16 @@ use crate::service::{self, Origin, Outcome, Way};
 use crate::tables::{Datagrams, Tables};
 
 /// What [`service::in_steps`] and [`service::routed`] call, one after the other.
-pub trait Steps<F: Answer + Errors, P: Reshape>: Tables<F> + Datagrams<P> + Judges + Sized {
+pub trait Steps<F: Answer + Errors, P: Reshape>:
+    Tables<F> + Datagrams<P> + Judges + Exits<P> + Sized
+{
     /// A packet of a flow that is known, or of no service.
     #[inline(always)]
     fn known(&self, packet: &mut P, origin: Origin, way: Way) -> Outcome {
         Outcome::of(match origin {
             Origin::Pod => pod::leave::<F, P, Self>(packet, self, way),
             Origin::Outside => device::arrive::<F, P, Self>(packet, self, way),
-            Origin::Node | Origin::Inward | Origin::Own => {
+            Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => {
                 pod::enter::<F, P, Self>(packet, self, way, origin)
             }
         })
@@ -62,6 +65,18 @@ pub trait Steps<F: Answer + Errors, P: Reshape>: Tables<F> + Datagrams<P> + Judg
     #[inline(always)]
     fn track_flow(&self, packet: &mut P, chosen: Outcome) -> Outcome {
         Outcome::of(service::track::<F, P, Self>(packet, self, chosen))
+    }
+
+    /// See [`masquerade::open`].
+    #[inline(always)]
+    fn masquerade_flow(&self, packet: &mut P) -> Outcome {
+        Outcome::of(masquerade::open::<F, P, Self>(packet, self))
+    }
+
+    /// See [`masquerade::known_echo`].
+    #[inline(always)]
+    fn known_echo(&self, packet: &mut P, origin: Origin) -> Outcome {
+        Outcome::of(masquerade::known_echo::<F, P, Self>(packet, self, origin))
     }
 
     /// Turns the packet into its own refusal.

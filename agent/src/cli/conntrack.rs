@@ -23,6 +23,8 @@ struct Row {
     client: SocketAddr,
     frontend: SocketAddr,
     backend: SocketAddr,
+    /// Whom the backend sees: the client, or what stands in for it.
+    seen: SocketAddr,
     state: &'static str,
     /// Seconds until an idle flow is gone.
     expires: u32,
@@ -44,11 +46,12 @@ pub(super) fn list(maps: &KernelMaps) -> Result<Answer, CliError> {
             row.client.to_string(),
             row.frontend.to_string(),
             if row.backend_serves { row.backend.to_string() } else { format!("{} (gone)", row.backend) },
+            row.seen.to_string(),
             row.state.to_owned(),
             format!("{}s", row.expires),
         ]
     });
-    let table = table(["PROTOCOL", "CLIENT", "FRONTEND", "BACKEND", "STATE", "EXPIRES"], lines);
+    let table = table(["PROTOCOL", "CLIENT", "FRONTEND", "BACKEND", "SEEN AS", "STATE", "EXPIRES"], lines);
     Ok(Answer { table, json: serde_json::to_value(&rows)? })
 }
 
@@ -64,6 +67,7 @@ fn row<F: Family>(maps: &KernelMaps, tuple: &Tuple<F::Bytes>, entry: &Entry, now
         client: socket(F::addr(tuple.src), tuple.src_port),
         frontend: socket(F::addr(tuple.dst), tuple.dst_port),
         backend: socket(entry.dst, entry.dst_port),
+        seen: socket(entry.src, entry.src_port),
         state: State(entry.state).name(tuple.proto),
         expires: entry.expires - now,
         backend_serves: plain

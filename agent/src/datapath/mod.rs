@@ -12,7 +12,7 @@ use aya::programs::ProgramError;
 use aya::programs::links::LinkError;
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 
-use crate::config::{Attach, Bpffs, SocketLb, Xdp};
+use crate::config::{Attach, Bpffs, Masquerade, SocketLb, Xdp};
 use crate::maps::{ArrayTable as _, Backends, ConnectionCounts, Slots};
 
 pub(crate) use attach::FILTER;
@@ -27,6 +27,7 @@ pub struct Options {
     pub socket_lb: SocketLb,
     pub attach: Attach,
     pub xdp: Xdp,
+    pub masquerade: Masquerade,
     /// How many rows `backends` has; `slots` has [`SLOTS_PER_ENDPOINT`] times as many.
     pub max_endpoints: u32,
     /// Compiles the programs' log statements in.
@@ -83,6 +84,7 @@ impl Datapath {
         let log_level: u8 = if options.log_drops { 3 } else { 0 };
         let pod_tcp = u8::from(options.socket_lb != SocketLb::Off);
         let pod_udp = u8::from(options.socket_lb == SocketLb::All);
+        let masquerade = u8::from(options.masquerade == Masquerade::On);
         let host_netns = host::netns_cookie();
         let coarse_clock = u8::from(kernel_is_at_least(5, 11));
         let slots = options.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
@@ -94,6 +96,7 @@ impl Datapath {
             .override_global("AYA_LOG_LEVEL", &log_level, true)
             .override_global("COARSE_CLOCK", &coarse_clock, true)
             .override_global("HOST_NETNS", &host_netns, true)
+            .override_global("MASQUERADE", &masquerade, true)
             .override_global("POD_TCP", &pod_tcp, true)
             .override_global("POD_UDP", &pod_udp, true)
             .verifier_log_level(verifier_log)

@@ -19,9 +19,9 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use super::batch;
 use super::{
-    ArrayTable, Backends, ConnectedSockets, ConnectionCounts, Endpoints, Frontends, HashTable, Ipcache,
-    IpcacheRanges, MapError, Maps, Masquerades, NodeAddresses, PeerClasses, Plain, Policy, PolicySets,
-    PortRanges, Services, SettingsRow, Slots, SourceRanges, Tunnels,
+    ArrayTable, Backends, ConnectedSockets, ConnectionCounts, Endpoints, ExitAddresses, Frontends, HashTable,
+    Ipcache, IpcacheRanges, MapError, Maps, Masquerades, NodeAddresses, PeerClasses, Plain, Policy,
+    PolicySets, PortRanges, Services, SettingsRow, Slots, SourceRanges, Tunnels, UnmasqueradedRanges,
 };
 
 /// A value whose bytes may go to the kernel and come from it.
@@ -60,6 +60,8 @@ impl KernelMaps {
             NodeAddresses::NAME,
             Tunnels::NAME,
             ConnectedSockets::NAME,
+            ExitAddresses::NAME,
+            UnmasqueradedRanges::NAME,
         ]
         .into_iter()
         .chain(POLICIES)

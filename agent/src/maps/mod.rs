@@ -12,7 +12,7 @@ use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::lb::{
     Backend, Connections, Frontend, FrontendKey, ServiceName, Slot, SourceRange, SourceRangeKey,
 };
-use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
+use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings, Unmasqueraded};
 use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeKey, Rules};
 use ferroflow_common::abi::socket::Translation;
 use ferroflow_common::abi::tunnel::Tunnel;
@@ -57,6 +57,10 @@ tables! { HashTable:
     NodeAddresses = "node_addresses", Key = Addr, Value = NodeAddress;
     /// The node that has a range of pods. A trie, like `SourceRanges`.
     Tunnels = "tunnels", Key = RangeKey, Value = Tunnel;
+    /// What pods leave by, by interface.
+    ExitAddresses = "exit_addresses", Key = u32, Value = Masquerade;
+    /// A trie, like `SourceRanges`.
+    UnmasqueradedRanges = "unmasqueraded", Key = RangeKey, Value = Unmasqueraded;
     /// The class of an address.
     Ipcache = "ipcache", Key = Addr, Value = Class;
     /// A trie, like `SourceRanges`.

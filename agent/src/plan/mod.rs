@@ -8,6 +8,7 @@ pub mod endpoints;
 pub mod frontends;
 pub mod ids;
 pub mod maglev;
+pub mod masquerade;
 pub mod node;
 pub mod policy;
 pub mod ranges;
@@ -34,6 +35,7 @@ pub struct Config {
     /// Ranges of cluster IPs, beside those of `ServiceCIDR` objects (rule 19).
     pub service_ranges: Box<[Prefix]>,
     pub masquerade: MasqueradeScope,
+    pub world: masquerade::World,
     pub routing: routes::Routing,
     /// Of the tunnel (`--vxlan-vni`).
     pub vni: u32,
@@ -67,6 +69,7 @@ impl Default for Config {
             node_ports: node::NodePortAddresses::Primary,
             service_ranges: Box::default(),
             masquerade: MasqueradeScope::Outside,
+            world: masquerade::World::Known,
             routing: routes::Routing::None,
             vni: 0,
             maglev_lengths: maglev::LENGTHS,

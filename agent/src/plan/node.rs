@@ -6,6 +6,7 @@ use ferroflow_common::abi::node::{Masquerade, NodeAddress, ServiceRange, Setting
 use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
 
+use super::masquerade::{self, Exits};
 use super::{Config, MasqueradeScope, routes};
 use crate::model::{Family, KubeProxy, Prefix, World};
 
@@ -28,6 +29,8 @@ pub struct NodeRows {
     pub settings: Settings,
     /// The nodes that packets are carried to, by the ranges of their pods.
     pub tunnels: BTreeMap<Prefix, Tunnel>,
+    /// How pods leave the node.
+    pub exits: Exits,
     /// Ranges of cluster IPs for which there was no room.
     pub surplus: Vec<Prefix>,
 }
@@ -48,6 +51,7 @@ pub fn rows(world: &World, config: &Config) -> NodeRows {
         addresses: world.local_addresses().keys().map(row).collect(),
         masquerade: Masquerade { v4: own(Family::V4), v6: own(Family::V6) },
         settings,
+        exits: masquerade::exits(world, &config.world),
         tunnels: routes::tunnels(world, config.routing, config.vni),
         surplus,
     }

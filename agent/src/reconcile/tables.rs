@@ -16,8 +16,8 @@ use super::diff::{Step, steps};
 use super::hold::Hold;
 use super::policy::Policies;
 use crate::maps::{
-    Backends, Endpoints, Frontends, MapError, Maps, Masquerades, NodeAddresses, Services, SettingsRow, Slots,
-    SourceRanges, Tunnels,
+    Backends, Endpoints, ExitAddresses, Frontends, HashTable, MapError, Maps, Masquerades, NodeAddresses,
+    Services, SettingsRow, Slots, SourceRanges, Tunnels, UnmasqueradedRanges,
 };
 use crate::model::{Name, Prefix, Touched};
 use crate::plan;
@@ -57,6 +57,15 @@ pub struct Limits {
     /// Service ports.
     pub services: u32,
     pub frontends: u32,
+}
+
+/// Whose the rows of a small table are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Whose {
+    /// This node's own, of which everything is known.
+    This,
+    /// Those of all nodes.
+    OfNodes,
 }
 
 /// One port of a Service as it is in the tables. The rest is read there: arrays are only a load away.
@@ -176,38 +185,34 @@ impl<M: Maps> Tables<M> {
             self.maps.write::<SettingsRow>(0, &Settings { flags, ..Settings::NONE })?;
             self.maps.write::<SettingsRow>(0, &settings)?;
         }
-        let mut actual = self.maps.dump::<NodeAddresses>()?;
-        actual.sort_unstable_by_key(|(addr, _)| *addr);
-        let desired = rows.addresses.iter().map(|(addr, row)| (*addr, (*addr, *row)));
-        let actual = actual.into_iter().map(|(addr, row)| (addr, (addr, row)));
-        for step in steps(desired, actual) {
-            match step {
-                Step::Add((addr, row)) => self.maps.put::<NodeAddresses>(&addr, &row)?,
-                Step::Keep((addr, row), (_, old)) if row != old => {
-                    self.maps.put::<NodeAddresses>(&addr, &row)?;
-                }
-                Step::Keep(..) => {}
-                Step::Remove((addr, _)) => self.maps.delete::<NodeAddresses>(&addr)?,
-            }
-        }
-        self.apply_tunnels(rows)
+        let key = |range: &Prefix| RangeKey { bits: range.bits().into(), addr: range.addr() };
+        let kept = rows.exits.kept.iter().map(|range| (key(range), 1)).collect();
+        let tunnels = rows.tunnels.iter().map(|(range, row)| (key(range), *row)).collect();
+        self.apply_rows::<NodeAddresses>(&rows.addresses, Whose::This)?;
+        self.apply_rows::<ExitAddresses>(&rows.exits.addresses, Whose::This)?;
+        self.apply_rows::<UnmasqueradedRanges>(&kept, Whose::OfNodes)?;
+        self.apply_rows::<Tunnels>(&tunnels, Whose::OfNodes)
     }
 
-    /// Rows of nodes that cannot be read stay until they can.
-    fn apply_tunnels(&mut self, rows: &NodeRows) -> Result<(), MapError> {
-        let key = |range: &Prefix| RangeKey { bits: range.bits().into(), addr: range.addr() };
-        let mut actual = self.maps.dump::<Tunnels>()?;
+    /// Makes a small table what it should be. Rows of nodes that cannot be read stay until they can.
+    fn apply_rows<T: HashTable>(
+        &mut self,
+        desired: &BTreeMap<T::Key, T::Value>,
+        whose: Whose,
+    ) -> Result<(), MapError> {
+        let mut actual = self.maps.dump::<T>()?;
         actual.sort_unstable_by_key(|(key, _)| *key);
-        let desired: BTreeMap<_, _> = rows.tunnels.iter().map(|(range, row)| (key(range), *row)).collect();
-        let desired = desired.into_iter().map(|(key, row)| (key, (key, row)));
+        let desired = desired.iter().map(|(key, row)| (*key, (*key, *row)));
         let actual = actual.into_iter().map(|(key, row)| (key, (key, row)));
         for step in steps(desired, actual) {
             match step {
-                Step::Add((key, row)) => self.maps.put::<Tunnels>(&key, &row)?,
-                Step::Keep((key, row), (_, old)) if row != old => self.maps.put::<Tunnels>(&key, &row)?,
+                Step::Add((key, row)) => self.maps.put::<T>(&key, &row)?,
+                Step::Keep((key, row), (_, old)) if row != old => self.maps.put::<T>(&key, &row)?,
                 Step::Keep(..) => {}
-                Step::Remove(_) if self.hold.holds_nodes() => self.hold.wait(Touched::Node),
-                Step::Remove((key, _)) => self.maps.delete::<Tunnels>(&key)?,
+                Step::Remove(_) if whose == Whose::OfNodes && self.hold.holds_nodes() => {
+                    self.hold.wait(Touched::Node);
+                }
+                Step::Remove((key, _)) => self.maps.delete::<T>(&key)?,
             }
         }
         Ok(())

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use ferroflow::{
-    config::{Attach, Bpffs, SocketLb, Xdp},
+    config::{Attach, Bpffs, Masquerade, SocketLb, Xdp},
     datapath::{self, Datapath, Options},
     maps::{self, kernel::KernelMaps},
     model::Change,
@@ -131,6 +131,7 @@ pub(super) fn stages(sandbox: &Sandbox, arena: &Arena, scale: &Scale, changes: u
         socket_lb: SocketLb::Tcp,
         attach: Attach::Auto,
         xdp: Xdp::Off,
+        masquerade: Masquerade::Off,
         max_endpoints: scale.max_endpoints(),
         log_drops: false,
     };

@@ -6,7 +6,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::addr::{Addr, Port, Proto};
 
-/// A packet's addresses and ports as it arrives; `A` is `[u8; 4]` or `[u8; 16]`.
+/// A packet's addresses and ports as it arrives; `A` is `[u8; 4]` or `[u8; 16]`. An ICMP echo has its identifier for the
+/// port of who asks, and 0 for the other.
 #[derive(
     Clone,
     Copy,
@@ -47,7 +48,7 @@ pub struct Entry {
     pub kind: u8,
     /// The bits of [`crate::tcp::State`].
     pub state: u8,
-    /// [`Entry::OWN_SOURCE`] and [`Entry::PLAIN`].
+    /// [`Entry::OWN_SOURCE`], [`Entry::PLAIN`] and [`Entry::MASQUERADED`].
     pub flags: u8,
     pub reserved: u8,
     pub service: u32,
@@ -70,4 +71,7 @@ impl Entry {
     pub const PLAIN: u8 = 2;
     /// The backend of a plain flow: none that the table of backends has.
     pub const NO_BACKEND: u32 = u32::MAX;
+    /// A pod's flow to the world. Its packets are rewritten where they leave the node, and no sooner: until then the
+    /// stack routes them as the pod's.
+    pub const MASQUERADED: u8 = 4;
 }

@@ -19,7 +19,9 @@ pub struct DatagramKey {
     pub proto: Proto,
     /// In the table of waiting fragments: which of the datagram's. Zero elsewhere.
     pub part: u8,
-    pub reserved: [u8; 2],
+    /// 1 where the node's stack sends the fragment, which has passed another hook before; else 0.
+    pub side: u8,
+    pub reserved: u8,
 }
 
 /// What becomes of a datagram's fragments.

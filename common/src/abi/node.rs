@@ -16,7 +16,8 @@ impl NodeAddress {
     pub const NODE_PORTS: u32 = 1;
 }
 
-/// What stands in for clients whose replies must come back through this node (rule 26).
+/// What stands in for clients whose replies must come back through this node (rule 26), and by interface for pods whose
+/// packets leave by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Masquerade {
@@ -24,6 +25,9 @@ pub struct Masquerade {
     pub v4: Addr,
     pub v6: Addr,
 }
+
+/// A range to which pods' packets keep their source. 1 in every row.
+pub type Unmasqueraded = u32;
 
 /// What the programs are told of the cluster and of the moment; the agent may change it while they run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -8,6 +8,7 @@
 mod direct;
 mod fib;
 mod maps;
+mod masquerade;
 mod mtu;
 mod skb;
 mod socket;

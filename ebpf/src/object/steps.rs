@@ -15,7 +15,7 @@ use ferroflow_ebpf::icmp::{self, Changes, Quote};
 use ferroflow_ebpf::policy::Wanted;
 use ferroflow_ebpf::service::{Origin, Outcome, Way};
 use ferroflow_ebpf::steps::Steps;
-use ferroflow_ebpf::{conntrack, device, judge, pod, policy, service};
+use ferroflow_ebpf::{conntrack, device, judge, masquerade, pod, policy, service};
 
 use crate::maps::Kernel;
 use crate::skb::Skb;
@@ -39,7 +39,8 @@ macro_rules! steps {
         $family:ty, $leave:ident, $arrive:ident, $enter:ident, $mend:ident, $choose:ident, $track:ident, $refuse:ident,
         $judge:ident, $track_plain:ident, $portless:ident,
         $find_error:ident, $deliver_error:ident, $requote_error:ident, $mend_error:ident,
-        $find_fragment:ident, $first_fragment:ident, $later_fragment:ident, $remember_fragment:ident
+        $find_fragment:ident, $first_fragment:ident, $later_fragment:ident, $remember_fragment:ident,
+        $masquerade:ident, $echo:ident
     ) => {
         global! {
             fn $leave(skb, way: u32) {
@@ -104,6 +105,13 @@ macro_rules! steps {
                 fragment::remember::<$family, _, _>(skb, &Kernel, Outcome(outcome), origin);
                 NOTHING
             }
+            fn $masquerade(skb, ) {
+                Outcome::of(masquerade::open::<$family, _, _>(skb, &Kernel))
+            }
+            fn $echo(skb, origin: u32) {
+                let origin = Origin::from_number(origin);
+                Outcome::of(masquerade::known_echo::<$family, _, _>(skb, &Kernel, origin))
+            }
         }
 
         impl Steps<$family, Skb> for Kernel {
@@ -112,7 +120,7 @@ macro_rules! steps {
                 Outcome(match origin {
                     Origin::Pod => $leave(context(packet), way),
                     Origin::Outside => $arrive(context(packet), way),
-                    Origin::Node | Origin::Inward | Origin::Own => {
+                    Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => {
                         $enter(context(packet), way, origin as u32)
                     }
                 })
@@ -197,6 +205,16 @@ macro_rules! steps {
             fn remember_fragment(&self, packet: &mut Skb, Outcome(outcome): Outcome, origin: Origin) {
                 $remember_fragment(context(packet), outcome, origin as u32);
             }
+
+            #[inline(always)]
+            fn masquerade_flow(&self, packet: &mut Skb) -> Outcome {
+                Outcome($masquerade(context(packet)))
+            }
+
+            #[inline(always)]
+            fn known_echo(&self, packet: &mut Skb, origin: Origin) -> Outcome {
+                Outcome($echo(context(packet), origin as u32))
+            }
         }
     };
 }
@@ -269,7 +287,9 @@ steps!(
     find_fragment_v4,
     first_fragment_v4,
     later_fragment_v4,
-    remember_fragment_v4
+    remember_fragment_v4,
+    masquerade_v4,
+    echo_v4
 );
 steps!(
     V6,
@@ -290,5 +310,7 @@ steps!(
     find_fragment_v6,
     first_fragment_v6,
     later_fragment_v6,
-    remember_fragment_v6
+    remember_fragment_v6,
+    masquerade_v6,
+    echo_v6
 );

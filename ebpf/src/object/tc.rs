@@ -39,14 +39,6 @@ pub(crate) fn device_ingress(ctx: TcContext) -> i32 {
     action(&skb, verdict)
 }
 
-/// TC egress on a device of the node: what the node's own processes answer as backends.
-#[classifier]
-pub(crate) fn device_egress(ctx: TcContext) -> i32 {
-    let mut skb = Skb(ctx);
-    let verdict = pod::entering(&mut skb, &Kernel);
-    action(&skb, verdict)
-}
-
 #[inline(always)]
 pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
     match verdict {

@@ -19,6 +19,7 @@ use ferroflow_common::verdict::DropReason;
 use super::{Aligned, Datagrams, InsertError, OnConflict, Services, Tables, Tracked};
 use crate::icmp::Errors;
 use crate::judge::Judges;
+use crate::masquerade::Exits;
 use crate::packet::Bytes;
 use crate::policy::Policies;
 use crate::reject::Answer;
@@ -56,6 +57,10 @@ pub struct Fake {
     pub policies: FakePolicies,
     /// What policies in dry run would have dropped, first to last.
     pub would_drop: RefCell<Vec<DropReason>>,
+    /// Where pods keep their source; they are masqueraded to all else, where that is said at all.
+    pub unmasqueraded: Option<Vec<Addr>>,
+    /// What sockets of the host have.
+    pub host_ports: Vec<(Proto, u16)>,
 }
 
 impl Fake {
@@ -124,6 +129,12 @@ impl Fake {
     /// Every tracked direction, v4 addresses mapped.
     pub fn tracked(&self) -> BTreeMap<Tuple<[u8; 16]>, Entry> {
         self.conntrack.borrow().iter().map(|(tuple, row)| (*tuple, row.load())).collect()
+    }
+
+    /// The node's first address of the family; unspecified where it has none.
+    fn first_own<F: Family>(&self) -> Addr {
+        let own = self.node.keys().find(|addr| addr.ip().is_ipv6() == F::CSUM_OFF.is_none());
+        own.copied().unwrap_or(Addr::UNSPECIFIED)
     }
 
     fn count_hash(&self) {
@@ -343,6 +354,24 @@ impl Datagrams<Bytes> for Fake {
     }
 }
 
+impl Exits<Bytes> for Fake {
+    fn masquerades(&self) -> bool {
+        self.unmasqueraded.is_some()
+    }
+
+    fn keeps_source(&self, dst: &Addr) -> bool {
+        self.unmasqueraded.as_ref().is_some_and(|kept| kept.contains(dst))
+    }
+
+    fn exit_address<F: Family>(&self, _packet: &Bytes) -> F::Bytes {
+        F::bytes(&self.first_own::<F>())
+    }
+
+    fn is_hosts<F: Family>(&self, _packet: &Bytes, tuple: &Aligned<Tuple<F::Bytes>>) -> bool {
+        self.host_ports.contains(&(tuple.proto, tuple.dst_port.host()))
+    }
+}
+
 macro_rules! tables {
     ($family:ty) => {
         impl Tables<$family> for Fake {
@@ -383,8 +412,7 @@ macro_rules! tables {
             }
 
             fn masquerade(&self) -> <$family as Family>::Bytes {
-                let own = self.node.keys().find(|addr| addr.ip().is_ipv6() == <$family>::CSUM_OFF.is_none());
-                <$family>::bytes(own.unwrap_or(&Addr::UNSPECIFIED))
+                <$family>::bytes(&self.first_own::<$family>())
             }
 
             fn now(&self) -> u32 {
