@@ -85,6 +85,8 @@ drop_reasons! {
     NoTunnel = 15, "no-tunnel";
     /// A pod's packet to the world, of a protocol that cannot be masqueraded: it has neither ports nor an identifier.
     Unmasqueradable = 16, "not-masqueradable";
+    /// A pod sends from an address that is not its own.
+    SpoofedSource = 17, "spoofed-source";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

@@ -12,10 +12,13 @@ use crate::packet::Reshape;
 use crate::pod;
 use crate::reject::Answer;
 use crate::service::{self, Origin, Outcome, Way};
+use crate::source::Senders;
 use crate::tables::{Datagrams, Tables};
 
 /// What [`service::in_steps`] and [`service::routed`] call, one after the other.
-pub trait Steps<F: Answer + Errors, P: Reshape>: Tables<F> + Datagrams<P> + Exits<P> + Sized {
+pub trait Steps<F: Answer + Errors, P: Reshape>:
+    Tables<F> + Datagrams<P> + Exits<P> + Senders<P> + Sized
+{
     /// A packet of a flow that is known, or of no service.
     #[inline(always)]
     fn known(&self, packet: &mut P, origin: Origin, way: Way) -> Outcome {
