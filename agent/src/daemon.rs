@@ -22,7 +22,7 @@ use crate::cni::server::StartError;
 use crate::cni::server::conflist::Conflist;
 use crate::cni::server::order::{Order, Place, Readiness, View};
 use crate::config;
-use crate::datapath::{self, Datapath, DatapathError, Interface};
+use crate::datapath::{self, Datapath, DatapathError, Interface, Sources};
 use crate::events::{Note, Reason, Recorder};
 use crate::gc;
 use crate::health::{self, Health, Keeper, proxy::Progress};
@@ -144,6 +144,7 @@ fn load(config: &config::Agent, cgroup: &Path) -> Result<Datapath, DaemonError> 
         attach: config.attach,
         xdp: config.xdp,
         masquerade: config.masquerades(),
+        sources: if config.cni.enabled { Sources::Checked } else { Sources::Any },
         max_endpoints: config.max_endpoints,
         log_drops: config.log_drops,
     };
@@ -490,6 +491,9 @@ impl Daemon {
             NetEvent::Route(Moved { addr, ifindex }) => Change::LocalRoute(addr, ifindex),
             NetEvent::Address(Moved { addr, ifindex }) => Change::LocalAddress(addr, ifindex),
             NetEvent::Subnet(Moved { addr, ifindex }) => Change::LocalSubnet(addr, ifindex),
+            NetEvent::Uplink(Moved { addr: ifindex, ifindex: now }) => {
+                Change::Uplink { ifindex, leads: now.is_some() }
+            }
             NetEvent::Synced => return self.source_synced(),
         };
         self.reconciler.handle(change, Instant::now());
@@ -582,8 +586,9 @@ impl Daemon {
     fn attach(&mut self) {
         let pods = self.reconciler.endpoints().map(|endpoint| (Interface::Pod, endpoint.ifindex));
         let devices = plan::node::devices(self.reconciler.world());
+        let exits = self.reconciler.exits();
         let wanted: BTreeSet<_> = pods
-            .chain(devices.into_iter().map(|ifindex| (Interface::Device, ifindex)))
+            .chain(devices.union(&exits).map(|ifindex| (Interface::Device, *ifindex)))
             .chain(self.routes.tunnel().map(|ifindex| (Interface::Tunnel, ifindex)))
             .collect();
         let Attachments { attached, renewed, retry } = &mut self.attachments;

@@ -67,12 +67,28 @@ pub fn ip(family: Family) -> IpAddr {
 
 /// Makes a node's routes to the machine, the default route among them.
 pub fn lead_to(inside: &Inside, family: Family) -> Result<()> {
+    let [network, any] = targets(family);
+    inside.route(link(network))?;
+    inside.route(Route { to: any, via: Some(ip(family)), dev: "eth0" })
+}
+
+/// Lets those routes lead out of another interface, by an address of the machine's network.
+pub fn turn_to(inside: &Inside, addr: IpAddr, dev: &str) -> Result<()> {
+    let family = Family::of(addr);
+    let [network, any] = targets(family);
+    inside.remove_route(any)?;
+    inside.remove_route(network)?;
+    inside.address(dev, Prefix { addr, len: network.len })?;
+    inside.route(Route { to: any, via: Some(ip(family)), dev })
+}
+
+/// The machine's network, and everything.
+fn targets(family: Family) -> [Prefix; 2] {
     let (network, any): (IpAddr, IpAddr) = match family {
         Family::V4 => (Ipv4Addr::new(203, 0, 113, 0).into(), Ipv4Addr::UNSPECIFIED.into()),
         Family::V6 => (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0).into(), Ipv6Addr::UNSPECIFIED.into()),
     };
-    inside.route(link(around(family, network)))?;
-    inside.route(Route { to: Prefix { addr: any, len: 0 }, via: Some(ip(family)), dev: "eth0" })
+    [around(family, network), Prefix { addr: any, len: 0 }]
 }
 
 /// The nodes' own network.

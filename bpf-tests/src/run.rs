@@ -17,7 +17,7 @@ use aya::{
 };
 use ferroflow::{
     config::{Attach, Bpffs, MAX_ENDPOINTS, Masquerade, SocketLb, Xdp},
-    datapath::{Datapath, Options},
+    datapath::{Datapath, Options, Sources},
     maps::{Backends, Endpoints, Frontends, Maps as _, Slots, kernel::KernelMaps},
 };
 use ferroflow_common::{
@@ -159,6 +159,7 @@ pub fn options(bpffs: &Path, xdp: Xdp) -> Options {
         attach: Attach::Auto,
         xdp,
         masquerade: Masquerade::Off,
+        sources: Sources::Any,
         max_endpoints: MAX_ENDPOINTS,
         log_drops: false,
     }

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
     checks::{World, tally},
     cluster::Family,
-    netns::Prefix,
+    netns::{End, Prefix, Route},
     outside::{self, Outside},
     patience::stretched,
     pod::{DNS_PORT, ECHO_PORT, HTTP_PORT, Outcome},
@@ -29,6 +29,8 @@ fn main() -> ExitCode {
         ("errors_reach_pods_and_the_world", errors_reach_both),
         ("the_host_shares_its_address_with_its_pods", the_host_shares_its_address),
         ("pods_keep_their_addresses_where_it_is_said", pods_keep_their_addresses),
+        ("pods_leave_by_the_address_of_the_device_of_the_default_route", pods_leave_by_another_device),
+        ("a_pod_sends_from_its_own_addresses_alone", a_pod_sends_from_its_own_addresses),
         (
             "flows_to_the_world_outlive_the_agent_and_new_ones_follow_the_nodes_address",
             flows_outlive_the_agent,
@@ -191,9 +193,9 @@ fn pods_keep_their_addresses(sandbox: &Sandbox) -> Result<()> {
             for node in it.cluster.nodes() {
                 for (to, via) in [(node.pod_cidr_v4(), node.v4.into()), (node.pod_cidr_v6(), node.v6.into())]
                 {
-                    outside.netns.run(move |inside| {
-                        inside.route(bpf_tests::netns::Route { to, via: Some(via), dev: "eth0" })
-                    })??;
+                    outside
+                        .netns
+                        .run(move |inside| inside.route(Route { to, via: Some(via), dev: "eth0" }))??;
                 }
             }
             for family in Family::BOTH {
@@ -206,6 +208,75 @@ fn pods_keep_their_addresses(sandbox: &Sandbox) -> Result<()> {
         .with_context(|| args.join(" "))?;
     }
     Ok(())
+}
+
+/// The default route is moved to a device that has none of the Node object's addresses.
+fn pods_leave_by_another_device(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |it| {
+        let outside = Outside::beside(&it.cluster)?;
+        let node = it.cluster.node("a");
+        let addresses: [IpAddr; 2] = ["203.0.113.77".parse()?, "2001:db8::77".parse()?];
+        let (here, there) = (end("eth1", 1), end("eth-a", 2));
+        node.netns.veth(&here, &outside.netns, &there)?;
+        for addr in addresses {
+            let (family, len) = (Family::of(addr), if addr.is_ipv4() { 32 } else { 128 });
+            let (here, there) = (here.mac, there.mac);
+            outside.netns.run(move |inside| -> Result<()> {
+                inside.neighbour("eth-a", addr, here)?;
+                inside.route(Route { to: Prefix { addr, len }, via: None, dev: "eth-a" })
+            })??;
+            node.netns.run(move |inside| -> Result<()> {
+                outside::turn_to(inside, addr, "eth1")?;
+                inside.neighbour("eth1", outside::ip(family), there)
+            })??;
+            let target = world(family, HTTP_PORT);
+            wait_seen_as(it, target, addr)?;
+            outside::ping(&it.cluster.pod("a1").netns, outside::ip(family), 5, 56)?;
+        }
+        Ok(())
+    })
+}
+
+fn end(name: &str, number: u8) -> End {
+    End { name: name.into(), mac: [2, 0, 0, 0xee, 0, number] }
+}
+
+/// Neither from another pod's address nor from one that nobody has; what it sends from its own comes through, before and
+/// after.
+fn a_pod_sends_from_its_own_addresses(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |it| {
+        let outside = Outside::beside(&it.cluster)?;
+        let pod = it.cluster.pod("a1");
+        for family in Family::BOTH {
+            let unused: IpAddr =
+                if family == Family::V4 { "10.244.1.222" } else { "fd00:10:244:1::222" }.parse()?;
+            let (other, len) = (it.cluster.pod("b1").ip(family), if family == Family::V4 { 32 } else { 128 });
+            let neighbour = it.cluster.pod("a2");
+            let received = outside::udp(&neighbour.netns, (neighbour.ip(family), 7_004).into())?;
+            let far = outside.udp(family, 7_004)?;
+            let own = outside::udp(&pod.netns, (pod.ip(family), 0).into())?;
+            for (number, addr) in [unused, other].into_iter().enumerate() {
+                pod.netns.run(move |inside| inside.address("eth0", Prefix { addr, len }))??;
+                let spoofed = outside::udp(&pod.netns, (addr, 0).into())?;
+                for (socket, to) in
+                    [(&received, (neighbour.ip(family), 7_004).into()), (&far, world(family, 7_004))]
+                {
+                    spoofed.send_to(b"spoofed", to)?;
+                    let text = format!("own {number}").into_bytes();
+                    own.send_to(&text, to)?;
+                    let (seen, from) = outside::receive(socket)?;
+                    ensure!(
+                        seen == text,
+                        "{from} got through to {to} with {}",
+                        String::from_utf8_lossy(&seen)
+                    );
+                }
+            }
+        }
+        let dropped = it.agents[0].verb(&["status"])?;
+        ensure!(dropped.contains("spoofed-source"), "nothing is said of it:\n{dropped}");
+        Ok(())
+    })
 }
 
 /// Without an agent, and after it came back, as before; then the node gets other addresses.
@@ -263,18 +334,22 @@ fn another_address(it: &World) -> Result<()> {
     it.cluster.manifests().write("cluster", &yaml)?;
     for (_, new, _) in moved {
         let new: IpAddr = new.parse()?;
-        let target = world(Family::of(new), HTTP_PORT);
-        let deadline = Instant::now() + stretched(Duration::from_secs(10));
-        loop {
-            let ask = Ask::http(target).timeout(Duration::from_millis(500));
-            let outcomes = it.cluster.pod("a1").ask(&ask)?;
-            let client = outcomes.first().and_then(Outcome::answer).map(|answer| answer.client.ip());
-            if client == Some(new) {
-                break;
-            }
-            ensure!(Instant::now() < deadline, "{target} sees {client:?}, not {new}");
-            thread::sleep(Duration::from_millis(50));
-        }
+        wait_seen_as(it, world(Family::of(new), HTTP_PORT), new)?;
     }
     Ok(())
+}
+
+/// Until the world sees pod a1 by this address.
+fn wait_seen_as(it: &World, target: SocketAddr, addr: IpAddr) -> Result<()> {
+    let deadline = Instant::now() + stretched(Duration::from_secs(10));
+    loop {
+        let ask = Ask::http(target).timeout(Duration::from_millis(500));
+        let outcomes = it.cluster.pod("a1").ask(&ask)?;
+        let client = outcomes.first().and_then(Outcome::answer).map(|answer| answer.client.ip());
+        if client == Some(addr) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{target} sees {client:?}, not {addr}");
+        thread::sleep(Duration::from_millis(50));
+    }
 }

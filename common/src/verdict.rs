@@ -110,6 +110,8 @@ drop_reasons! {
     TooBig = 20, "too-big";
     /// A pod's packet to the world, of a protocol that cannot be masqueraded: it has neither ports nor an identifier.
     Unmasqueradable = 21, "not-masqueradable";
+    /// A pod sends from an address that is not its own.
+    SpoofedSource = 22, "spoofed-source";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

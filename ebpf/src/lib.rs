@@ -57,6 +57,7 @@ pub mod reject;
 pub mod route;
 pub mod service;
 pub mod socket;
+pub mod source;
 pub mod steps;
 pub mod tables;
 pub mod tunnel;

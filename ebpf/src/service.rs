@@ -15,6 +15,7 @@ use crate::masquerade::{self, Exits};
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Headers, Parse};
 use crate::reject::{self, Answer};
+use crate::source;
 use crate::steps::Steps;
 use crate::tables::{Services, Tables};
 
@@ -248,6 +249,9 @@ where
     P: Reshape,
     T: Steps<F, P>,
 {
+    if origin == Origin::Pod {
+        source::check::<F, P, T>(packet, tables)?;
+    }
     let mut way = Way::USUAL;
     let mut outcome = tables.known(packet, origin, way);
     if outcome == Outcome::HALVED {

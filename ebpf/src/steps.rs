@@ -13,11 +13,12 @@ use crate::packet::Reshape;
 use crate::pod;
 use crate::reject::Answer;
 use crate::service::{self, Origin, Outcome, Way};
+use crate::source::Senders;
 use crate::tables::{Datagrams, Tables};
 
 /// What [`service::in_steps`] and [`service::routed`] call, one after the other.
 pub trait Steps<F: Answer + Errors, P: Reshape>:
-    Tables<F> + Datagrams<P> + Judges + Exits<P> + Sized
+    Tables<F> + Datagrams<P> + Judges + Exits<P> + Senders<P> + Sized
 {
     /// A packet of a flow that is known, or of no service.
     #[inline(always)]

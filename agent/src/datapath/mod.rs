@@ -28,10 +28,20 @@ pub struct Options {
     pub attach: Attach,
     pub xdp: Xdp,
     pub masquerade: Masquerade,
+    pub sources: Sources,
     /// How many rows `backends` has; `slots` has [`SLOTS_PER_ENDPOINT`] times as many.
     pub max_endpoints: u32,
     /// Compiles the programs' log statements in.
     pub log_drops: bool,
+}
+
+/// Whether pods may send from other addresses than their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sources {
+    /// They may not: this agent gave them all the addresses that they have.
+    Checked,
+    /// They may: another network plugin knows which ones they have.
+    Any,
 }
 
 /// A Maglev table has at least a hundred slots for each backend; most services have one slot for each.
@@ -85,6 +95,7 @@ impl Datapath {
         let pod_tcp = u8::from(options.socket_lb != SocketLb::Off);
         let pod_udp = u8::from(options.socket_lb == SocketLb::All);
         let masquerade = u8::from(options.masquerade == Masquerade::On);
+        let check_sources = u8::from(options.sources == Sources::Checked);
         let host_netns = host::netns_cookie();
         let coarse_clock = u8::from(kernel_is_at_least(5, 11));
         let slots = options.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
@@ -94,6 +105,7 @@ impl Datapath {
             .map_max_entries(ConnectionCounts::NAME, options.max_endpoints)
             .map_max_entries(Slots::NAME, slots)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
+            .override_global("CHECK_SOURCES", &check_sources, true)
             .override_global("COARSE_CLOCK", &coarse_clock, true)
             .override_global("HOST_NETNS", &host_netns, true)
             .override_global("MASQUERADE", &masquerade, true)

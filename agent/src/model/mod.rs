@@ -67,6 +67,11 @@ pub enum Change {
     LocalAddress(Addr, Option<u32>),
     /// A range of addresses that this host reaches without a gateway, and the interface it is on.
     LocalSubnet(Prefix, Option<u32>),
+    /// Whether a default route of this host leads out of the interface.
+    Uplink {
+        ifindex: u32,
+        leads: bool,
+    },
     /// An address that this agent gave to a pod, and the interface it made for it: known before any object says so.
     Attachment(Addr, Option<u32>),
 }

@@ -33,6 +33,7 @@ pub struct World {
     local_routes: BTreeMap<Addr, u32>,
     local_addresses: BTreeMap<Addr, u32>,
     local_subnets: BTreeMap<Prefix, u32>,
+    uplinks: BTreeSet<u32>,
     topology: u64,
     attachments: BTreeMap<Addr, u32>,
 }
@@ -122,6 +123,11 @@ impl World {
             Change::LocalAddress(addr, ifindex) => {
                 let changed = set(&mut self.local_addresses, addr, ifindex) != ifindex;
                 self.topology += u64::from(changed);
+                if changed { vec![Touched::Node] } else { Vec::new() }
+            }
+            Change::Uplink { ifindex, leads } => {
+                let changed =
+                    if leads { self.uplinks.insert(ifindex) } else { self.uplinks.remove(&ifindex) };
                 if changed { vec![Touched::Node] } else { Vec::new() }
             }
             Change::LocalSubnet(subnet, ifindex) => {
@@ -243,6 +249,11 @@ impl World {
     /// The ranges that this host reaches without a gateway, and the interface each is on.
     pub fn local_subnets(&self) -> &BTreeMap<Prefix, u32> {
         &self.local_subnets
+    }
+
+    /// The interfaces that default routes of this host lead out of.
+    pub fn uplinks(&self) -> &BTreeSet<u32> {
+        &self.uplinks
     }
 
     /// All nodes, this one too, in the order of their names.

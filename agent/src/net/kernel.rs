@@ -1,11 +1,13 @@
 //! Routes and addresses by netlink.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use ferroflow_common::addr::Addr;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
+use rtnetlink::packet_route::link::LinkLayerType;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
 use tokio::sync::mpsc::Sender;
@@ -61,10 +63,17 @@ pub(super) async fn list(handle: &Handle) -> Result<Snapshot, rtnetlink::Error> 
     let v4 = RouteMessageBuilder::<std::net::Ipv4Addr>::new().build();
     let v6 = RouteMessageBuilder::<std::net::Ipv6Addr>::new().build();
     let mut found = Snapshot::default();
+    let mut uplinks = BTreeSet::new();
     for query in [v4, v6] {
         let mut routes = Box::pin(handle.route().get(query).execute());
         while let Some(route) = routes.try_next().await? {
             found.routes.extend(host_route(&route));
+            uplinks.extend(default_route(&route));
+        }
+    }
+    for ifindex in uplinks {
+        if is_ethernet(handle, ifindex).await {
+            found.uplinks.insert(ifindex, ifindex);
         }
     }
     let mut addresses = Box::pin(handle.address().get().execute());
@@ -119,6 +128,31 @@ fn host_route(route: &RouteMessage) -> Option<(Addr, u32)> {
     Some((Addr::from(addr?), ifindex?))
 }
 
+/// The interfaces that a default route leads out of; none for other routes.
+fn default_route(route: &RouteMessage) -> Vec<u32> {
+    let RouteHeader { destination_prefix_length, kind, table, .. } = route.header;
+    if kind != RouteType::Unicast || table != RouteHeader::RT_TABLE_MAIN || destination_prefix_length != 0 {
+        return Vec::new();
+    }
+    let out = |attribute: &RouteAttribute| {
+        if let RouteAttribute::Oif(index) = attribute {
+            return vec![*index];
+        }
+        if let RouteAttribute::MultiPath(hops) = attribute {
+            return hops.iter().map(|hop| hop.interface_index).collect();
+        }
+        Vec::new()
+    };
+    route.attributes.iter().flat_map(out).collect()
+}
+
+/// Whether packets on the interface have Ethernet headers, which the programs read. One that is gone has none.
+async fn is_ethernet(handle: &Handle, ifindex: u32) -> bool {
+    let mut links = Box::pin(handle.link().get().match_index(ifindex).execute());
+    let link = links.try_next().await;
+    link.is_ok_and(|link| link.is_some_and(|link| link.header.link_layer_type == LinkLayerType::Ether))
+}
+
 fn whole_address(destination: &RouteAddress, prefix_length: u8) -> Option<IpAddr> {
     if let RouteAddress::Inet(ip) = destination {
         return (prefix_length == 32).then_some(IpAddr::V4(*ip));
@@ -144,6 +178,17 @@ mod tests {
     #[test]
     fn a_host_route_without_a_gateway_is_a_local_address() {
         assert_eq!(host_route(&route(32).build()), Some((Addr::v4([10, 244, 1, 2]), 7)));
+    }
+
+    #[test]
+    fn default_routes_lead_out_and_others_do_not() {
+        let gateway = Ipv4Addr::new(192, 168, 0, 1);
+        let default = RouteMessageBuilder::<Ipv4Addr>::new().output_interface(7).gateway(gateway).build();
+        assert_eq!(default_route(&default), vec![7]);
+        assert!(default_route(&route(8).gateway(gateway).build()).is_empty());
+        let mut elsewhere = default;
+        elsewhere.header.table = 99;
+        assert!(default_route(&elsewhere).is_empty());
     }
 
     #[test]

@@ -33,6 +33,8 @@ struct Snapshot {
     addresses: Interfaces,
     /// The ranges that are on its links.
     subnets: BTreeMap<Prefix, u32>,
+    /// The Ethernet interfaces that default routes lead out of, each by itself.
+    uplinks: BTreeMap<u32, u32>,
 }
 
 /// One address, or range of them, that is now at another interface, or at none.
@@ -48,6 +50,8 @@ pub enum NetEvent {
     Route(Moved),
     Address(Moved),
     Subnet(Moved<Prefix>),
+    /// An interface that a default route leads out of.
+    Uplink(Moved<u32>),
     /// What was there at the start has all been reported. Sent once.
     Synced,
 }
@@ -66,7 +70,8 @@ async fn report(events: &Sender<NetEvent>, old: &Snapshot, new: &Snapshot) {
     let routes = changes(&old.routes, &new.routes).into_iter().map(NetEvent::Route);
     let addresses = changes(&old.addresses, &new.addresses).into_iter().map(NetEvent::Address);
     let subnets = changes(&old.subnets, &new.subnets).into_iter().map(NetEvent::Subnet);
-    for event in addresses.chain(routes).chain(subnets) {
+    let uplinks = changes(&old.uplinks, &new.uplinks).into_iter().map(NetEvent::Uplink);
+    for event in addresses.chain(routes).chain(subnets).chain(uplinks) {
         // A receiver that is gone ends the watch at its next turn.
         let _closed = events.send(event).await;
     }

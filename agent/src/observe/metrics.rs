@@ -95,6 +95,7 @@ impl Metrics {
             | Change::LocalRoute(..)
             | Change::LocalAddress(..)
             | Change::LocalSubnet(..)
+            | Change::Uplink { .. }
             | Change::Attachment(..) => {}
         }
         self.last_queued.set(seconds(now));

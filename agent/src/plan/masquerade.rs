@@ -34,8 +34,16 @@ pub fn exits(model: &Model, world: &World) -> Exits {
         addresses.chain(node.pod_cidrs.iter().copied()).collect::<Vec<_>>()
     };
     let inside = model.nodes().flat_map(of_node).chain(kept.iter().copied());
-    let addresses = node::devices(model).into_iter().map(|device| (device, addresses(model, device)));
+    let addresses = devices(model, world).into_iter().map(|device| (device, addresses(model, device)));
     Exits { addresses: addresses.collect(), kept: inside.chain(nowhere()).collect() }
+}
+
+/// The interfaces that pods' packets leave the node by: its devices, and wherever its default routes lead.
+pub fn devices(model: &Model, world: &World) -> BTreeSet<u32> {
+    match world {
+        World::Known => BTreeSet::new(),
+        World::Unknown { .. } => node::devices(model).union(model.uplinks()).copied().collect(),
+    }
 }
 
 /// Multicast, the broadcast address, and the link-local addresses of IPv6 (RFC 5771, RFC 919, RFC 4291 sections 2.5.6 and
@@ -149,6 +157,11 @@ mod tests {
         assert_eq!(leave(&model), two);
         model.apply(Change::LocalAddress(addr("10.7.0.1"), Some(4)));
         assert_eq!(leave(&model)[&4], by("10.7.0.1", "fd50::1"), "its own, where it has one");
+        // The default route leads out of another one.
+        model.apply(Change::Uplink { ifindex: 5, leads: true });
+        model.apply(Change::LocalAddress(addr("10.0.2.15"), Some(5)));
+        assert_eq!(leave(&model)[&5], by("10.0.2.15", "fd50::1"));
+        model.apply(Change::Uplink { ifindex: 5, leads: false });
         for gone in ["192.168.50.1", "fd50::1"] {
             model.apply(Change::LocalAddress(addr(gone), None));
         }

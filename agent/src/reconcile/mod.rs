@@ -214,6 +214,11 @@ impl<M: Maps> Reconciler<M> {
         self.tables.endpoints.get(&addr).map(|endpoint| endpoint.ifindex)
     }
 
+    /// The interfaces that pods leave the node by, where they are masqueraded.
+    pub fn exits(&self) -> BTreeSet<u32> {
+        plan::masquerade::devices(&self.world, &self.tables.plan.world)
+    }
+
     pub fn world(&self) -> &World {
         &self.world
     }

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use ferroflow::{
     config::{Attach, Bpffs, Masquerade, SocketLb, Xdp},
-    datapath::{self, Datapath, Options},
+    datapath::{self, Datapath, Options, Sources},
     maps::{self, kernel::KernelMaps},
     model::Change,
     reconcile::{Config, Limits, Reconciler},
@@ -132,6 +132,7 @@ pub(super) fn stages(sandbox: &Sandbox, arena: &Arena, scale: &Scale, changes: u
         attach: Attach::Auto,
         xdp: Xdp::Off,
         masquerade: Masquerade::Off,
+        sources: Sources::Any,
         max_endpoints: scale.max_endpoints(),
         log_drops: false,
     };

@@ -80,6 +80,7 @@ impl Model {
             Change::LocalRoute(..)
             | Change::LocalAddress(..)
             | Change::LocalSubnet(..)
+            | Change::Uplink { .. }
             | Change::Attachment(..)
             | Change::KubeProxy(..) => panic!("not of a source"),
         }

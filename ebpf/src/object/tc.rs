@@ -1,18 +1,36 @@
 //! The programs on pods' interfaces, and what a verdict is to TC.
 
-use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
+use aya_ebpf::{EbpfContext as _, Global};
 use ferroflow_common::verdict::{DropReason, Verdict};
 use ferroflow_ebpf::service::Origin;
+use ferroflow_ebpf::source::Senders;
 use ferroflow_ebpf::{device, pod};
 
 use crate::maps::{self, Kernel};
 use crate::mtu;
 use crate::skb::Skb;
 use crate::steps;
+
+/// Pods send from their own addresses alone. Where that is not checked, the verifier drops what is about it.
+#[unsafe(no_mangle)]
+static CHECK_SOURCES: Global<u8> = Global::new(0);
+
+impl Senders<Skb> for Kernel {
+    #[inline(always)]
+    fn checks_sources(&self) -> bool {
+        CHECK_SOURCES.load() != 0
+    }
+
+    #[inline(always)]
+    fn sender(&self, packet: &Skb) -> u32 {
+        // SAFETY: the context is the program's own `__sk_buff`.
+        unsafe { (*packet.0.as_ptr().cast::<__sk_buff>()).ifindex }
+    }
+}
 
 /// TC ingress on the host's end of a pod's veth: what the pod sends.
 #[classifier]

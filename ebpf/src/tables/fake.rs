@@ -23,6 +23,7 @@ use crate::masquerade::Exits;
 use crate::packet::Bytes;
 use crate::policy::Policies;
 use crate::reject::Answer;
+use crate::source::Senders;
 use crate::steps::Steps;
 
 #[derive(Debug, Default)]
@@ -59,6 +60,8 @@ pub struct Fake {
     pub would_drop: RefCell<Vec<DropReason>>,
     /// Where pods keep their source; they are masqueraded to all else, where that is said at all.
     pub unmasqueraded: Option<Vec<Addr>>,
+    /// The interface that packets of pods come from, where sources are checked.
+    pub sender: Option<u32>,
     /// What sockets of the host have.
     pub host_ports: Vec<(Proto, u16)>,
 }
@@ -351,6 +354,16 @@ impl Datagrams<Bytes> for Fake {
     fn release(&self, packet: &mut Bytes, key: &DatagramKey) -> Result<bool, DropReason> {
         let held = self.held.borrow_mut().remove(key);
         Ok(held.map(|bytes| packet.0 = bytes).is_some())
+    }
+}
+
+impl Senders<Bytes> for Fake {
+    fn checks_sources(&self) -> bool {
+        self.sender.is_some()
+    }
+
+    fn sender(&self, _packet: &Bytes) -> u32 {
+        self.sender.unwrap_or(0)
     }
 }
 

@@ -410,6 +410,7 @@ fn key(change: &Change) -> String {
         | Change::NetworkPolicy(..)
         | Change::LocalRoute(..)
         | Change::LocalAddress(..)
-        | Change::LocalSubnet(..) => unreachable!("not generated"),
+        | Change::LocalSubnet(..)
+        | Change::Uplink { .. } => unreachable!("not generated"),
     }
 }
