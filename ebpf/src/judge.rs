@@ -13,8 +13,9 @@
 //! masquerade (rule 47). A pod of another node is judged there. What passes is tracked, so that replies and all that
 //! follows cost the lookup that they cost anyway (rule 48); a pod that no policy isolates tracks nothing.
 //!
-//! A packet in the middle of a connection that is not tracked (the table had no room, or the pod was not isolated when it
-//! began) passes where policies let it be opened by either end.
+//! A packet in the middle of a connection that is not tracked (the table had no room, or no policy isolated the pod when
+//! it began) passes where policies let it be opened by either end, and while the pod adopts what it had going when its
+//! first policy came (rule 52).
 //!
 //! What has no ports is judged by what policies say of no port: a rule without ports lets it pass (rule 45). Echoes are
 //! flows by their identifier. Errors about a known flow belong to that flow, whatever policies say of ICMP; neighbour
@@ -189,14 +190,17 @@ where
     if from.words() == to.words() {
         return Ok(flow.admitted());
     }
-    let wanted = Wanted { proto: tuple.proto, port };
-    let verdict = ask::<F, T>(tables, (&from, &to), (wanted, origin == Origin::Pod && !turned));
+    let middle = !flow.is_chosen() && in_the_middle(tuple.proto, headers.flags);
+    let question = Question {
+        wanted: Wanted { proto: tuple.proto, port },
+        leaves: origin == Origin::Pod && !turned,
+        adopted_at: if middle { tables.now() } else { u32::MAX },
+    };
+    let verdict = ask::<F, T>(tables, (&from, &to), &question);
     match verdict {
         Ok(()) => Ok(flow.admitted()),
         // With the reason for which it is dropped, should it be no answer either.
-        Err(reason) if flow == Outcome::GUARDED && in_the_middle(tuple.proto, headers.flags) => {
-            Ok(Outcome::turned(reason))
-        }
+        Err(reason) if flow == Outcome::GUARDED && middle => Ok(Outcome::turned(reason)),
         Err(reason) => Err(flow.reason_or(reason)),
     }
 }
@@ -208,40 +212,53 @@ fn in_the_middle(proto: Proto, flags: Flags) -> bool {
     proto.connects() && flags.0 & Flags::SYN == 0
 }
 
-/// Of a flow from one address to another: both where a pod of this node has them. `leaves`: the sender is such a pod,
-/// whatever address it uses.
+/// What is asked of a flow.
+struct Question {
+    wanted: Wanted,
+    /// The sender is a pod of this node, whatever address it uses.
+    leaves: bool,
+    /// When the middle of a connection was seen; the end of time for a packet that opens one.
+    adopted_at: u32,
+}
+
+impl Question {
+    /// Whether a policy lets it pass that says this.
+    #[inline(always)]
+    fn passes<T: Judges>(&self, tables: &T, set: u32, row: &EndpointPolicy, peer: &Addr) -> Verdict {
+        if set == EndpointPolicy::OPEN {
+            return Verdict::Allow;
+        }
+        let class = policy::class_of(tables, peer);
+        let verdict = tables.weigh(set, class, self.wanted);
+        if verdict == Verdict::Deny && self.adopted_at < row.adopts_until { Verdict::Allow } else { verdict }
+    }
+}
+
+/// Asks both ends, where pods of this node have their addresses.
 #[inline(always)]
-fn ask<F, T>(
-    tables: &T,
-    (from, to): (&Addr, &Addr),
-    (wanted, leaves): (Wanted, bool),
-) -> Result<(), DropReason>
+fn ask<F, T>(tables: &T, (from, to): (&Addr, &Addr), question: &Question) -> Result<(), DropReason>
 where
     F: Family,
     T: Tables<F> + Judges,
 {
-    let mut egress = if leaves { EndpointPolicy::CLOSED } else { EndpointPolicy::OPEN };
-    if let Some(row) = tables.endpoint(from) {
-        egress = row.policy.egress;
-    }
-    if egress != EndpointPolicy::OPEN {
-        let class = policy::class_of(tables, to);
-        match tables.weigh(egress, class, wanted) {
+    match tables.endpoint(from) {
+        Some(row) => match question.passes(tables, row.policy.egress, &row.policy, to) {
             Verdict::Allow => {}
             Verdict::Deny => return Err(DropReason::PolicyEgress),
             Verdict::WouldDeny => tables.would_drop(DropReason::DryRunEgress),
-        }
+        },
+        None if question.leaves => return Err(DropReason::PolicyEgress),
+        None => {}
     }
     let Some(row) = tables.endpoint(to) else { return Ok(()) };
-    if row.policy.ingress != EndpointPolicy::OPEN {
-        let class = policy::class_of(tables, from);
-        match tables.weigh(row.policy.ingress, class, wanted) {
-            Verdict::Allow => {}
-            Verdict::Deny => return Err(DropReason::PolicyIngress),
-            Verdict::WouldDeny => tables.would_drop(DropReason::DryRunIngress),
+    match question.passes(tables, row.policy.ingress, &row.policy, from) {
+        Verdict::Allow => Ok(()),
+        Verdict::Deny => Err(DropReason::PolicyIngress),
+        Verdict::WouldDeny => {
+            tables.would_drop(DropReason::DryRunIngress);
+            Ok(())
         }
     }
-    Ok(())
 }
 
 /// Tracks a flow that was admitted: [`Outcome::TRACKED`].
@@ -286,6 +303,7 @@ mod tests {
         rule_38_fragments_follow_their_first,
         rule_52_a_known_flow_goes_on_and_a_new_one_is_asked_about,
         rule_52_the_middle_of_a_connection_may_be_either_ends,
+        rule_52_what_a_pod_had_going_is_adopted_for_a_while,
         rule_54_nothing_passes_a_pod_that_is_closed,
         a_pod_without_policies_tracks_nothing,
         what_would_be_dropped_passes_and_is_told,
@@ -318,7 +336,7 @@ mod tests {
 
     fn isolate<F: Names>(fake: &mut Fake, pod: u8, ingress: u32, egress: u32) {
         let row = fake.endpoints.get_mut(&F::pod(pod)).unwrap();
-        row.policy = EndpointPolicy { ingress, egress, epoch: 0 };
+        row.policy = EndpointPolicy { ingress, egress, adopts_until: 0 };
     }
 
     /// A set that lets this protocol's port through where the other end is of the class, and nothing else.
@@ -561,6 +579,26 @@ mod tests {
         }
         let datagram = Frame::udp((F::pod(2), 80), (F::pod(1), 4000));
         assert_eq!(datagram.leave(&fake), EGRESS, "a datagram opens");
+    }
+
+    fn rule_52_what_a_pod_had_going_is_adopted_for_a_while<F: Names>() {
+        let mut fake = net::<F>();
+        isolate::<F>(&mut fake, 2, EndpointPolicy::CLOSED, EndpointPolicy::CLOSED);
+        fake.endpoints.get_mut(&F::pod(2)).unwrap().policy.adopts_until = 500;
+        for (now, passes) in [(1, true), (499, true), (500, false)] {
+            fake.clock.set(now);
+            fake.conntrack.take();
+            for (frame, opens) in [
+                (between::<F>(1, 2, 80).answer(ACK), false),
+                (Frame::tcp((F::pod(1), 4000), (F::pod(2), 80), ACK), false),
+                (between::<F>(1, 2, 81), true),
+                (between::<F>(2, 1, 81), true),
+                (between::<F>(1, 2, 82).answer(SYN | ACK), true),
+                (Frame::udp((F::pod(1), 4000), (F::pod(2), 80)), true),
+            ] {
+                assert_eq!(frame.leave(&fake).is_ok(), passes && !opens, "at {now}: {frame:?}");
+            }
+        }
     }
 
     fn rule_54_nothing_passes_a_pod_that_is_closed<F: Names>() {

@@ -95,7 +95,8 @@ impl Metrics {
             | Change::LocalRoute(..)
             | Change::LocalAddress(..)
             | Change::LocalSubnet(..)
-            | Change::Attachment(..) => {}
+            | Change::Attachment(..)
+            | Change::Tenant(..) => {}
         }
         self.last_queued.set(seconds(now));
     }

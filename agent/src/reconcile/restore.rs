@@ -67,6 +67,7 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
         limits: config.limits,
         plan: config.plan.clone(),
         grace: config.grace,
+        clock: config.clock,
         ids,
         indices,
         ranges,

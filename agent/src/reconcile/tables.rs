@@ -9,7 +9,7 @@ use ferroflow_common::abi::lb::{
     Backend, Frontend, FrontendKey, ServiceName, Slot, SourceRange, SourceRangeKey,
 };
 use ferroflow_common::abi::node::Settings;
-use ferroflow_common::abi::policy::RangeKey;
+use ferroflow_common::abi::policy::{EndpointPolicy, RangeKey};
 use ferroflow_common::addr::Addr;
 
 use super::diff::{Step, steps};
@@ -31,6 +31,7 @@ pub(super) struct Tables<M> {
     pub(super) limits: Limits,
     pub(super) plan: plan::Config,
     pub(super) grace: Duration,
+    pub(super) clock: fn() -> u32,
     pub(super) ids: Numbers,
     pub(super) indices: Numbers,
     pub(super) ranges: Ranges,
@@ -135,8 +136,9 @@ impl<M: Maps> Tables<M> {
 
     /// Makes the row of a local pod say what it should.
     pub(super) fn apply_endpoint(&mut self, addr: Addr, desired: Option<Endpoint>) -> Result<(), MapError> {
-        match desired {
-            Some(row) if self.endpoints.get(&addr) != Some(&row) => {
+        let old = self.endpoints.get(&addr);
+        match desired.map(|row| adopting(old, row, self.clock)) {
+            Some(row) if old != Some(&row) => {
                 if row.is_isolated() {
                     self.enforce(true)?;
                 }
@@ -318,6 +320,16 @@ impl PortState {
 
 pub(super) fn range_of(row: &Frontend) -> Range {
     Range { offset: row.offset, length: row.length }
+}
+
+/// The row, with what the pod adopts: what it had going when the first policy came to isolate it may finish (rule 52).
+fn adopting(old: Option<&Endpoint>, mut row: Endpoint, clock: fn() -> u32) -> Endpoint {
+    row.policy.adopts_until = match old.filter(|old| old.ifindex == row.ifindex && row.is_isolated()) {
+        None => 0,
+        Some(old) if old.is_isolated() => old.policy.adopts_until,
+        Some(_open) => clock().saturating_add(EndpointPolicy::ADOPTION),
+    };
+    row
 }
 
 const fn with_policies(flags: u32, enforcing: bool) -> u32 {
