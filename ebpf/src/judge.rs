@@ -340,8 +340,9 @@ mod tests {
     }
 
     /// A set that lets this protocol's port through where the other end is of the class, and nothing else.
-    fn lay(fake: &mut Fake, set: u32, class: Class, proto: Proto, port: u16, verdict: Verdict) {
-        let range = PortRange { first: port, last: port, proto, verdict: verdict as u8, reserved: [0; 2] };
+    fn lay(fake: &mut Fake, set: u32, class: Class, proto: Proto, port: u16) {
+        let verdict = Verdict::Allow as u8;
+        let range = PortRange { first: port, last: port, proto, verdict, reserved: [0; 2] };
         fake.policies.lay(set, PolicyKey::OTHERS, Verdict::Deny, &[]);
         fake.policies.lay(set, class, Verdict::Deny, &[range]);
     }
@@ -363,9 +364,9 @@ mod tests {
         isolate::<F>(&mut fake, 1, EndpointPolicy::OPEN, 7);
         isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
         let request = between::<F>(1, 2, 80);
-        lay(&mut fake, SET, FIRST, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, FIRST, Proto::TCP, 80);
         assert_eq!(request.leave(&fake), EGRESS, "its own policies are asked, too");
-        lay(&mut fake, 7, PolicyKey::OTHERS, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, 7, PolicyKey::OTHERS, Proto::TCP, 80);
         assert_eq!(request.leave(&fake), passes(&request, TO_2));
         for flags in [SYN | ACK, ACK] {
             let answer = request.answer(flags);
@@ -373,12 +374,12 @@ mod tests {
         }
         let other = between::<F>(1, 2, 81);
         assert_eq!(other.leave(&fake), EGRESS);
-        lay(&mut fake, 7, PolicyKey::OTHERS, Proto::TCP, 81, Verdict::Allow);
+        lay(&mut fake, 7, PolicyKey::OTHERS, Proto::TCP, 81);
         assert_eq!(other.leave(&fake), INGRESS);
         // The same from another node, through the stack.
         let request = between::<F>(3, 2, 80);
         assert_eq!(request.enter_pod(&fake, Origin::Inward), INGRESS);
-        lay(&mut fake, SET, THIRD, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, THIRD, Proto::TCP, 80);
         assert_eq!(request.enter_pod(&fake, Origin::Inward), passes(&request, Goes::Stack));
         let answer = request.answer(SYN | ACK);
         assert_eq!(answer.leave(&fake), passes(&answer, Goes::Stack));
@@ -406,7 +407,7 @@ mod tests {
         for allowed in [Proto::TCP, Proto::UDP, Proto::SCTP] {
             let mut fake = net::<F>();
             isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
-            lay(&mut fake, SET, FIRST, allowed, 80, Verdict::Allow);
+            lay(&mut fake, SET, FIRST, allowed, 80);
             let (from, to) = ((F::pod(1), 4000), (F::pod(2), 80));
             for frame in [Frame::tcp(from, to, SYN), Frame::udp(from, to), Frame::sctp(from, to, chunk::INIT)]
             {
@@ -417,14 +418,12 @@ mod tests {
         }
     }
 
-    fn echo<F: Names>(from: u8, to: u8, request: bool, id: u16) -> Frame {
-        let v4 = F::pod(1).is_v4();
-        let kind = match (v4, request) {
-            (true, true) => 8,
-            (true, false) => 0,
-            (false, true) => 128,
-            (false, false) => 129,
-        };
+    /// Of the two types of an echo.
+    const REQUEST: usize = 0;
+    const REPLY: usize = 1;
+
+    fn echo<F: Names>(from: u8, to: u8, which: usize, id: u16) -> Frame {
+        let kind = if F::pod(1).is_v4() { [8, 0] } else { [128, 129] }[which];
         let ends = ((F::pod(from), id), (F::pod(to), 0));
         Frame::new(ends.0, ends.1, Transport::Icmp { kind, code: 0 }).payload(b"echo")
     }
@@ -436,19 +435,19 @@ mod tests {
         let open = |port| PortRange { verdict: Verdict::Allow as u8, ..port };
         let all = PortRange { first: 0, last: 65535, proto: Proto::TCP, verdict: 0, reserved: [0; 2] };
         fake.policies.lay(SET, FIRST, Verdict::Deny, &[open(all)]);
-        assert_eq!(echo::<F>(1, 2, true, 7).leave(&fake), INGRESS, "all ports of a protocol are not all");
+        assert_eq!(echo::<F>(1, 2, REQUEST, 7).leave(&fake), INGRESS, "all ports of a protocol are not all");
         let esp = Frame::new((F::pod(1), 0), (F::pod(2), 0), Transport::Other(Proto { number: 50 }));
         assert_eq!(esp.leave(&fake), INGRESS);
         fake.policies.lay(SET, FIRST, Verdict::Allow, &[]);
         assert_eq!(esp.leave(&fake), passes(&esp, Goes::Stack));
-        let request = echo::<F>(1, 2, true, 7);
-        assert_eq!(echo::<F>(2, 1, false, 7).leave(&fake), EGRESS, "nobody has asked");
+        let request = echo::<F>(1, 2, REQUEST, 7);
+        assert_eq!(echo::<F>(2, 1, REPLY, 7).leave(&fake), EGRESS, "nobody has asked");
         assert_eq!(request.leave(&fake), passes(&request, Goes::Stack));
-        let reply = echo::<F>(2, 1, false, 7);
+        let reply = echo::<F>(2, 1, REPLY, 7);
         assert_eq!(reply.leave(&fake), passes(&reply, Goes::Stack));
-        assert_eq!(echo::<F>(2, 1, false, 8).leave(&fake), EGRESS);
-        assert_eq!(echo::<F>(2, 1, true, 7).leave(&fake), EGRESS);
-        assert_eq!(echo::<F>(3, 2, true, 7).enter_pod(&fake, Origin::Inward), INGRESS);
+        assert_eq!(echo::<F>(2, 1, REPLY, 8).leave(&fake), EGRESS);
+        assert_eq!(echo::<F>(2, 1, REQUEST, 7).leave(&fake), EGRESS);
+        assert_eq!(echo::<F>(3, 2, REQUEST, 7).enter_pod(&fake, Origin::Inward), INGRESS);
     }
 
     fn rule_47_policies_see_the_backend_that_was_chosen<F: Names>() {
@@ -456,7 +455,7 @@ mod tests {
         fake.service(F::vip(1), 80, Proto::TCP, &[(F::pod(2), 8080)]);
         fake.service(F::vip(2), 80, Proto::TCP, &[(F::pod(3), 8080)]);
         isolate::<F>(&mut fake, 1, EndpointPolicy::OPEN, SET);
-        lay(&mut fake, SET, THIRD, Proto::TCP, 8080, Verdict::Allow);
+        lay(&mut fake, SET, THIRD, Proto::TCP, 8080);
         let near = Frame::tcp((F::pod(1), 4000), (F::vip(1), 80), SYN);
         let far = near.clone().sent_to((F::vip(2), 80));
         assert_eq!(near.leave(&fake), EGRESS);
@@ -476,11 +475,11 @@ mod tests {
         fake.service(any, 30_080, Proto::TCP, &[(F::pod(1), 8080)]).flags = Frontend::NORTH_SOUTH;
         isolate::<F>(&mut fake, 1, SET, EndpointPolicy::OPEN);
         fake.policies.classes.insert(node, 8);
-        lay(&mut fake, SET, 8, Proto::TCP, 8080, Verdict::Allow);
+        lay(&mut fake, SET, 8, Proto::TCP, 8080);
         let request = Frame::tcp((client, 4000), (node, 30_080), SYN);
         assert_eq!(request.arrive(&fake), INGRESS, "only the node's own address may");
         fake.policies.classes.insert(client, 9);
-        lay(&mut fake, SET, 9, Proto::TCP, 8080, Verdict::Allow);
+        lay(&mut fake, SET, 9, Proto::TCP, 8080);
         assert_eq!(request.arrive(&fake).map(|(goes, _)| goes), Ok(TO_1));
     }
 
@@ -513,7 +512,7 @@ mod tests {
     fn rule_37_errors_belong_to_their_flow<F: Names>() {
         let mut fake = net::<F>();
         isolate::<F>(&mut fake, 2, EndpointPolicy::CLOSED, SET);
-        lay(&mut fake, SET, THIRD, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, THIRD, Proto::TCP, 80);
         let request = between::<F>(2, 3, 80);
         let (kind, code) = if F::pod(1).is_v4() { (3, 4) } else { (2, 0) };
         let quote = |frame: &Frame| frame.build()[14..].to_vec();
@@ -529,13 +528,13 @@ mod tests {
         for (port, passes) in [(53, true), (54, false)] {
             let mut fake = net::<F>();
             isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
-            lay(&mut fake, SET, FIRST, Proto::UDP, 53, Verdict::Allow);
+            lay(&mut fake, SET, FIRST, Proto::UDP, 53);
             let datagram = Frame::udp((F::pod(1), 4000), (F::pod(2), port)).payload(&[7; 100]);
             for (number, part) in datagram.fragments(48).iter().enumerate() {
                 assert_eq!(part.leave(&fake).is_ok(), passes, "fragment {number} to {port}");
             }
             let remote = datagram.sent_from((F::pod(3), 4000));
-            lay(&mut fake, SET, THIRD, Proto::UDP, 53, Verdict::Allow);
+            lay(&mut fake, SET, THIRD, Proto::UDP, 53);
             for (number, part) in remote.fragments(48).iter().enumerate() {
                 let entered = part.enter_pod(&fake, Origin::Inward);
                 assert_eq!(entered.is_ok(), passes, "fragment {number} to {port} from another node");
@@ -543,14 +542,14 @@ mod tests {
         }
         let mut fake = net::<F>();
         isolate::<F>(&mut fake, 2, EndpointPolicy::CLOSED, EndpointPolicy::OPEN);
-        let first = echo::<F>(1, 2, true, 7).part(Part::First);
+        let first = echo::<F>(1, 2, REQUEST, 7).part(Part::First);
         assert_eq!(first.leave(&fake), INGRESS, "it has no ports, and is asked about");
     }
 
     fn rule_52_a_known_flow_goes_on_and_a_new_one_is_asked_about<F: Names>() {
         let mut fake = net::<F>();
         isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
-        lay(&mut fake, SET, FIRST, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, FIRST, Proto::TCP, 80);
         let request = between::<F>(1, 2, 80);
         assert!(request.leave(&fake).is_ok() && request.answer(SYN | ACK).leave(&fake).is_ok());
         isolate::<F>(&mut fake, 2, EndpointPolicy::CLOSED, EndpointPolicy::CLOSED);
@@ -566,7 +565,7 @@ mod tests {
     fn rule_52_the_middle_of_a_connection_may_be_either_ends<F: Names>() {
         let mut fake = net::<F>();
         isolate::<F>(&mut fake, 2, SET, EndpointPolicy::CLOSED);
-        lay(&mut fake, SET, FIRST, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, FIRST, Proto::TCP, 80);
         let answer = between::<F>(1, 2, 80).answer(ACK);
         assert_eq!(answer.leave(&fake), passes(&answer, TO_1), "pod 1 may have opened it");
         let entry = fake.entry((answer.src, 80), (answer.dst, 4000), Proto::TCP).unwrap();
@@ -624,7 +623,7 @@ mod tests {
         let mut fake = net::<F>();
         isolate::<F>(&mut fake, 2, EndpointPolicy::CLOSED, EndpointPolicy::CLOSED);
         fake.local(F::pod(4), 14);
-        let frames = [between::<F>(1, 4, 80), between::<F>(1, 3, 80), echo::<F>(1, 4, true, 7)];
+        let frames = [between::<F>(1, 4, 80), between::<F>(1, 3, 80), echo::<F>(1, 4, REQUEST, 7)];
         for frame in &frames {
             assert!(frame.leave(&fake).is_ok());
         }
@@ -666,7 +665,7 @@ mod tests {
         let flags = Settings::POLICIES | Settings::MIGRATING;
         fake.settings = Some(Settings { flags, ..Settings::NONE });
         isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
-        lay(&mut fake, SET, FIRST, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, FIRST, Proto::TCP, 80);
         let request = between::<F>(1, 2, 80);
         for _ in 0..2 {
             assert_eq!(request.leave(&fake), passes(&request, Goes::Stack));
@@ -676,7 +675,7 @@ mod tests {
     fn a_full_table_lets_nothing_new_pass<F: Names>() {
         let mut fake = net::<F>();
         isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
-        lay(&mut fake, SET, FIRST, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, FIRST, Proto::TCP, 80);
         for room in 0..2 {
             fake.room.set(Some(room));
             assert_eq!(between::<F>(1, 2, 80).leave(&fake), Err(DropReason::ConntrackInsert));

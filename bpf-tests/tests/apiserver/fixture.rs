@@ -81,6 +81,7 @@ impl Model {
             | Change::LocalAddress(..)
             | Change::LocalSubnet(..)
             | Change::Attachment(..)
+            | Change::Tenant(..)
             | Change::KubeProxy(..) => panic!("not of a source"),
         }
     }
