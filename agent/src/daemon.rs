@@ -26,11 +26,12 @@ use crate::datapath::{self, Datapath, DatapathError, Interface, Sources};
 use crate::events::{Note, Reason, Recorder};
 use crate::gc;
 use crate::health::{self, Health, Keeper, proxy::Progress};
+use crate::ipam;
 use crate::kube_proxy;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
-use crate::model::{Change, KubeProxy, World};
+use crate::model::{Change, KubeProxy, Name, Tenant, World};
 use crate::net::routes::{Goal, Laid, Surplus};
 use crate::net::tunnel::TunnelDevice;
 use crate::net::{self, Moved, NetError, NetEvent};
@@ -184,10 +185,22 @@ async fn attach_pods(
         conflist: Conflist { dir: config.conf_dir.clone(), name: config.conf_name.clone() },
     };
     let (server, attached) = cni::server::Server::start(options, Arc::new(net::veth::Kernel), orders).await?;
-    for (addr, ifindex) in attached {
-        reconciler.handle(Change::Attachment(addr, Some(ifindex)), Instant::now());
+    for place in &attached {
+        settle(reconciler, place);
     }
     Ok(server)
+}
+
+/// Takes in who is behind an interface.
+fn settle(reconciler: &mut Reconciler<KernelMaps>, place: &Place) {
+    let tenant = place.tenant.as_ref().map(|ipam::Tenant { namespace, name, uid }| Tenant {
+        pod: Name::new(namespace.clone(), name.clone()),
+        uid: uid.clone(),
+    });
+    for &addr in &place.addresses {
+        reconciler.handle(Change::Attachment(addr, Some(place.ifindex)), Instant::now());
+        reconciler.handle(Change::Tenant(addr, tenant.clone()), Instant::now());
+    }
 }
 
 /// Says what there is, and what changes, until nobody listens; with an API also posts what is noted.
@@ -244,7 +257,7 @@ fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
         vni: config.vxlan_vni,
         ..plan::Config::default()
     };
-    let config = reconcile::Config { node, limits, plan, grace: GRACE };
+    let config = reconcile::Config { node, limits, plan, grace: GRACE, clock: clock::seconds };
     Reconciler::restore(maps, &config, Instant::now())
 }
 
@@ -525,15 +538,14 @@ impl Daemon {
         match order {
             Order::Look(answer) => drop(answer.send(self.view())),
             Order::Serve { place, served } => {
-                for &addr in &place.addresses {
-                    self.reconciler.handle(Change::Attachment(addr, Some(place.ifindex)), Instant::now());
-                }
+                settle(&mut self.reconciler, &place);
                 self.unserved.push((place, served));
             }
             Order::IsServed { place, answer } => drop(answer.send(self.is_served(&place))),
             Order::Withdraw { addresses } => {
                 for addr in addresses {
                     self.reconciler.handle(Change::Attachment(addr, None), Instant::now());
+                    self.reconciler.handle(Change::Tenant(addr, None), Instant::now());
                 }
             }
         }
@@ -557,16 +569,36 @@ impl Daemon {
         }
     }
 
-    /// Every address has its row, and the interface its programs.
-    fn is_served(&self, place: &Place) -> bool {
-        let mut addresses = place.addresses.iter();
-        self.attachments.renewed.contains(&(Interface::Pod, place.ifindex))
-            && addresses.all(|addr| self.reconciler.served_by(*addr) == Some(place.ifindex))
+    /// Every address has its row, with the policies of the pod, and the interface its programs; otherwise what is missing.
+    fn is_served(&self, place: &Place) -> Result<(), Box<str>> {
+        let Place { addresses, ifindex, tenant } = place;
+        if !self.attachments.renewed.contains(&(Interface::Pod, *ifindex)) {
+            return Err(format!("the programs are not at interface {ifindex}").into());
+        }
+        for addr in addresses {
+            if self.reconciler.served_by(*addr) != Some(*ifindex) {
+                return Err(format!("the programs do not know {addr} at interface {ifindex}").into());
+            }
+            if let Some(ipam::Tenant { namespace, name, uid }) = tenant
+                && self.reconciler.world().is_strangers(*addr)
+            {
+                return Err(format!(
+                    "there are policies in namespace {namespace}, and the object of pod {name} (uid {uid:?}) that says \
+                     whether they select it has not been read"
+                )
+                .into());
+            }
+            if !self.reconciler.is_guarded(*addr) {
+                return Err(format!("the policies of {addr} are not in the tables").into());
+            }
+        }
+        Ok(())
     }
 
     fn tell_served(&mut self) {
-        let (served, unserved) =
-            std::mem::take(&mut self.unserved).into_iter().partition(|(place, _)| self.is_served(place));
+        let (served, unserved) = std::mem::take(&mut self.unserved)
+            .into_iter()
+            .partition(|(place, _)| self.is_served(place).is_ok());
         self.unserved = unserved;
         self.unserved.retain(|(_, waiting)| !waiting.is_closed());
         for (_place, waiting) in served {

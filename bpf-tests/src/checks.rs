@@ -24,6 +24,8 @@ use crate::{
 #[derive(Debug)]
 pub struct World {
     pub agents: Vec<Agent>,
+    /// What attached the pods, one a node; none over an API.
+    pub runtimes: Vec<Runtime>,
     /// One a node, in worlds over an API.
     pub apis: Vec<Api>,
     /// Backends: `a2` and `b2`, so `a1` and `b1` have a local and a remote one.
@@ -78,7 +80,7 @@ impl World {
             }
         }
         let mut world = Self::served(cluster)?;
-        world.agents = agents;
+        (world.agents, world.runtimes) = (agents, runtimes);
         world.wait_programmed()?;
         world.wait_synced()?;
         Ok(world)
@@ -106,7 +108,7 @@ impl World {
         manifests.write_endpoints(&web, &Endpoint::ready(BACKENDS.map(|name| cluster.pod(name))))?;
         manifests.write_service(&empty)?;
         manifests.write_endpoints(&empty, &[])?;
-        Ok(Self { agents: Vec::new(), apis: Vec::new(), web, empty, cluster })
+        Ok(Self { agents: Vec::new(), runtimes: Vec::new(), apis: Vec::new(), web, empty, cluster })
     }
 
     /// [`World::test`] over a Kubernetes API.

@@ -125,13 +125,24 @@ impl Runtime {
 
     /// A command for a container, of the newest version.
     pub fn command(&self, command: &str, container: Container<'_>, more: Value) -> Result<Answer> {
+        self.command_with(command, container, "IgnoreUnknown=1;K8S_POD_NAMESPACE=default", more)
+    }
+
+    /// The same with other CNI_ARGS.
+    pub fn command_with(
+        &self,
+        command: &str,
+        container: Container<'_>,
+        args: &str,
+        more: Value,
+    ) -> Result<Answer> {
         let Container { id, netns } = container;
         let env = [
             ("CNI_COMMAND", command),
             ("CNI_CONTAINERID", id),
             ("CNI_NETNS", netns),
             ("CNI_IFNAME", IFNAME),
-            ("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=default"),
+            ("CNI_ARGS", args),
         ];
         self.run(&env, &self.config("1.1.0", more)?.to_string())
     }

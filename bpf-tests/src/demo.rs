@@ -62,7 +62,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 
 type Step = Box<dyn Fn(&World) -> Check>;
 
-/// In order: the last one changes the service.
+/// In order: the last ones change the service, and put a policy before its backend.
 fn steps() -> Vec<Step> {
     let mut steps: Vec<Step> = Vec::new();
     for protocol in [Protocol::Http, Protocol::Dns] {
@@ -81,6 +81,13 @@ fn steps() -> Vec<Step> {
         steps.push(Box::new(move |world| world.loopback(family)));
     }
     steps.push(Box::new(World::scale_down));
+    for family in Family::BOTH {
+        for (from, protocol) in
+            [("a1", Protocol::Http), ("b1", Protocol::Http), ("b2", Protocol::Http), ("a1", Protocol::Dns)]
+        {
+            steps.push(Box::new(move |world| world.guarded(from, protocol, family)));
+        }
+    }
     steps
 }
 
@@ -99,7 +106,7 @@ fn print_row([step, from, to, expected, seen, ok]: [&str; 6]) {
 /// What the agent of the first node has programmed.
 fn print_tables(world: &World) -> Result<()> {
     for agent in world.agents.iter().take(1) {
-        for verb in [&["map", "dump", "frontends"][..], &["service", "list"]] {
+        for verb in [&["map", "dump", "frontends"][..], &["service", "list"], &["policy", "list"]] {
             println!("\n# ferroflow {}\n{}", verb.join(" "), agent.verb(verb)?.trim_end());
         }
     }

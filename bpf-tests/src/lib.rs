@@ -24,6 +24,7 @@ pub mod cluster;
 pub mod cni;
 pub mod demo;
 pub mod ethtool;
+pub mod guarded;
 pub mod manifests;
 pub mod netns;
 pub mod oracle;

@@ -92,20 +92,24 @@ impl Pending {
 
     fn look(&mut self) -> Result<()> {
         match self.probe.transport {
-            Transport::Tcp => {
-                if let Some(error) = self.socket.take_error()? {
-                    bail!("{error}");
-                }
-                self.answered = self.socket.peer_addr().is_ok();
-            }
+            Transport::Tcp => match self.socket.take_error()? {
+                None => self.answered = self.socket.peer_addr().is_ok(),
+                Some(error) if is_unreachable(&error) => {}
+                Some(error) => bail!("{error}"),
+            },
             Transport::Udp => match (&self.socket).read(&mut [0; 16]) {
                 Ok(_length) => self.answered = true,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock || is_unreachable(&error) => {}
                 Err(error) => return Err(error.into()),
             },
         }
         Ok(())
     }
+}
+
+/// Nobody has the address (yet).
+fn is_unreachable(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable)
 }
 
 /// Answers probes to all addresses of a namespace, on these ports of both transports. Connections are echoed.

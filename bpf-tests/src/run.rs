@@ -18,7 +18,10 @@ use aya::{
 use ferroflow::{
     config::{Attach, Bpffs, MAX_ENDPOINTS, Masquerade, SocketLb, Xdp},
     datapath::{Datapath, Options, Sources},
-    maps::{Backends, Endpoints, Frontends, Maps as _, Slots, kernel::KernelMaps},
+    maps::{
+        Backends, Endpoints, Frontends, Ipcache, IpcacheRanges, Maps as _, Policy, PortRanges, SettingsRow,
+        Slots, kernel::KernelMaps,
+    },
 };
 use ferroflow_common::{
     abi::conntrack::{Entry, Tuple},
@@ -31,7 +34,8 @@ use ferroflow_ebpf::{
     packet::{Bytes, Packet as _},
     parse::headers,
     pod,
-    tables::fake::Fake,
+    service::Origin,
+    tables::fake::{Fake, FakePolicies},
 };
 use nix::time::{ClockId, clock_gettime};
 use zerocopy::{FromBytes as _, Immutable, IntoBytes};
@@ -83,7 +87,8 @@ impl Program {
         let mut bytes = Bytes(packet.to_vec());
         let verdict = match self {
             Self::PodEgress => pod::leaving(&mut bytes, tables),
-            Self::PodIngress => pod::entering(&mut bytes, tables),
+            // A packet of a test run came by no interface.
+            Self::PodIngress => pod::entering_pod(&mut bytes, tables, Origin::Own),
         };
         (verdict, bytes.0)
     }
@@ -197,6 +202,25 @@ impl Programs {
         }
         for (addr, endpoint) in &tables.endpoints {
             self.tables.put::<Endpoints>(addr, endpoint)?;
+        }
+        if let Some(settings) = &tables.settings {
+            self.tables.write::<SettingsRow>(0, settings)?;
+        }
+        self.fill_policies(&tables.policies)
+    }
+
+    fn fill_policies(&mut self, policies: &FakePolicies) -> Result<()> {
+        for (row, range) in (0..).zip(&policies.port_ranges) {
+            self.tables.write::<PortRanges>(row, range)?;
+        }
+        for (key, rules) in &policies.policy {
+            self.tables.put::<Policy>(key, rules)?;
+        }
+        for (addr, class) in &policies.classes {
+            self.tables.put::<Ipcache>(addr, class)?;
+        }
+        for (range, class) in &policies.ranges {
+            self.tables.put::<IpcacheRanges>(range, class)?;
         }
         Ok(())
     }

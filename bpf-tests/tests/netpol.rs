@@ -2,8 +2,9 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     process::ExitCode,
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -12,6 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
     checks::{self, World, target},
     cluster::{Cluster, Family},
+    cni::{self, Container},
     netns::Netns,
     oracle::{Answer, Flow, Oracle, Way},
     patience::stretched,
@@ -33,6 +35,10 @@ fn main() -> ExitCode {
             rule_49_a_pod_reaches_itself_and_its_node_reaches_it,
         ),
         ("rule_52_what_is_established_finishes", rule_52_what_is_established_finishes),
+        (
+            "rule_54_a_new_pod_is_guarded_from_its_first_packet",
+            rule_54_a_new_pod_is_guarded_from_its_first_packet,
+        ),
     ])
 }
 
@@ -437,17 +443,17 @@ fn rule_52_what_is_established_finishes(sandbox: &Sandbox) -> Result<()> {
             Ok(())
         };
         open(&mut streams)?;
-        let all =
-            json!({"podSelector": {}, "ingress": [{}], "egress": [{}], "policyTypes": ["Ingress", "Egress"]});
-        objects.apply(&policy("shop", "policy", all))?;
-        objects.agree()?;
-        open(&mut streams)?;
-        objects.apply(&policy(
-            "shop",
-            "policy",
-            json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}),
-        ))?;
-        objects.agree()?;
+        let both = json!(["Ingress", "Egress"]);
+        let nothing = policy("shop", "policy", json!({"podSelector": {}, "policyTypes": both}));
+        let all = json!({"podSelector": {}, "ingress": [{}], "egress": [{}], "policyTypes": both});
+        // Those of before are nowhere tracked, those of later are.
+        for object in [&nothing, &policy("shop", "policy", all), &nothing] {
+            objects.apply(object)?;
+            objects.agree()?;
+            if object != &nothing {
+                open(&mut streams)?;
+            }
+        }
         for stream in streams {
             let before = stream.seen().last().map_or(0, |it| it.verified);
             stream.wait_until(SOON, |seen| seen.last().is_some_and(|it| it.verified > before + (1 << 16)))?;
@@ -456,4 +462,88 @@ fn rule_52_what_is_established_finishes(sandbox: &Sandbox) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// While somebody of this node and of another knock without end at the address that the pod will have.
+fn rule_54_a_new_pod_is_guarded_from_its_first_packet(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| {
+        let mut objects = Objects::new(world)?;
+        let rule =
+            json!({"from": [{"podSelector": app("client")}], "ports": [{"port": 8000, "protocol": "TCP"}]});
+        objects.apply(&policy("shop", "policy", json!({"podSelector": app("new"), "ingress": [rule], "egress": [], "policyTypes": ["Ingress", "Egress"]})))?;
+        objects.agree()?;
+        let netns = Netns::new("new")?;
+        let _answering = Answering::start(&netns, &PORTS)?;
+        let path = netns.path()?;
+        let container = Container { id: "new", netns: cni::path(&path)? };
+        let args = "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=new;K8S_POD_UID=u1";
+        let add = || world.runtimes[0].command_with("ADD", container, args, json!({}));
+        // Nobody knows what selects it.
+        let refused = add()?;
+        ensure!(refused.code()? == 11 && refused.text.contains("pod new"), "{refused:?}");
+        objects.apply(&json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": "new", "namespace": "shop", "uid": "u1", "labels": {"app": "new"}},
+            "spec": {"nodeName": world.cluster.node("a").name, "containers": [{"name": "pod", "image": "pod"}]},
+            "status": {"phase": "Pending"},
+        }))?;
+        guarded(world, &netns, &add)
+    })
+}
+
+fn guarded(world: &World, new: &Netns, add: &(dyn Fn() -> Result<cni::Answer> + Sync)) -> Result<()> {
+    // The ranges' next ones, and some of those that will be tried and given back.
+    let addresses: Vec<IpAddr> = (3..9u8)
+        .flat_map(|last| {
+            let v4 = Ipv4Addr::new(10, 244, 1, last);
+            [v4.into(), Ipv6Addr::new(0xfd00, 0x10, 0x244, 1, 0, 0, 0, last.into()).into()]
+        })
+        .filter(|addr| world.cluster.pods().all(|pod| pod.ip(Family::of(*addr)) != *addr))
+        .collect();
+    let probe = |transport, addr, port| Probe { transport, target: SocketAddr::new(addr, port) };
+    let knocks: Vec<_> = addresses
+        .iter()
+        .flat_map(|addr| [probe(Transport::Tcp, *addr, 8001), probe(Transport::Udp, *addr, 8000)])
+        .collect();
+    let ended = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let knocking: Vec<_> = ["a1", "b1"]
+            .map(|from| {
+                let (knocks, ended) = (&knocks, &ended);
+                scope.spawn(move || -> Result<usize> {
+                    let mut rounds = 0;
+                    while !ended.load(Ordering::Relaxed) {
+                        let through = answered(&world.cluster.pod(from).netns, knocks)?;
+                        ensure!(!through.contains(&true), "{from} came in: {through:?} of {knocks:?}");
+                        rounds += 1;
+                    }
+                    Ok(rounds)
+                })
+            })
+            .into();
+        thread::sleep(stretched(Duration::from_millis(500)));
+        let added = add().and_then(|answer| answer.result());
+        let first = added.and_then(|result| first_packets(world, new, &result));
+        thread::sleep(stretched(Duration::from_millis(500)));
+        ended.store(true, Ordering::Relaxed);
+        for thread in knocking {
+            let rounds = thread.join().map_err(|_panic| anyhow::anyhow!("a prober panicked"))??;
+            ensure!(rounds > 2, "only {rounds} rounds");
+        }
+        first
+    })
+}
+
+/// At once after ADD: who may does, and the pod itself may nothing.
+fn first_packets(world: &World, new: &Netns, result: &Value) -> Result<()> {
+    for addr in cni::addresses(result) {
+        let target = SocketAddr::new(addr.parse()?, 8000);
+        let allowed = [Probe { transport: Transport::Tcp, target }];
+        let passed = answered(&world.cluster.pod("a1").netns, &allowed)?;
+        ensure!(passed == [true], "a1, which may, does not reach {target}");
+        let out = (world.cluster.pod("a2").ip(Family::of(target.ip())), 8000).into();
+        let out = Transport::BOTH.map(|transport| Probe { transport, target: out });
+        ensure!(answered(new, &out)? == [false, false], "the new pod reaches {out:?}");
+    }
+    Ok(())
 }

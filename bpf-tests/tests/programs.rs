@@ -18,7 +18,7 @@ use ferroflow_common::{
 };
 use ferroflow_ebpf::{
     frame::{Frame, Names, Socket, Transport, UdpChecksum},
-    noise::{Noise, world},
+    noise::{Noise, guarded_world, world},
     tables::fake::Fake,
 };
 use serde_json::Value;
@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         ("cases_of_ipv4", |sandbox| every_case::<V4>(sandbox)),
         ("cases_of_ipv6", |sandbox| every_case::<V6>(sandbox)),
         ("kernel_and_library_agree_on_noise", kernel_and_library_agree_on_noise),
+        ("kernel_and_library_agree_on_policies", kernel_and_library_agree_on_policies),
         ("every_program_loads_with_every_constant", every_program_loads_with_every_constant),
         ("bpftool_shows_the_tables_by_name", bpftool_shows_the_tables_by_name),
     ])
@@ -468,9 +469,41 @@ const PACKETS: usize = 10_000;
 const BATCH: usize = 250;
 
 fn kernel_and_library_agree_on_noise(sandbox: &Sandbox) -> Result<()> {
+    let mut fake = world();
+    let (changed, drops) = agree(sandbox, &mut fake)?;
+    ensure!(changed > PACKETS / 4, "{changed} of {PACKETS} packets were changed");
+    ensure!(drops.len() >= 5, "few reasons to drop: {drops:?}");
+    let moved =
+        |(tuple, entry): (&Wide, &Entry)| entry.kind == Entry::FORWARD && entry.src_port != tuple.src_port;
+    let moved = fake.tracked().iter().filter(|row| moved(*row)).count();
+    ensure!(moved > 0, "no flow got another source port");
+    Ok(())
+}
+
+fn kernel_and_library_agree_on_policies(sandbox: &Sandbox) -> Result<()> {
+    let mut fake = guarded_world();
+    let (_changed, drops) = agree(sandbox, &mut fake)?;
+    for reason in [
+        DropReason::PolicyIngress,
+        DropReason::PolicyEgress,
+        DropReason::DryRunIngress,
+        DropReason::DryRunEgress,
+    ] {
+        let count = drops.iter().find(|(it, _)| *it == reason).map_or(0, |(_, count)| *count);
+        ensure!(count > 0, "none is counted as {}: {drops:?}", reason.as_str());
+        let told = fake.would_drop.borrow().iter().filter(|it| **it == reason).count() as u64;
+        ensure!(!reason.is_dry_run() || told == count, "{}: {told} in the library, {count}", reason.as_str());
+    }
+    let plain = fake.tracked().values().filter(|entry| entry.flags & Entry::PLAIN != 0).count();
+    ensure!(plain > 0, "no flow of no service is tracked");
+    Ok(())
+}
+
+/// Random packets through both, over the same tables: how many were changed, and the packets dropped by reason.
+fn agree(sandbox: &Sandbox, fake: &mut Fake) -> Result<(usize, Vec<(DropReason, u64)>)> {
     let mut programs = Programs::load(&sandbox.place()?, DEFAULTS)?;
-    let (mut noise, mut fake) = (Noise(0xf10e), world());
-    programs.fill(&fake)?;
+    let mut noise = Noise(0xf10e);
+    programs.fill(fake)?;
     let mut changed = 0;
     for packet in 0..PACKETS {
         let program = if noise.percent(75) { Program::PodEgress } else { Program::PodIngress };
@@ -478,23 +511,16 @@ fn kernel_and_library_agree_on_noise(sandbox: &Sandbox) -> Result<()> {
         fake.clock.set(Programs::now()?);
         let kernel = programs.run(program, &bytes)?;
         fake.dice.set(thrown(&kernel.1));
-        let (verdict, host) = program.on_host(&bytes, &fake);
+        let (verdict, host) = program.on_host(&bytes, fake);
         changed += usize::from(host != bytes);
         same("kernel", &kernel, &(verdict.into(), host))
             .with_context(|| format!("packet {packet}, {verdict:?}, {}: {}", program.name(), hex(&bytes)))?;
         if packet % BATCH == BATCH - 1 {
-            compare_tracked(&programs, &fake).with_context(|| format!("after packet {packet}"))?;
-            age(&mut programs, &mut fake, &mut noise)?;
+            compare_tracked(&programs, fake).with_context(|| format!("after packet {packet}"))?;
+            age(&mut programs, fake, &mut noise)?;
         }
     }
-    ensure!(changed > PACKETS / 4, "{changed} of {PACKETS} packets were changed");
-    let drops = programs.drops()?;
-    ensure!(drops.len() >= 5, "few reasons to drop: {drops:?}");
-    let moved =
-        |(tuple, entry): (&Wide, &Entry)| entry.kind == Entry::FORWARD && entry.src_port != tuple.src_port;
-    let moved = fake.tracked().iter().filter(|row| moved(*row)).count();
-    ensure!(moved > 0, "no flow got another source port");
-    Ok(())
+    Ok((changed, programs.drops()?))
 }
 
 /// Brings some flows nearer their end or beyond it, and retires a backend, in both worlds.

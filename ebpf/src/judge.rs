@@ -13,8 +13,9 @@
 //! masquerade (rule 47). A pod of another node is judged there. What passes is tracked, so that replies and all that
 //! follows cost the lookup that they cost anyway (rule 48); a pod that no policy isolates tracks nothing.
 //!
-//! A packet in the middle of a connection that is not tracked (the table had no room, or the pod was not isolated when it
-//! began) passes where policies let it be opened by either end.
+//! A packet in the middle of a connection that is not tracked (the table had no room, or no policy isolated the pod when
+//! it began) passes where policies let it be opened by either end, and while the pod adopts what it had going when its
+//! first policy came (rule 52).
 //!
 //! What has no ports is judged by what policies say of no port: a rule without ports lets it pass (rule 45). Echoes are
 //! flows by their identifier. Errors about a known flow belong to that flow, whatever policies say of ICMP; neighbour
@@ -189,14 +190,17 @@ where
     if from.words() == to.words() {
         return Ok(flow.admitted());
     }
-    let wanted = Wanted { proto: tuple.proto, port };
-    let verdict = ask::<F, T>(tables, (&from, &to), (wanted, origin == Origin::Pod && !turned));
+    let middle = !flow.is_chosen() && in_the_middle(tuple.proto, headers.flags);
+    let question = Question {
+        wanted: Wanted { proto: tuple.proto, port },
+        leaves: origin == Origin::Pod && !turned,
+        adopted_at: if middle { tables.now() } else { u32::MAX },
+    };
+    let verdict = ask::<F, T>(tables, (&from, &to), &question);
     match verdict {
         Ok(()) => Ok(flow.admitted()),
         // With the reason for which it is dropped, should it be no answer either.
-        Err(reason) if flow == Outcome::GUARDED && in_the_middle(tuple.proto, headers.flags) => {
-            Ok(Outcome::turned(reason))
-        }
+        Err(reason) if flow == Outcome::GUARDED && middle => Ok(Outcome::turned(reason)),
         Err(reason) => Err(flow.reason_or(reason)),
     }
 }
@@ -208,40 +212,53 @@ fn in_the_middle(proto: Proto, flags: Flags) -> bool {
     proto.connects() && flags.0 & Flags::SYN == 0
 }
 
-/// Of a flow from one address to another: both where a pod of this node has them. `leaves`: the sender is such a pod,
-/// whatever address it uses.
+/// What is asked of a flow.
+struct Question {
+    wanted: Wanted,
+    /// The sender is a pod of this node, whatever address it uses.
+    leaves: bool,
+    /// When the middle of a connection was seen; the end of time for a packet that opens one.
+    adopted_at: u32,
+}
+
+impl Question {
+    /// Whether a policy lets it pass that says this.
+    #[inline(always)]
+    fn passes<T: Judges>(&self, tables: &T, set: u32, row: &EndpointPolicy, peer: &Addr) -> Verdict {
+        if set == EndpointPolicy::OPEN {
+            return Verdict::Allow;
+        }
+        let class = policy::class_of(tables, peer);
+        let verdict = tables.weigh(set, class, self.wanted);
+        if verdict == Verdict::Deny && self.adopted_at < row.adopts_until { Verdict::Allow } else { verdict }
+    }
+}
+
+/// Asks both ends, where pods of this node have their addresses.
 #[inline(always)]
-fn ask<F, T>(
-    tables: &T,
-    (from, to): (&Addr, &Addr),
-    (wanted, leaves): (Wanted, bool),
-) -> Result<(), DropReason>
+fn ask<F, T>(tables: &T, (from, to): (&Addr, &Addr), question: &Question) -> Result<(), DropReason>
 where
     F: Family,
     T: Tables<F> + Judges,
 {
-    let mut egress = if leaves { EndpointPolicy::CLOSED } else { EndpointPolicy::OPEN };
-    if let Some(row) = tables.endpoint(from) {
-        egress = row.policy.egress;
-    }
-    if egress != EndpointPolicy::OPEN {
-        let class = policy::class_of(tables, to);
-        match tables.weigh(egress, class, wanted) {
+    match tables.endpoint(from) {
+        Some(row) => match question.passes(tables, row.policy.egress, &row.policy, to) {
             Verdict::Allow => {}
             Verdict::Deny => return Err(DropReason::PolicyEgress),
             Verdict::WouldDeny => tables.would_drop(DropReason::DryRunEgress),
-        }
+        },
+        None if question.leaves => return Err(DropReason::PolicyEgress),
+        None => {}
     }
     let Some(row) = tables.endpoint(to) else { return Ok(()) };
-    if row.policy.ingress != EndpointPolicy::OPEN {
-        let class = policy::class_of(tables, from);
-        match tables.weigh(row.policy.ingress, class, wanted) {
-            Verdict::Allow => {}
-            Verdict::Deny => return Err(DropReason::PolicyIngress),
-            Verdict::WouldDeny => tables.would_drop(DropReason::DryRunIngress),
+    match question.passes(tables, row.policy.ingress, &row.policy, from) {
+        Verdict::Allow => Ok(()),
+        Verdict::Deny => Err(DropReason::PolicyIngress),
+        Verdict::WouldDeny => {
+            tables.would_drop(DropReason::DryRunIngress);
+            Ok(())
         }
     }
-    Ok(())
 }
 
 /// Tracks a flow that was admitted: [`Outcome::TRACKED`].
@@ -286,6 +303,7 @@ mod tests {
         rule_38_fragments_follow_their_first,
         rule_52_a_known_flow_goes_on_and_a_new_one_is_asked_about,
         rule_52_the_middle_of_a_connection_may_be_either_ends,
+        rule_52_what_a_pod_had_going_is_adopted_for_a_while,
         rule_54_nothing_passes_a_pod_that_is_closed,
         a_pod_without_policies_tracks_nothing,
         what_would_be_dropped_passes_and_is_told,
@@ -318,12 +336,13 @@ mod tests {
 
     fn isolate<F: Names>(fake: &mut Fake, pod: u8, ingress: u32, egress: u32) {
         let row = fake.endpoints.get_mut(&F::pod(pod)).unwrap();
-        row.policy = EndpointPolicy { ingress, egress, epoch: 0 };
+        row.policy = EndpointPolicy { ingress, egress, adopts_until: 0 };
     }
 
     /// A set that lets this protocol's port through where the other end is of the class, and nothing else.
-    fn lay(fake: &mut Fake, set: u32, class: Class, proto: Proto, port: u16, verdict: Verdict) {
-        let range = PortRange { first: port, last: port, proto, verdict: verdict as u8, reserved: [0; 2] };
+    fn lay(fake: &mut Fake, set: u32, class: Class, proto: Proto, port: u16) {
+        let verdict = Verdict::Allow as u8;
+        let range = PortRange { first: port, last: port, proto, verdict, reserved: [0; 2] };
         fake.policies.lay(set, PolicyKey::OTHERS, Verdict::Deny, &[]);
         fake.policies.lay(set, class, Verdict::Deny, &[range]);
     }
@@ -345,9 +364,9 @@ mod tests {
         isolate::<F>(&mut fake, 1, EndpointPolicy::OPEN, 7);
         isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
         let request = between::<F>(1, 2, 80);
-        lay(&mut fake, SET, FIRST, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, FIRST, Proto::TCP, 80);
         assert_eq!(request.leave(&fake), EGRESS, "its own policies are asked, too");
-        lay(&mut fake, 7, PolicyKey::OTHERS, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, 7, PolicyKey::OTHERS, Proto::TCP, 80);
         assert_eq!(request.leave(&fake), passes(&request, TO_2));
         for flags in [SYN | ACK, ACK] {
             let answer = request.answer(flags);
@@ -355,12 +374,12 @@ mod tests {
         }
         let other = between::<F>(1, 2, 81);
         assert_eq!(other.leave(&fake), EGRESS);
-        lay(&mut fake, 7, PolicyKey::OTHERS, Proto::TCP, 81, Verdict::Allow);
+        lay(&mut fake, 7, PolicyKey::OTHERS, Proto::TCP, 81);
         assert_eq!(other.leave(&fake), INGRESS);
         // The same from another node, through the stack.
         let request = between::<F>(3, 2, 80);
         assert_eq!(request.enter_pod(&fake, Origin::Inward), INGRESS);
-        lay(&mut fake, SET, THIRD, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, THIRD, Proto::TCP, 80);
         assert_eq!(request.enter_pod(&fake, Origin::Inward), passes(&request, Goes::Stack));
         let answer = request.answer(SYN | ACK);
         assert_eq!(answer.leave(&fake), passes(&answer, Goes::Stack));
@@ -388,7 +407,7 @@ mod tests {
         for allowed in [Proto::TCP, Proto::UDP, Proto::SCTP] {
             let mut fake = net::<F>();
             isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
-            lay(&mut fake, SET, FIRST, allowed, 80, Verdict::Allow);
+            lay(&mut fake, SET, FIRST, allowed, 80);
             let (from, to) = ((F::pod(1), 4000), (F::pod(2), 80));
             for frame in [Frame::tcp(from, to, SYN), Frame::udp(from, to), Frame::sctp(from, to, chunk::INIT)]
             {
@@ -399,14 +418,12 @@ mod tests {
         }
     }
 
-    fn echo<F: Names>(from: u8, to: u8, request: bool, id: u16) -> Frame {
-        let v4 = F::pod(1).is_v4();
-        let kind = match (v4, request) {
-            (true, true) => 8,
-            (true, false) => 0,
-            (false, true) => 128,
-            (false, false) => 129,
-        };
+    /// Of the two types of an echo.
+    const REQUEST: usize = 0;
+    const REPLY: usize = 1;
+
+    fn echo<F: Names>(from: u8, to: u8, which: usize, id: u16) -> Frame {
+        let kind = if F::pod(1).is_v4() { [8, 0] } else { [128, 129] }[which];
         let ends = ((F::pod(from), id), (F::pod(to), 0));
         Frame::new(ends.0, ends.1, Transport::Icmp { kind, code: 0, parameter: 0 }).payload(b"echo")
     }
@@ -418,19 +435,19 @@ mod tests {
         let open = |port| PortRange { verdict: Verdict::Allow as u8, ..port };
         let all = PortRange { first: 0, last: 65535, proto: Proto::TCP, verdict: 0, reserved: [0; 2] };
         fake.policies.lay(SET, FIRST, Verdict::Deny, &[open(all)]);
-        assert_eq!(echo::<F>(1, 2, true, 7).leave(&fake), INGRESS, "all ports of a protocol are not all");
+        assert_eq!(echo::<F>(1, 2, REQUEST, 7).leave(&fake), INGRESS, "all ports of a protocol are not all");
         let esp = Frame::new((F::pod(1), 0), (F::pod(2), 0), Transport::Other(Proto { number: 50 }));
         assert_eq!(esp.leave(&fake), INGRESS);
         fake.policies.lay(SET, FIRST, Verdict::Allow, &[]);
         assert_eq!(esp.leave(&fake), passes(&esp, Goes::Stack));
-        let request = echo::<F>(1, 2, true, 7);
-        assert_eq!(echo::<F>(2, 1, false, 7).leave(&fake), EGRESS, "nobody has asked");
+        let request = echo::<F>(1, 2, REQUEST, 7);
+        assert_eq!(echo::<F>(2, 1, REPLY, 7).leave(&fake), EGRESS, "nobody has asked");
         assert_eq!(request.leave(&fake), passes(&request, Goes::Stack));
-        let reply = echo::<F>(2, 1, false, 7);
+        let reply = echo::<F>(2, 1, REPLY, 7);
         assert_eq!(reply.leave(&fake), passes(&reply, Goes::Stack));
-        assert_eq!(echo::<F>(2, 1, false, 8).leave(&fake), EGRESS);
-        assert_eq!(echo::<F>(2, 1, true, 7).leave(&fake), EGRESS);
-        assert_eq!(echo::<F>(3, 2, true, 7).enter_pod(&fake, Origin::Inward), INGRESS);
+        assert_eq!(echo::<F>(2, 1, REPLY, 8).leave(&fake), EGRESS);
+        assert_eq!(echo::<F>(2, 1, REQUEST, 7).leave(&fake), EGRESS);
+        assert_eq!(echo::<F>(3, 2, REQUEST, 7).enter_pod(&fake, Origin::Inward), INGRESS);
     }
 
     fn rule_47_policies_see_the_backend_that_was_chosen<F: Names>() {
@@ -438,7 +455,7 @@ mod tests {
         fake.service(F::vip(1), 80, Proto::TCP, &[(F::pod(2), 8080)]);
         fake.service(F::vip(2), 80, Proto::TCP, &[(F::pod(3), 8080)]);
         isolate::<F>(&mut fake, 1, EndpointPolicy::OPEN, SET);
-        lay(&mut fake, SET, THIRD, Proto::TCP, 8080, Verdict::Allow);
+        lay(&mut fake, SET, THIRD, Proto::TCP, 8080);
         let near = Frame::tcp((F::pod(1), 4000), (F::vip(1), 80), SYN);
         let far = near.clone().sent_to((F::vip(2), 80));
         assert_eq!(near.leave(&fake), EGRESS);
@@ -458,11 +475,11 @@ mod tests {
         fake.service(any, 30_080, Proto::TCP, &[(F::pod(1), 8080)]).flags = Frontend::NORTH_SOUTH;
         isolate::<F>(&mut fake, 1, SET, EndpointPolicy::OPEN);
         fake.policies.classes.insert(node, 8);
-        lay(&mut fake, SET, 8, Proto::TCP, 8080, Verdict::Allow);
+        lay(&mut fake, SET, 8, Proto::TCP, 8080);
         let request = Frame::tcp((client, 4000), (node, 30_080), SYN);
         assert_eq!(request.arrive(&fake), INGRESS, "only the node's own address may");
         fake.policies.classes.insert(client, 9);
-        lay(&mut fake, SET, 9, Proto::TCP, 8080, Verdict::Allow);
+        lay(&mut fake, SET, 9, Proto::TCP, 8080);
         assert_eq!(request.arrive(&fake).map(|(goes, _)| goes), Ok(TO_1));
     }
 
@@ -495,7 +512,7 @@ mod tests {
     fn rule_37_errors_belong_to_their_flow<F: Names>() {
         let mut fake = net::<F>();
         isolate::<F>(&mut fake, 2, EndpointPolicy::CLOSED, SET);
-        lay(&mut fake, SET, THIRD, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, THIRD, Proto::TCP, 80);
         let request = between::<F>(2, 3, 80);
         let (kind, code) = if F::pod(1).is_v4() { (3, 4) } else { (2, 0) };
         let quote = |frame: &Frame| frame.build()[14..].to_vec();
@@ -511,13 +528,13 @@ mod tests {
         for (port, passes) in [(53, true), (54, false)] {
             let mut fake = net::<F>();
             isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
-            lay(&mut fake, SET, FIRST, Proto::UDP, 53, Verdict::Allow);
+            lay(&mut fake, SET, FIRST, Proto::UDP, 53);
             let datagram = Frame::udp((F::pod(1), 4000), (F::pod(2), port)).payload(&[7; 100]);
             for (number, part) in datagram.fragments(48).iter().enumerate() {
                 assert_eq!(part.leave(&fake).is_ok(), passes, "fragment {number} to {port}");
             }
             let remote = datagram.sent_from((F::pod(3), 4000));
-            lay(&mut fake, SET, THIRD, Proto::UDP, 53, Verdict::Allow);
+            lay(&mut fake, SET, THIRD, Proto::UDP, 53);
             for (number, part) in remote.fragments(48).iter().enumerate() {
                 let entered = part.enter_pod(&fake, Origin::Inward);
                 assert_eq!(entered.is_ok(), passes, "fragment {number} to {port} from another node");
@@ -525,14 +542,14 @@ mod tests {
         }
         let mut fake = net::<F>();
         isolate::<F>(&mut fake, 2, EndpointPolicy::CLOSED, EndpointPolicy::OPEN);
-        let first = echo::<F>(1, 2, true, 7).part(Part::First);
+        let first = echo::<F>(1, 2, REQUEST, 7).part(Part::First);
         assert_eq!(first.leave(&fake), INGRESS, "it has no ports, and is asked about");
     }
 
     fn rule_52_a_known_flow_goes_on_and_a_new_one_is_asked_about<F: Names>() {
         let mut fake = net::<F>();
         isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
-        lay(&mut fake, SET, FIRST, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, FIRST, Proto::TCP, 80);
         let request = between::<F>(1, 2, 80);
         assert!(request.leave(&fake).is_ok() && request.answer(SYN | ACK).leave(&fake).is_ok());
         isolate::<F>(&mut fake, 2, EndpointPolicy::CLOSED, EndpointPolicy::CLOSED);
@@ -548,7 +565,7 @@ mod tests {
     fn rule_52_the_middle_of_a_connection_may_be_either_ends<F: Names>() {
         let mut fake = net::<F>();
         isolate::<F>(&mut fake, 2, SET, EndpointPolicy::CLOSED);
-        lay(&mut fake, SET, FIRST, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, FIRST, Proto::TCP, 80);
         let answer = between::<F>(1, 2, 80).answer(ACK);
         assert_eq!(answer.leave(&fake), passes(&answer, TO_1), "pod 1 may have opened it");
         let entry = fake.entry((answer.src, 80), (answer.dst, 4000), Proto::TCP).unwrap();
@@ -561,6 +578,26 @@ mod tests {
         }
         let datagram = Frame::udp((F::pod(2), 80), (F::pod(1), 4000));
         assert_eq!(datagram.leave(&fake), EGRESS, "a datagram opens");
+    }
+
+    fn rule_52_what_a_pod_had_going_is_adopted_for_a_while<F: Names>() {
+        let mut fake = net::<F>();
+        isolate::<F>(&mut fake, 2, EndpointPolicy::CLOSED, EndpointPolicy::CLOSED);
+        fake.endpoints.get_mut(&F::pod(2)).unwrap().policy.adopts_until = 500;
+        for (now, passes) in [(1, true), (499, true), (500, false)] {
+            fake.clock.set(now);
+            fake.conntrack.take();
+            for (frame, opens) in [
+                (between::<F>(1, 2, 80).answer(ACK), false),
+                (Frame::tcp((F::pod(1), 4000), (F::pod(2), 80), ACK), false),
+                (between::<F>(1, 2, 81), true),
+                (between::<F>(2, 1, 81), true),
+                (between::<F>(1, 2, 82).answer(SYN | ACK), true),
+                (Frame::udp((F::pod(1), 4000), (F::pod(2), 80)), true),
+            ] {
+                assert_eq!(frame.leave(&fake).is_ok(), passes && !opens, "at {now}: {frame:?}");
+            }
+        }
     }
 
     fn rule_54_nothing_passes_a_pod_that_is_closed<F: Names>() {
@@ -586,7 +623,7 @@ mod tests {
         let mut fake = net::<F>();
         isolate::<F>(&mut fake, 2, EndpointPolicy::CLOSED, EndpointPolicy::CLOSED);
         fake.local(F::pod(4), 14);
-        let frames = [between::<F>(1, 4, 80), between::<F>(1, 3, 80), echo::<F>(1, 4, true, 7)];
+        let frames = [between::<F>(1, 4, 80), between::<F>(1, 3, 80), echo::<F>(1, 4, REQUEST, 7)];
         for frame in &frames {
             assert!(frame.leave(&fake).is_ok());
         }
@@ -628,7 +665,7 @@ mod tests {
         let flags = Settings::POLICIES | Settings::MIGRATING;
         fake.settings = Some(Settings { flags, ..Settings::NONE });
         isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
-        lay(&mut fake, SET, FIRST, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, FIRST, Proto::TCP, 80);
         let request = between::<F>(1, 2, 80);
         for _ in 0..2 {
             assert_eq!(request.leave(&fake), passes(&request, Goes::Stack));
@@ -638,7 +675,7 @@ mod tests {
     fn a_full_table_lets_nothing_new_pass<F: Names>() {
         let mut fake = net::<F>();
         isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
-        lay(&mut fake, SET, FIRST, Proto::TCP, 80, Verdict::Allow);
+        lay(&mut fake, SET, FIRST, Proto::TCP, 80);
         for room in 0..2 {
             fake.room.set(Some(room));
             assert_eq!(between::<F>(1, 2, 80).leave(&fake), Err(DropReason::ConntrackInsert));

@@ -1,5 +1,7 @@
 //! Random packets for tests, from a seed: most of them meant for the services of [`world`], some damaged.
 
+use ferroflow_common::abi::node::Settings;
+use ferroflow_common::abi::policy::{EndpointPolicy, PolicyKey, PortRange, RangeKey, Verdict};
 use ferroflow_common::addr::{Addr, Proto};
 use ferroflow_common::family::{V4, V6};
 use ferroflow_common::tcp::Flags;
@@ -193,6 +195,45 @@ pub fn world() -> Fake {
     services::<V4>(&mut fake);
     services::<V6>(&mut fake);
     fake
+}
+
+/// The same, with policies: pod 1 is isolated both ways, pod 2 as to what comes in, in part by a policy in dry run.
+pub fn guarded_world() -> Fake {
+    let mut fake = world();
+    fake.settings = Some(Settings { flags: Settings::POLICIES, ..Settings::NONE });
+    guard::<V4>(&mut fake);
+    guard::<V6>(&mut fake);
+    let range = |proto, first, last, verdict| PortRange {
+        first,
+        last,
+        proto,
+        verdict: verdict as u8,
+        reserved: [0; 2],
+    };
+    let policies = &mut fake.policies;
+    policies.lay(5, PolicyKey::OTHERS, Verdict::Deny, &[range(Proto::TCP, 80, 8080, Verdict::Allow)]);
+    policies.lay(5, 2, Verdict::Allow, &[range(Proto::UDP, 53, 53, Verdict::Deny)]);
+    let ports = [
+        range(Proto::TCP, 0, 4000, Verdict::Allow),
+        range(Proto::TCP, 8080, 8080, Verdict::WouldDeny),
+        range(Proto::UDP, 53, 5353, Verdict::Allow),
+        range(Proto::SCTP, 3868, 3868, Verdict::Allow),
+    ];
+    policies.lay(6, PolicyKey::OTHERS, Verdict::Deny, &ports);
+    policies.lay(7, PolicyKey::OTHERS, Verdict::WouldDeny, &ports[..1]);
+    policies.lay(7, 1, Verdict::Deny, &ports[1..3]);
+    fake
+}
+
+fn guard<F: Names>(fake: &mut Fake) {
+    for (pod, ingress, egress) in [(1, 5, 6), (2, 7, EndpointPolicy::OPEN)] {
+        if let Some(row) = fake.endpoints.get_mut(&F::pod(pod)) {
+            row.policy = EndpointPolicy { ingress, egress, adopts_until: 0 };
+        }
+        fake.policies.classes.insert(F::pod(pod), pod.into());
+    }
+    let bits = if F::CSUM_OFF.is_some() { 96 + 24 } else { 112 };
+    fake.policies.ranges.insert(RangeKey { bits, addr: F::pod(0) }, 3);
 }
 
 /// The ports of a service, and where its backends listen.

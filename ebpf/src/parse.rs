@@ -311,24 +311,21 @@ pub fn flow<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, DropR
         return transport(packet, network);
     }
     let l4 = packet.forget(network.l4);
-    let mut ports = [Port::ZERO; 2];
+    let (mut src_port, mut dst_port) = (Port::ZERO, Port::ZERO);
     if network.proto == F::ICMP
         && let Some([message, id]) = packet.words(l4)
     {
         let ([kind, ..], [high, low, ..]) = (message.to_ne_bytes(), id.to_ne_bytes());
-        if F::ECHO.contains(&kind) {
-            ports = echo_ports(kind == F::ECHO[0], Port { be: [high, low] });
+        let ([request, reply], id) = (F::ECHO, Port { be: [high, low] });
+        if kind == request {
+            src_port = id;
+        } else if kind == reply {
+            dst_port = id;
         }
     }
-    let [src_port, dst_port] = ports;
     let (src, dst, proto) = (network.src, network.dst, network.proto);
     let tuple = Aligned(Tuple { src, dst, src_port, dst_port, proto, reserved: [0; 3] });
     Ok(Some(Headers { tuple, l4, end: network.end, flags: Flags::NONE }))
-}
-
-#[inline(always)]
-const fn echo_ports(request: bool, id: Port) -> [Port; 2] {
-    if request { [id, Port::ZERO] } else { [Port::ZERO, id] }
 }
 
 /// The headers of a whole packet that [`headers`] found ports in, but for its flags; `None` where it ends before.

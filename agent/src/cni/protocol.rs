@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::types::CniError;
-use crate::ipam::Owner;
+use crate::ipam::{Owner, Tenant};
 
 /// Where the agent listens by default: root alone may connect.
 pub const SOCKET: &str = "/run/ferroflow/cni.sock";
@@ -46,6 +46,9 @@ pub struct Attachment {
     pub network: Box<str>,
     /// Bytes; `None` for what the node's devices carry.
     pub mtu: Option<u32>,
+    /// The pod that it is for. `None` of a plugin of an older version, and where the runtime does not say it.
+    #[serde(default)]
+    pub tenant: Option<Tenant>,
 }
 
 /// An attachment that is to go. Also the form of a file in the spool.

@@ -27,6 +27,16 @@ pub struct Owner {
     pub ifname: Box<str>,
 }
 
+/// The Kubernetes pod that an attachment is for, as the runtime names it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tenant {
+    pub namespace: Box<str>,
+    pub name: Box<str>,
+    /// Empty where the runtime does not say it.
+    #[serde(default)]
+    pub uid: Box<str>,
+}
+
 /// What an attachment has been given.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
@@ -34,6 +44,9 @@ pub struct Lease {
     pub network: Box<str>,
     /// One of each family.
     pub addresses: Vec<IpAddr>,
+    /// Whose it is; `None` where the runtime does not say it, or no runtime of Kubernetes asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<Tenant>,
 }
 
 /// Where addresses may be taken from at present.

@@ -7,7 +7,7 @@ use ferroflow_common::addr::Addr;
 use serde::{Deserialize, Serialize};
 
 use super::range::Usable;
-use super::{IpamError, Lease, Owner, Space};
+use super::{IpamError, Lease, Owner, Space, Tenant};
 use crate::model::{Family, Prefix};
 
 /// All leases of this node, and what is remembered of those that ended.
@@ -61,12 +61,19 @@ impl Pool {
             self.cursors.insert(range.to_string(), *addr);
         }
         self.cursors.retain(|known, _| space.ranges.iter().any(|range| range.to_string() == *known));
-        let lease =
-            Lease { network: network.into(), addresses: picks.iter().map(|pick| pick.addr).collect() };
+        let addresses = picks.iter().map(|pick| pick.addr).collect();
+        let lease = Lease { network: network.into(), addresses, tenant: None };
         self.release(owner);
         self.used.extend(&lease.addresses);
         self.leases.insert(owner.clone(), lease.clone());
         Ok(lease)
+    }
+
+    /// Notes whose pod the owner's addresses are.
+    pub fn let_to(&mut self, owner: &Owner, tenant: Option<Tenant>) {
+        if let Some(lease) = self.leases.get_mut(owner) {
+            lease.tenant = tenant;
+        }
     }
 
     /// What the owner had, which it has no longer.
@@ -274,7 +281,7 @@ mod tests {
     fn a_record_that_gives_an_address_twice_is_refused() {
         let held = |number| Held {
             owner: owner(number),
-            lease: Lease { network: "n".into(), addresses: vec!["10.0.0.2".parse().unwrap()] },
+            lease: Lease { network: "n".into(), addresses: vec!["10.0.0.2".parse().unwrap()], tenant: None },
         };
         let record = Record { leases: vec![held(1), held(2)], resting: Vec::new(), cursors: BTreeMap::new() };
         assert_eq!(Pool::restore(record), Err("10.0.0.2".parse().unwrap()));

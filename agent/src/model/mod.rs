@@ -20,7 +20,7 @@ pub use id::{Kind, ObjectId, Withheld};
 pub use label::Labels;
 pub use namespace::Namespace;
 pub use node::{Node, Prefix, Stay};
-pub use pod::{NamedPort, Network, Pod};
+pub use pod::{NamedPort, Network, Pod, Tenant};
 pub use policy::NetworkPolicy;
 pub use route::{Routes, Way};
 pub use service::{
@@ -74,6 +74,8 @@ pub enum Change {
     },
     /// An address that this agent gave to a pod, and the interface it made for it: known before any object says so.
     Attachment(Addr, Option<u32>),
+    /// The pod that it was given to.
+    Tenant(Addr, Option<Tenant>),
 }
 
 /// The service proxy that a node had before, as far as the kernel still has its rules.

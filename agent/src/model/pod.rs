@@ -2,7 +2,7 @@
 
 use ferroflow_common::addr::{Addr, Port, Proto};
 
-use super::Labels;
+use super::{Labels, Name};
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Pod {
@@ -27,6 +27,21 @@ pub enum Network {
     Host,
     /// It is finished: its addresses may be another's (rule 51).
     Left,
+}
+
+/// A pod of this node that was given an address, which its object need not say yet.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Tenant {
+    pub pod: Name,
+    /// Of the one that is meant; empty where that is not known.
+    pub uid: Box<str>,
+}
+
+impl Tenant {
+    /// Whether the object is of this pod, and not of one that had its name before or will have it.
+    pub fn is(&self, pod: &Pod) -> bool {
+        self.uid.is_empty() || pod.uid.is_empty() || self.uid == pod.uid
+    }
 }
 
 /// What a named port of a policy may mean (rule 46).

@@ -7,7 +7,8 @@ use ferroflow_common::addr::Addr;
 
 use super::label::{Labels, Pool};
 use super::{
-    Change, EndpointSlice, Kind, KubeProxy, Name, Namespace, NetworkPolicy, Node, Pod, Prefix, Service,
+    Change, EndpointSlice, Kind, KubeProxy, Name, Namespace, Network, NetworkPolicy, Node, Pod, Prefix,
+    Service, Tenant,
 };
 
 /// Everything that is known of the cluster. [`World::apply`] is the only way to change it.
@@ -36,6 +37,7 @@ pub struct World {
     uplinks: BTreeSet<u32>,
     topology: u64,
     attachments: BTreeMap<Addr, u32>,
+    tenants: BTreeMap<Addr, Tenant>,
 }
 
 /// A Service and its slices, each of which may come first. Slices are kept apart, because an endpoint that moves
@@ -106,20 +108,31 @@ impl World {
                     Some(policy) => self.policies.insert(name.clone(), policy),
                     None => self.policies.remove(&name),
                 };
-                if old == policy { Vec::new() } else { vec![Touched::NetworkPolicy(name)] }
+                if old == policy {
+                    return Vec::new();
+                }
+                let strangers = self.tenants.iter().filter(|(_, it)| it.pod.namespace == name.namespace);
+                let touched = strangers.map(|(addr, _)| Touched::Endpoint(*addr));
+                touched.chain([Touched::NetworkPolicy(name.clone())]).collect()
             }
             Change::LocalRoute(addr, ifindex) => {
                 let old = set(&mut self.local_routes, addr, ifindex);
                 // The interface went with the pod's namespace, and nobody has said so yet.
+                let mut touched = Vec::new();
                 if ifindex.is_none() && old.is_some() && self.attachment(addr) == old {
                     self.attachments.remove(&addr);
+                    touched = self.apply_tenant(addr, None);
                 }
-                if old == ifindex { Vec::new() } else { vec![Touched::Endpoint(addr)] }
+                if old != ifindex {
+                    touched.push(Touched::Endpoint(addr));
+                }
+                touched
             }
             Change::Attachment(addr, ifindex) => {
                 let old = set(&mut self.attachments, addr, ifindex);
                 if old == ifindex { Vec::new() } else { vec![Touched::Endpoint(addr)] }
             }
+            Change::Tenant(addr, tenant) => self.apply_tenant(addr, tenant),
             Change::LocalAddress(addr, ifindex) => {
                 let changed = set(&mut self.local_addresses, addr, ifindex) != ifindex;
                 self.topology += u64::from(changed);
@@ -337,7 +350,54 @@ impl World {
         touched
     }
 
+    /// Whether policies that select pods of its namespace may mean who has the address: it was given to a pod whose object
+    /// is not known.
+    pub fn is_strangers(&self, addr: Addr) -> bool {
+        let Some(tenant) = self.tenants.get(&addr) else { return false };
+        let known = self.pod(&tenant.pod).is_some_and(|pod| self.is_local(pod) && tenant.is(pod));
+        !known && self.policies_in(&tenant.pod.namespace).next().is_some()
+    }
+
+    /// The pod that was given the address.
+    pub fn tenant(&self, addr: Addr) -> Option<&Tenant> {
+        self.tenants.get(&addr)
+    }
+
+    fn apply_tenant(&mut self, addr: Addr, tenant: Option<Tenant>) -> Vec<Touched> {
+        let old = match tenant.clone() {
+            Some(tenant) => self.tenants.insert(addr, tenant),
+            None => self.tenants.remove(&addr),
+        };
+        if old == tenant {
+            return Vec::new();
+        }
+        let mut touched = vec![Touched::Endpoint(addr)];
+        for Tenant { pod: name, .. } in old.into_iter().chain(tenant) {
+            if let Some(mut pod) = self.pods.get(&name).cloned() {
+                // Should the object say so, it will not for long.
+                pod.addresses = pod.addresses.iter().copied().filter(|it| *it != addr).collect();
+                touched.extend(self.apply_pod(name, Some(pod)));
+            }
+        }
+        touched
+    }
+
+    /// The pod with the addresses that it was given: policies know them before its object does (rule 54).
+    fn at_home(&self, name: &Name, pod: Pod) -> Pod {
+        if !self.is_local(&pod) || pod.network != Network::Own {
+            return pod;
+        }
+        let given = self.tenants.iter().filter(|(_, tenant)| tenant.pod == *name && tenant.is(&pod));
+        let given: Vec<_> = given.map(|(addr, _)| *addr).filter(|it| !pod.addresses.contains(it)).collect();
+        if given.is_empty() {
+            return pod;
+        }
+        let addresses = pod.addresses.iter().copied().chain(given).collect();
+        Pod { addresses, ..pod }
+    }
+
     fn apply_pod(&mut self, name: Name, pod: Option<Pod>) -> Vec<Touched> {
+        let pod = pod.map(|pod| self.at_home(&name, pod));
         let pod = pod.map(|pod| Pod { labels: self.labels.share(pod.labels), ..pod });
         let old = match pod.clone() {
             Some(pod) => self.pods.insert(name.clone(), pod),
@@ -482,6 +542,37 @@ mod tests {
         let moved = node(Some("a"), &[Addr::v4([10, 0, 0, 9])]);
         assert_eq!(touched("here", moved), [guarded.clone(), Touched::Node]);
         assert_eq!(touched("here", None), [guarded, Touched::Service(web()), Touched::Node]);
+    }
+
+    #[test]
+    fn rule_54_a_pod_has_the_addresses_it_was_given_before_its_object_says_so() {
+        let (addr, told) = (Addr::v4([10, 0, 0, 1]), Addr::v4([10, 0, 0, 2]));
+        let mut world = World::new("here");
+        let pod = |uid: &str, addresses: &[Addr]| Pod {
+            uid: uid.into(),
+            node: "here".into(),
+            addresses: addresses.into(),
+            ..Pod::default()
+        };
+        let tenant = Tenant { pod: web(), uid: "u1".into() };
+        let given = Change::Tenant(addr, Some(tenant));
+        assert_eq!(world.apply(given.clone()), [Touched::Endpoint(addr)]);
+        assert_eq!(world.apply(given), []);
+        assert!(!world.is_strangers(addr), "nothing may select it");
+        let policy = Change::NetworkPolicy(Name::new("default", "deny"), Some(NetworkPolicy::default()));
+        let touched = world.apply(policy);
+        assert_eq!(touched[0], Touched::Endpoint(addr));
+        assert!(world.is_strangers(addr));
+        world.apply(Change::Pod(web(), Some(pod("u0", &[]))));
+        assert!(world.is_strangers(addr), "another one had that name before");
+        let touched = world.apply(Change::Pod(web(), Some(pod("u1", &[]))));
+        assert_eq!(touched, [Touched::Endpoint(addr), Touched::Pod(web())]);
+        assert!(!world.is_strangers(addr));
+        assert_eq!(*world.pod(&web()).unwrap().addresses, [addr]);
+        world.apply(Change::Pod(web(), Some(pod("u1", &[told]))));
+        assert_eq!(*world.pod(&web()).unwrap().addresses, [told, addr], "of a sandbox before, too");
+        world.apply(Change::Tenant(addr, None));
+        assert_eq!(*world.pod(&web()).unwrap().addresses, [told]);
     }
 
     #[test]

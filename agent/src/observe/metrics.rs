@@ -96,7 +96,8 @@ impl Metrics {
             | Change::LocalAddress(..)
             | Change::LocalSubnet(..)
             | Change::Uplink { .. }
-            | Change::Attachment(..) => {}
+            | Change::Attachment(..)
+            | Change::Tenant(..) => {}
         }
         self.last_queued.set(seconds(now));
     }

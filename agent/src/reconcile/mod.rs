@@ -45,6 +45,8 @@ pub struct Config {
     pub plan: plan::Config,
     /// How long a released id, index or slot range rests: longer than a program runs on one packet.
     pub grace: Duration,
+    /// Seconds of `CLOCK_MONOTONIC`, which the programs stamp flows with.
+    pub clock: fn() -> u32,
 }
 
 /// The one writer of the tables. It has no clock and no tasks of its own: a loop tells it what changed, and calls
@@ -219,6 +221,16 @@ impl<M: Maps> Reconciler<M> {
         plan::masquerade::devices(&self.world, &self.tables.plan.world)
     }
 
+    /// Whether the row of a local address says what its pod's policies say, or keeps everything out because they cannot be
+    /// followed.
+    pub fn is_guarded(&self, addr: Addr) -> bool {
+        let planned = self.tables.policies.endpoint(&self.world, addr);
+        let row = self.tables.endpoints.get(&addr);
+        let is_planned =
+            |row: &Endpoint| (row.policy.ingress, row.policy.egress) == (planned.ingress, planned.egress);
+        !self.world.is_strangers(addr) && row.is_some_and(is_planned)
+    }
+
     pub fn world(&self) -> &World {
         &self.world
     }
@@ -238,7 +250,8 @@ impl<M: Maps> Reconciler<M> {
                 let tables = &mut self.tables;
                 // While policies are held, so are those of the pods that are known.
                 let held = tables.endpoints.get(addr).filter(|_| tables.hold.holds_policies());
-                let policy = held.map_or_else(|| tables.policies.endpoint(*addr), |row| row.policy);
+                let policy =
+                    held.map_or_else(|| tables.policies.endpoint(&self.world, *addr), |row| row.policy);
                 let desired = endpoints::endpoint(&self.world, *addr, policy);
                 tables.apply_endpoint(*addr, desired)?;
                 if tables.policies.has_left() {

@@ -119,15 +119,20 @@ impl Policies {
         self.dirty.endpoints.extend(endpoints);
     }
 
-    /// What a local pod's row is to say. A set that is not in the tables is closed.
-    pub(super) fn endpoint(&self, addr: Addr) -> EndpointPolicy {
+    /// What a local pod's row is to say. A set that is not in the tables is closed, and so is a pod that policies may
+    /// select and of which nothing but its name is known.
+    pub(super) fn endpoint(&self, world: &World, addr: Addr) -> EndpointPolicy {
+        if world.is_strangers(addr) {
+            let closed = EndpointPolicy::CLOSED;
+            return EndpointPolicy { ingress: closed, egress: closed, adopts_until: 0 };
+        }
         let ready = |set: u32| {
             let others = PolicyKey { set, class: PolicyKey::OTHERS };
             let in_tables = self.rules.contains_key(&others) && !self.closed.contains_key(&set);
             if set == EndpointPolicy::OPEN || in_tables { set } else { EndpointPolicy::CLOSED }
         };
-        let EndpointPolicy { ingress, egress, epoch } = self.planner.endpoint(addr);
-        EndpointPolicy { ingress: ready(ingress), egress: ready(egress), epoch }
+        let EndpointPolicy { ingress, egress, adopts_until } = self.planner.endpoint(addr);
+        EndpointPolicy { ingress: ready(ingress), egress: ready(egress), adopts_until }
     }
 
     /// Sets, rows of rules and addresses in the tables.
@@ -298,7 +303,7 @@ impl<M: Maps> Tables<M> {
         let closed = policies.closed.keys().flat_map(|set| policies.planner.endpoints_of(*set));
         let moved: BTreeSet<_> = policies.dirty.endpoints.iter().copied().chain(closed).collect();
         for addr in moved {
-            let desired = endpoints::endpoint(world, addr, self.policies.endpoint(addr));
+            let desired = endpoints::endpoint(world, addr, self.policies.endpoint(world, addr));
             // Where an interface is not known yet there is no row to change.
             if desired.is_some() {
                 self.apply_endpoint(addr, desired)?;

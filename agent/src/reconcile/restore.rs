@@ -3,13 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::abi::lb::Backend;
 
 use super::Config;
 use super::hold::{Hold, Restored};
 use super::policy::Policies;
-use super::tables::{PortState, Tables, range_of};
+use super::tables::{PortState, Tables, enforced, range_of};
 use crate::maps::{
     ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps, Services, Slots, SourceRanges,
 };
@@ -67,6 +66,7 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
         limits: config.limits,
         plan: config.plan.clone(),
         grace: config.grace,
+        clock: config.clock,
         ids,
         indices,
         ranges,
@@ -75,7 +75,7 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
         cluster_ips: frontends.keys().filter(|key| key.is_cluster_ip()).count(),
         frontends,
         // Where that was not told yet, the first row that is written tells it.
-        enforcing: endpoints.values().any(Endpoint::is_isolated),
+        enforced: enforced(&endpoints),
         endpoints,
         freed: false,
         displaced: BTreeSet::new(),

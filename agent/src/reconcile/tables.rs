@@ -9,7 +9,7 @@ use ferroflow_common::abi::lb::{
     Backend, Frontend, FrontendKey, ServiceName, Slot, SourceRange, SourceRangeKey,
 };
 use ferroflow_common::abi::node::Settings;
-use ferroflow_common::abi::policy::RangeKey;
+use ferroflow_common::abi::policy::{EndpointPolicy, RangeKey};
 use ferroflow_common::addr::Addr;
 
 use super::diff::{Step, steps};
@@ -31,6 +31,7 @@ pub(super) struct Tables<M> {
     pub(super) limits: Limits,
     pub(super) plan: plan::Config,
     pub(super) grace: Duration,
+    pub(super) clock: fn() -> u32,
     pub(super) ids: Numbers,
     pub(super) indices: Numbers,
     pub(super) ranges: Ranges,
@@ -41,8 +42,8 @@ pub(super) struct Tables<M> {
     /// How many of `frontends` only say that an address is a cluster IP.
     pub(super) cluster_ips: usize,
     pub(super) endpoints: BTreeMap<Addr, Endpoint>,
-    /// Whether the programs are told to ask policies: as long as they apply to a pod.
-    pub(super) enforcing: bool,
+    /// [`Settings::POLICIES`] as long as policies apply to a pod: then the programs are told to ask them.
+    pub(super) enforced: u32,
     /// A frontend was removed since this was last asked.
     pub(super) freed: bool,
     /// Services that lost a frontend to another since this was last asked.
@@ -144,10 +145,11 @@ impl<M: Maps> Tables<M> {
 
     /// Makes the row of a local pod say what it should.
     pub(super) fn apply_endpoint(&mut self, addr: Addr, desired: Option<Endpoint>) -> Result<(), MapError> {
-        match desired {
-            Some(row) if self.endpoints.get(&addr) != Some(&row) => {
+        let old = self.endpoints.get(&addr);
+        match desired.map(|row| adopting(old, row, self.clock)) {
+            Some(row) if old != Some(&row) => {
                 if row.is_isolated() {
-                    self.enforce(true)?;
+                    self.enforce(Settings::POLICIES)?;
                 }
                 self.maps.put::<Endpoints>(&addr, &row)?;
                 self.endpoints.insert(addr, row);
@@ -158,17 +160,17 @@ impl<M: Maps> Tables<M> {
             }
             Some(_) | None => return Ok(()),
         }
-        self.enforce(self.endpoints.values().any(Endpoint::is_isolated))
+        self.enforce(enforced(&self.endpoints))
     }
 
     /// Tells the programs whether to ask policies: before the first pod that these apply to, and no longer than for the
     /// last one.
-    fn enforce(&mut self, enforcing: bool) -> Result<(), MapError> {
-        if self.enforcing != enforcing {
+    fn enforce(&mut self, enforced: u32) -> Result<(), MapError> {
+        if self.enforced != enforced {
             let settings = self.maps.read::<SettingsRow>(0)?;
-            let flags = with_policies(settings.flags, enforcing);
+            let flags = settings.flags & !Settings::POLICIES | enforced;
             self.maps.write::<SettingsRow>(0, &Settings { flags, ..settings })?;
-            self.enforcing = enforcing;
+            self.enforced = enforced;
         }
         Ok(())
     }
@@ -178,7 +180,7 @@ impl<M: Maps> Tables<M> {
         if self.maps.read::<Masquerades>(0)? != rows.masquerade {
             self.maps.write::<Masquerades>(0, &rows.masquerade)?;
         }
-        let flags = with_policies(rows.settings.flags, self.enforcing);
+        let flags = rows.settings.flags | self.enforced;
         let settings = Settings { flags, ..rows.settings };
         if self.maps.read::<SettingsRow>(0)? != settings {
             // Ranges are taken back before they change: a program must not see half of one.
@@ -325,6 +327,17 @@ pub(super) fn range_of(row: &Frontend) -> Range {
     Range { offset: row.offset, length: row.length }
 }
 
-const fn with_policies(flags: u32, enforcing: bool) -> u32 {
-    if enforcing { flags | Settings::POLICIES } else { flags & !Settings::POLICIES }
+/// The row, with what the pod adopts: what it had going when the first policy came to isolate it may finish (rule 52).
+fn adopting(old: Option<&Endpoint>, mut row: Endpoint, clock: fn() -> u32) -> Endpoint {
+    row.policy.adopts_until = match old.filter(|old| old.ifindex == row.ifindex && row.is_isolated()) {
+        None => 0,
+        Some(old) if old.is_isolated() => old.policy.adopts_until,
+        Some(_open) => clock().saturating_add(EndpointPolicy::ADOPTION),
+    };
+    row
+}
+
+/// [`Settings::POLICIES`] where policies apply to one of the pods.
+pub(super) fn enforced(endpoints: &BTreeMap<Addr, Endpoint>) -> u32 {
+    if endpoints.values().any(Endpoint::is_isolated) { Settings::POLICIES } else { 0 }
 }

@@ -189,7 +189,7 @@ fn reconciler(bpffs: &Bpffs, node: &str) -> Result<Reconciler<KernelMaps>> {
         frontends: tables.capacity::<maps::Frontends>()?,
     };
     let plan = ferroflow::plan::Config::default();
-    let config = Config { node: node.into(), limits, plan, grace: Duration::from_secs(2) };
+    let config = Config { node: node.into(), limits, plan, grace: Duration::from_secs(2), clock: || 0 };
     Ok(Reconciler::restore(tables, &config, Instant::now())?)
 }
 

@@ -59,7 +59,7 @@ impl Compiled {
         let now = Instant::now();
         let limits = Limits { services: 1, frontends: 1 };
         let (plan, grace) = (plan::Config::default(), Duration::ZERO);
-        let config = Config { node: NODE.into(), limits, plan, grace };
+        let config = Config { node: NODE.into(), limits, plan, grace, clock: || 0 };
         let mut reconciler = Reconciler::restore(maps, &config, now)?;
         reconciler.synced();
         for addr in (0..PODS).flat_map(pod_addresses) {

@@ -7,6 +7,13 @@
 
 use anyhow::{Result, ensure};
 use ferroflow_common::{
+    abi::{
+        node::Settings,
+        policy::{
+            EndpointPolicy, PolicyKey, PortRange,
+            Verdict::{Allow, Deny},
+        },
+    },
     addr::Proto,
     family::{V4, V6},
     tcp::Flags,
@@ -29,13 +36,19 @@ struct Route {
 const RUNS: usize = 5;
 
 pub(super) fn print(programs: &mut Programs, repeat: u32) -> Result<()> {
-    let tables = tables()?;
-    programs.fill(&tables)?;
     println!(
         "{:<28} {:<12} {:>6} {:>9} {:>13} {:>12}",
         "PATH", "PROGRAM", "MIN ns", "MEDIAN ns", "HASH LOOKUPS", "ARRAY READS"
     );
-    for Route { name, program, packet } in routes() {
+    measure(programs, repeat, (tables()?, routes()))?;
+    measure(programs, repeat, (guarded_tables()?, guarded_routes()))?;
+    println!();
+    Ok(())
+}
+
+fn measure(programs: &mut Programs, repeat: u32, (tables, routes): (Fake, Vec<Route>)) -> Result<()> {
+    programs.fill(&tables)?;
+    for Route { name, program, packet } in routes {
         programs.set_tracked(&tables.tracked())?;
         let mut times = Vec::new();
         for _ in 0..RUNS {
@@ -50,7 +63,6 @@ pub(super) fn print(programs: &mut Programs, repeat: u32) -> Result<()> {
             times[RUNS / 2]
         );
     }
-    println!();
     Ok(())
 }
 
@@ -137,6 +149,51 @@ fn tables() -> Result<Fake> {
                 let seen = answer.leave(&tables);
                 ensure!(seen.is_ok_and(|(_, bytes)| bytes != answer.build()), "an answer is not rewritten");
             }
+        }
+    }
+    Ok(tables)
+}
+
+/// Between pods that policies isolate both ways. A first packet that passes does so once; one that is refused, by the
+/// receiver's policies after the sender's, asks no less.
+fn guarded_routes() -> Vec<Route> {
+    let mut routes = Vec::new();
+    for (family, ends) in [("IPv4", Ends::new::<V4>(80)), ("IPv6", Ends::new::<V6>(80))] {
+        let Ends { client, pod, far, .. } = ends;
+        let frame = |src, dst, flags| segment(Proto::TCP, src, dst, flags).build();
+        for (name, program, packet) in [
+            ("to a local pod", Program::PodEgress, frame(client, pod, Flags::ACK)),
+            ("to a remote pod", Program::PodEgress, frame(client, far, Flags::ACK)),
+            ("from a remote pod", Program::PodIngress, frame(far, client, Flags::ACK)),
+            ("refused", Program::PodEgress, frame(client, (pod.0, 81), Flags::SYN)),
+        ] {
+            routes.push(Route { name: format!("{family} guarded, {name}"), program, packet });
+        }
+    }
+    routes
+}
+
+/// Their flows, and policies that mean each of them by its address.
+fn guarded_tables() -> Result<Fake> {
+    let mut tables = tables()?;
+    tables.settings = Some(Settings { flags: Settings::POLICIES, ..Settings::NONE });
+    let policy = EndpointPolicy { ingress: 1, egress: 2, adopts_until: 0 };
+    tables.endpoints.values_mut().for_each(|row| row.policy = policy);
+    for ends in [Ends::new::<V4>(80), Ends::new::<V6>(80)] {
+        tables.policies.classes.extend([ends.client, ends.pod, ends.far].map(|(addr, _)| (addr, 1)));
+    }
+    let verdict = Allow as u8;
+    let web = PortRange { first: 80, last: 80, proto: Proto::TCP, verdict, reserved: [0; 2] };
+    for (set, otherwise) in [(1, Deny), (2, Allow)] {
+        tables.policies.lay(set, PolicyKey::OTHERS, Deny, &[]);
+        tables.policies.lay(set, 1, otherwise, &[web]);
+    }
+    for ends in [Ends::new::<V4>(80), Ends::new::<V6>(80)] {
+        for to in [ends.pod, ends.far] {
+            let opened = segment(Proto::TCP, ends.client, to, Flags::SYN).leave(&tables);
+            ensure!(opened.is_ok(), "a flow to measure is dropped");
+            let answered = segment(Proto::TCP, to, ends.client, Flags::SYN | Flags::ACK).leave(&tables);
+            ensure!(answered.is_ok(), "an answer is dropped");
         }
     }
     Ok(tables)

@@ -82,6 +82,7 @@ impl Model {
             | Change::LocalSubnet(..)
             | Change::Uplink { .. }
             | Change::Attachment(..)
+            | Change::Tenant(..)
             | Change::KubeProxy(..) => panic!("not of a source"),
         }
     }

@@ -17,6 +17,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::addr::{Addr, Proto};
+use crate::tcp::{Direction, Flags, State};
 
 /// A class of peers: addresses that all policies of this node's pods see alike.
 pub type Class = u32;
@@ -50,12 +51,14 @@ pub struct EndpointPolicy {
     pub ingress: u32,
     /// What may go out; likewise.
     pub egress: u32,
-    /// A flow that was let through under another number is asked about again. It counts up where a policy tightens
-    /// and live flows are to be cut.
-    pub epoch: u32,
+    /// Until this second of `CLOCK_MONOTONIC` a connection that nobody has tracked, since no policy isolated the pod when
+    /// it began, goes on as if it had been (rule 52). 0 where the pod was isolated from its start.
+    pub adopts_until: u32,
 }
 
 impl EndpointPolicy {
+    /// How long connections are adopted, in seconds: as long as one that is tracked may be idle.
+    pub const ADOPTION: u32 = State::NEW.after(Flags::NONE, Direction::Reply).lifetime(Proto::TCP);
     /// Not isolated.
     pub const OPEN: u32 = 0;
     /// Nothing passes: the pod's policies have no room in the tables, or are not in them yet. No set has this number.

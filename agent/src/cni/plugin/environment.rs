@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 use crate::cni::types::{CniError, Code};
-use crate::ipam::Owner;
+use crate::ipam::{Owner, Tenant};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
@@ -42,6 +42,8 @@ const COMMAND: &str = "CNI_COMMAND";
 const CONTAINER_ID: &str = "CNI_CONTAINERID";
 const NETNS: &str = "CNI_NETNS";
 const IFNAME: &str = "CNI_IFNAME";
+/// `KEY=VALUE` by semicolons (CONVENTIONS of the specification).
+const ARGS: &str = "CNI_ARGS";
 
 /// What the runtime passes; empty where the command does not need it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +52,8 @@ pub(super) struct Environment {
     pub(super) container_id: Box<str>,
     pub(super) netns: Box<str>,
     pub(super) ifname: Box<str>,
+    /// The pod, where the runtime is one of Kubernetes.
+    pub(super) tenant: Option<Tenant>,
 }
 
 impl Environment {
@@ -74,6 +78,7 @@ impl Environment {
             container_id: value(CONTAINER_ID)?,
             netns: value(NETNS)?,
             ifname: value(IFNAME)?,
+            tenant: tenant(&value(ARGS)?),
         };
         let missing: Vec<_> =
             known.required().iter().filter(|name| environment.variable(name).is_empty()).copied().collect();
@@ -109,6 +114,15 @@ impl Environment {
         }
         Ok(())
     }
+}
+
+/// What containerd and CRI-O say of the pod.
+fn tenant(args: &str) -> Option<Tenant> {
+    let value = |key: &str| args.split(';').filter_map(|arg| arg.split_once('=')).find(|(it, _)| *it == key);
+    let text = |key| value(key).map(|(_, value)| value).unwrap_or_default();
+    let (namespace, name) = (text("K8S_POD_NAMESPACE"), text("K8S_POD_NAME"));
+    let named = !namespace.is_empty() && !name.is_empty();
+    named.then(|| Tenant { namespace: namespace.into(), name: name.into(), uid: text("K8S_POD_UID").into() })
 }
 
 fn invalid(msg: String) -> CniError {
@@ -175,6 +189,23 @@ mod tests {
         let read = read(&[(COMMAND, "DEL"), (CONTAINER_ID, "abc"), (IFNAME, "eth0"), (NETNS, "")]).unwrap();
         assert_eq!(read.command, Command::Del);
         assert_eq!(read.owner(), Owner { container_id: "abc".into(), ifname: "eth0".into() });
+    }
+
+    #[test]
+    fn rule_54_the_pod_is_the_one_that_the_runtime_names() {
+        let add = [(COMMAND, "ADD"), (CONTAINER_ID, "abc"), (NETNS, "/run/netns/a"), (IFNAME, "eth0")];
+        let tenant = |args| read(&[&add[..], &[(ARGS, args)]].concat()).unwrap().tenant;
+        let full = "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web;K8S_POD_UID=u1";
+        let web = Tenant { namespace: "shop".into(), name: "web".into(), uid: "u1".into() };
+        assert_eq!(tenant(full), Some(web.clone()));
+        let (anyone, _) = full.rsplit_once(';').unwrap();
+        assert_eq!(tenant(anyone), Some(Tenant { uid: "".into(), ..web }));
+        for nobody in
+            ["", "K8S_POD_NAME=web", "K8S_POD_NAMESPACE=shop", "K8S_POD_NAMESPACE=;K8S_POD_NAME=web"]
+        {
+            assert_eq!(tenant(nobody), None, "{nobody}");
+        }
+        assert_eq!(read(&add).unwrap().tenant, None);
     }
 
     #[test]

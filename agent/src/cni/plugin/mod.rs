@@ -276,6 +276,7 @@ impl Exchange {
             netns: netns.as_ref().into(),
             network,
             mtu: self.config.mtu,
+            tenant: self.environment.tenant.clone(),
         })
     }
 

@@ -39,8 +39,8 @@ pub(super) struct Attachments {
 
 const LINKS_AT_ONCE: usize = 4;
 
-/// How long a new pod waits for its rows and programs: a change takes milliseconds, a failed attachment is tried again
-/// each second.
+/// How long a new pod waits for its rows, its policies and its programs: a change takes milliseconds, a failed attachment
+/// is tried again each second, and the API tells of a pod before it tells the runtime to start it.
 const SERVE_LIMIT: Duration = Duration::from_secs(15);
 
 type Result<T, E = CniError> = std::result::Result<T, E>;
@@ -74,7 +74,12 @@ impl Attachments {
             return Err(exists(&attachment.owner.ifname, "this attachment was added before"));
         }
         let space = Space { ranges: &view.ranges, reserved: &view.reserved };
-        let lease = ledger.change(|pool| pool.allocate(owner, &attachment.network, space)).await;
+        let lease = ledger.change(|pool| {
+            let lease = pool.allocate(owner, &attachment.network, space)?;
+            pool.let_to(owner, attachment.tenant.clone());
+            Ok(Lease { tenant: attachment.tenant.clone(), ..lease })
+        });
+        let lease = lease.await;
         let lease = match lease {
             Ok(lease) => lease.map_err(|error| no_address(&error, Code::EXHAUSTED))?,
             // What is not on disk was not given.
@@ -109,11 +114,10 @@ impl Attachments {
         let wired =
             self.with_netlink(move |netlink| netlink.check(&link)).await.map_err(|error| wiring(&error))?;
         let place = place(&lease, wired.ifindex);
-        if self.ask(|answer| Order::IsServed { place, answer }).await? {
-            return Ok(());
-        }
-        let msg = format!("the programs do not know {} at interface {}", owner.ifname, wired.ifindex);
-        Err(CniError::new(Code::DIFFERENT, msg).details("see the log of the agent"))
+        self.ask(|answer| Order::IsServed { place, answer }).await?.map_err(|missing| {
+            let msg = format!("{} is not served: {missing}", owner.ifname);
+            CniError::new(Code::DIFFERENT, msg).details("see the log of the agent")
+        })
     }
 
     /// Rule 59: goes on where one cannot be removed, and says so at the end.
@@ -146,18 +150,16 @@ impl Attachments {
     }
 
     /// At the start: frees what is gone, and says what is there. Does what the spool has before anything is added.
-    pub(super) async fn take_over(&self) -> Result<Vec<(Addr, u32)>, PodError> {
+    pub(super) async fn take_over(&self) -> Result<Vec<Place>, PodError> {
         self.replay().await;
         self.sweep().await;
         let Ok(ledger) = &self.ledger else { return Ok(Vec::new()) };
         let interfaces = self.with_netlink(|netlink| netlink.interfaces()).await?;
-        let leases: Vec<_> = ledger.look(|pool| {
-            pool.leases().map(|(owner, lease)| (owner.clone(), lease.addresses.clone())).collect()
-        });
-        let behind = leases.into_iter().flat_map(|(owner, addresses)| {
-            let ifindex = interfaces.get(&host_interface(&owner)).copied();
-            addresses.into_iter().filter_map(move |addr| Some((Addr::from(addr), ifindex?)))
-        });
+        let leases: Vec<_> =
+            ledger.look(|pool| pool.leases().map(|(owner, lease)| (owner.clone(), lease.clone())).collect());
+        let behind = leases
+            .iter()
+            .filter_map(|(owner, lease)| Some(place(lease, *interfaces.get(&host_interface(owner))?)));
         Ok(behind.collect())
     }
 
@@ -206,16 +208,7 @@ impl Attachments {
         die::behind(Step::Wired);
         tracing::debug!(interface = %host.name, took = ?start.elapsed(), "wired");
         let start = Instant::now();
-        let place = place(lease, ifindex);
-        let serving = self.ask(|served| Order::Serve { place, served });
-        let late = |_elapsed| {
-            CniError::new(
-                Code::TRY_AGAIN_LATER,
-                format!("the pod's programs are not in place after {SERVE_LIMIT:?}"),
-            )
-            .details("see the log of the agent")
-        };
-        tokio::time::timeout(SERVE_LIMIT, serving).await.map_err(late)??;
+        self.serve(place(lease, ifindex)).await?;
         die::behind(Step::Served);
         tracing::debug!(interface = %host.name, took = ?start.elapsed(), "served");
         Ok(Attached {
@@ -224,6 +217,20 @@ impl Attachments {
             mac: mac.to_string().into(),
             mtu,
             addresses: lease.addresses.clone(),
+        })
+    }
+
+    /// Waits for rows, policies and programs.
+    async fn serve(&self, place: Place) -> Result<()> {
+        let asked = place.clone();
+        let serving = self.ask(|served| Order::Serve { place, served });
+        if let Ok(served) = tokio::time::timeout(SERVE_LIMIT, serving).await {
+            return served;
+        }
+        let missing = self.ask(|answer| Order::IsServed { place: asked, answer }).await?;
+        missing.map_err(|missing| {
+            let msg = format!("the pod is not served after {SERVE_LIMIT:?}: {missing}");
+            CniError::new(Code::TRY_AGAIN_LATER, msg).details("see the log of the agent")
         })
     }
 
@@ -315,7 +322,8 @@ fn link(attachment: &Attachment, lease: &Lease, mtu: Mtu) -> PodLink {
 }
 
 fn place(lease: &Lease, ifindex: u32) -> Place {
-    Place { addresses: lease.addresses.iter().copied().map(Addr::from).collect(), ifindex }
+    let addresses = lease.addresses.iter().copied().map(Addr::from).collect();
+    Place { addresses, ifindex, tenant: lease.tenant.clone() }
 }
 
 fn exists(ifname: &str, why: &str) -> CniError {

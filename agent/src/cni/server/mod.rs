@@ -15,7 +15,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferroflow_common::addr::Addr;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc::UnboundedSender;
@@ -27,7 +26,7 @@ use crate::lock::{Lock, LockError};
 use crate::net::pod::{Netlink, PodError};
 use attachments::Attachments;
 use conflist::Conflist;
-use order::Order;
+use order::{Order, Place};
 
 /// Where things are.
 #[derive(Clone, Debug)]
@@ -58,7 +57,8 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
 impl Server {
     /// Takes over what the agent before left: frees leases of pods that are gone, and does what waits in the spool.
-    /// Also says which addresses are behind which interfaces, which the daemon is to know before it writes anything.
+    /// Also says which addresses are behind which interfaces and whose, which the daemon is to know before it writes
+    /// anything.
     ///
     /// # Errors
     /// [`StartError`]. A lease file that cannot be read is none: commands are refused with the reason then.
@@ -66,7 +66,7 @@ impl Server {
         options: Options,
         netlink: Arc<dyn Netlink>,
         daemon: UnboundedSender<Order>,
-    ) -> Result<(Self, Vec<(Addr, u32)>), StartError> {
+    ) -> Result<(Self, Vec<Place>), StartError> {
         make_directory(&options.state_dir)?;
         let lock = Lock::acquire(&options.state_dir)?;
         let ledger = Ledger::open(&options.state_dir);

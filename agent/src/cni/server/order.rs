@@ -5,16 +5,18 @@ use std::collections::BTreeSet;
 use ferroflow_common::addr::Addr;
 use tokio::sync::oneshot;
 
+use crate::ipam::Tenant;
 use crate::model::Prefix;
 
 #[derive(Debug)]
 pub enum Order {
     /// What is known of this node.
     Look(oneshot::Sender<View>),
-    /// Answered when these addresses have their rows and the interface its programs; not at all before.
+    /// Answered when these addresses have their rows, with the policies of the pod, and the interface its programs; not
+    /// at all before.
     Serve { place: Place, served: oneshot::Sender<()> },
-    /// Whether it is so.
-    IsServed { place: Place, answer: oneshot::Sender<bool> },
+    /// Whether it is so; otherwise what is missing.
+    IsServed { place: Place, answer: oneshot::Sender<Result<(), Box<str>>> },
     /// Nobody has these addresses any longer.
     Withdraw { addresses: Vec<Addr> },
 }
@@ -24,6 +26,7 @@ pub enum Order {
 pub struct Place {
     pub addresses: Vec<Addr>,
     pub ifindex: u32,
+    pub tenant: Option<Tenant>,
 }
 
 /// This node, as far as pods are attached by it.

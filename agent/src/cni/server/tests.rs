@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Mutex;
 
+use ferroflow_common::addr::Addr;
 use tempfile::TempDir;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -11,7 +12,7 @@ use super::order::{Readiness, View};
 use super::*;
 use crate::cni::protocol::{Attached, Attachment, Removal};
 use crate::cni::spool;
-use crate::ipam::{Lease, Owner};
+use crate::ipam::{Lease, Owner, Tenant};
 use crate::model::Prefix;
 use crate::net::fake::Fake;
 
@@ -98,8 +99,8 @@ async fn daemon(
             Order::Serve { place: _, served } => waiting.push(served),
             Order::IsServed { place, answer } => {
                 let rows = rows.lock().unwrap();
-                let _gone =
-                    answer.send(place.addresses.iter().all(|addr| rows.get(addr) == Some(&place.ifindex)));
+                let served = place.addresses.iter().all(|addr| rows.get(addr) == Some(&place.ifindex));
+                let _gone = answer.send(if served { Ok(()) } else { Err("no row".into()) });
             }
             Order::Withdraw { addresses } => {
                 rows.lock().unwrap().retain(|addr, _| !addresses.contains(addr));
@@ -113,7 +114,7 @@ fn owner(id: &str) -> Owner {
 }
 
 fn attachment(id: &str) -> Attachment {
-    Attachment { owner: owner(id), netns: "/nowhere".into(), network: "net".into(), mtu: None }
+    Attachment { owner: owner(id), netns: "/nowhere".into(), network: "net".into(), mtu: None, tenant: None }
 }
 
 fn addresses(attached: &Attached) -> Vec<String> {
@@ -145,7 +146,19 @@ async fn rule_54_a_pod_that_is_not_served_is_not_attached() {
     let agent = node.agent();
     let error = agent.add(&node.pod("a")).await.unwrap_err();
     assert_eq!(error.code, Code::TRY_AGAIN_LATER);
+    assert!(error.msg.contains("no row"), "what is missing is said: {error}");
     assert_eq!(node.left(), (0, 0, 0));
+}
+
+#[tokio::test]
+async fn rule_54_the_next_agent_knows_whose_an_address_is() {
+    let node = Node::new(&RANGES);
+    let tenant = Tenant { namespace: "shop".into(), name: "web".into(), uid: "u1".into() };
+    node.agent().add(&Attachment { tenant: Some(tenant.clone()), ..node.pod("a") }).await.unwrap();
+    node.agent().add(&node.pod("b")).await.unwrap();
+    let places = node.agent().take_over().await.unwrap();
+    let tenants: Vec<_> = places.into_iter().map(|place| place.tenant).collect();
+    assert_eq!(tenants, [Some(tenant), None]);
 }
 
 #[tokio::test]

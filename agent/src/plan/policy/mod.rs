@@ -153,10 +153,10 @@ impl Planner {
         }
     }
 
-    /// What applies to a local pod's address; the epoch is not for the plan to say.
+    /// What applies to a local pod's address; what it adopts is not for the plan to say.
     pub fn endpoint(&self, addr: Addr) -> EndpointPolicy {
         let [ingress, egress] = self.sets.of(addr);
-        EndpointPolicy { ingress, egress, epoch: 0 }
+        EndpointPolicy { ingress, egress, adopts_until: 0 }
     }
 
     /// The class of a pod's address; `None` where that of its range is right.

@@ -21,16 +21,19 @@ mod damaged;
 mod exposed;
 mod faults;
 mod held;
+mod isolated;
 mod random;
 mod services;
 
 const GRACE: Duration = Duration::from_secs(5);
+const SECONDS: u32 = 1_000;
 const SIZES: Sizes = Sizes { hash: 1000, slots: 2000, backends: 1000 };
 
 fn config() -> Config {
     let plan =
         plan::Config { external_ips: ExternalIps::Serve, maglev_lengths: &[7], ..plan::Config::default() };
-    Config { node: "here".into(), limits: Limits { services: 100, frontends: 200 }, plan, grace: GRACE }
+    let limits = Limits { services: 100, frontends: 200 };
+    Config { node: "here".into(), limits, plan, grace: GRACE, clock: || SECONDS }
 }
 
 /// A reconciler and its clock.

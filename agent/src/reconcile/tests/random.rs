@@ -406,6 +406,7 @@ fn key(change: &Change) -> String {
         | Change::ServiceCidr(..)
         | Change::KubeProxy(..)
         | Change::Attachment(..)
+        | Change::Tenant(..)
         | Change::Namespace(..)
         | Change::NetworkPolicy(..)
         | Change::LocalRoute(..)
