@@ -6,6 +6,7 @@
 //!           ├─ agent: the real binary on a node ── cni: the network plugin beside it, as a runtime runs it
 //!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
 //!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
+//!     └─ packets: objects and packets through agent, tables and programs, judged by an oracle ── tests/packets.rs
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
 //!  apiserver: a Kubernetes API on the same manifests, with faults ── tests/apiserver.rs
 //!  chart (the Helm chart, rendered and checked)
@@ -26,6 +27,7 @@ pub mod ethtool;
 pub mod manifests;
 pub mod netns;
 pub mod oracle;
+pub mod packets;
 pub mod patience;
 pub mod pod;
 pub mod run;

@@ -27,7 +27,7 @@ use ferroflow_common::{
     verdict::{DropReason, Verdict},
 };
 use ferroflow_ebpf::{
-    conntrack,
+    conntrack, device,
     packet::{Bytes, Packet as _},
     parse::headers,
     pod,
@@ -50,6 +50,8 @@ pub struct Programs {
 pub enum Program {
     PodEgress,
     PodIngress,
+    DeviceIngress,
+    DeviceEgress,
 }
 
 /// What TC does with the packet.
@@ -69,12 +71,14 @@ type EntryBytes = [u8; size_of::<Entry>()];
 pub type Wide = Tuple<[u8; 16]>;
 
 impl Program {
-    pub const ALL: [Self; 2] = [Self::PodEgress, Self::PodIngress];
+    pub const ALL: [Self; 4] = [Self::PodEgress, Self::PodIngress, Self::DeviceIngress, Self::DeviceEgress];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::PodEgress => "pod_egress",
             Self::PodIngress => "pod_ingress",
+            Self::DeviceIngress => "device_ingress",
+            Self::DeviceEgress => "device_egress",
         }
     }
 
@@ -83,7 +87,8 @@ impl Program {
         let mut bytes = Bytes(packet.to_vec());
         let verdict = match self {
             Self::PodEgress => pod::leaving(&mut bytes, tables),
-            Self::PodIngress => pod::entering(&mut bytes, tables),
+            Self::PodIngress | Self::DeviceEgress => pod::entering(&mut bytes, tables),
+            Self::DeviceIngress => device::arriving(&mut bytes, tables),
         };
         (verdict, bytes.0)
     }
@@ -172,6 +177,11 @@ impl Programs {
         Ok(Datapath::create(&object()?, constants.options(place), VerifierLogLevel::STATS)?)
     }
 
+    /// The tables once more, for who writes them.
+    pub fn maps(&self) -> Result<KernelMaps> {
+        Ok(KernelMaps::open(&self.bpffs.maps())?)
+    }
+
     /// Where a map is pinned.
     pub fn pin(&self, map: &str) -> PathBuf {
         self.bpffs.maps().join(map)
@@ -194,12 +204,24 @@ impl Programs {
         Ok(())
     }
 
-    /// One packet through one program.
+    /// One packet through one program, on the loopback.
     pub fn run(&mut self, program: Program, packet: &[u8]) -> Result<(Action, Vec<u8>)> {
+        self.run_on(program, 1, packet)
+    }
+
+    /// One packet through one program on this interface of the calling thread's network namespace.
+    pub fn run_on(&mut self, program: Program, ifindex: u32, packet: &[u8]) -> Result<(Action, Vec<u8>)> {
         // Room for what an answer adds.
         let mut bytes = vec![0; packet.len() + 256];
-        let options =
-            TestRunOptions { data_in: Some(packet), data_out: Some(&mut bytes), ..Default::default() };
+        let mut context = [0; INGRESS_IFINDEX + 8];
+        let both = [ifindex.to_ne_bytes(), ifindex.to_ne_bytes()].concat();
+        context[INGRESS_IFINDEX..].copy_from_slice(&both);
+        let options = TestRunOptions {
+            data_in: Some(packet),
+            data_out: Some(&mut bytes),
+            ctx_in: Some(&context),
+            ..Default::default()
+        };
         let result = self.classifier(program)?.test_run(options).context("test run")?;
         bytes.truncate(result.data_size_out as usize);
         // TC_ACT_UNSPEC is -1.
@@ -273,6 +295,9 @@ impl Programs {
         }
     }
 }
+
+/// Where the interface that a packet came in by stands in `struct __sk_buff`; the one that it is at is behind it.
+const INGRESS_IFINDEX: usize = 36;
 
 /// Until so many nanoseconds of a second it is taken to last: longer than a machine pauses a process by chance.
 const STEADY: i64 = 700_000_000;

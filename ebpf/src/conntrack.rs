@@ -191,6 +191,8 @@ pub fn open<F: Family, T: Tables<F>>(
     let tuple = &headers.tuple;
     // The stack is short: one tuple and one entry, which are the reply's first and the forward one's then.
     let backend = tables.backend(index).ok_or(DropReason::NoBackend)?;
+    // The node takes nothing from its own address, and what its own processes answer passes it anyway.
+    let masquerade = masquerade.filter(|_| !own(tables, &backend.addr));
     let mut reply_tuple = Aligned(Tuple {
         src: F::bytes(&backend.addr),
         dst: masquerade.unwrap_or(tuple.src),
