@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::ops::AddAssign;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
@@ -106,22 +107,45 @@ struct Run<'a> {
     counts: &'a mut Counts,
 }
 
-/// Runs a case from empty tables, and leaves them empty.
+/// Runs a case without flows from before, and leaves none. The objects that come first are there when it begins; what
+/// cases before applied is not.
 ///
 /// # Errors
 /// Where an object makes no sense to the agent, or the kernel refuses.
 pub fn run(steps: &[Step], node: &mut Node, counts: &mut Counts) -> Result<Option<Failure>> {
-    let mut run = Run { node, oracle: Oracle::default(), arrived: BTreeMap::new(), counts };
-    run.counts.cases += 1;
-    let result = run.steps(steps);
-    let tuples: Vec<_> = run.oracle.tuples().collect();
-    let clients: Vec<_> = run.oracle.clients().collect();
+    let first = steps.iter().take_while(|step| matches!(step, Step::Apply(_))).count();
+    let (objects, rest) = steps.split_at(first);
+    let mut cluster = node.ground().clone();
+    for step in objects {
+        if let Step::Apply(object) = step {
+            cluster.apply(object);
+        }
+    }
+    counts.cases += 1;
+    counts.objects += node.become_like(&cluster)?;
+    let mut run = Run { node, oracle: Oracle::new(cluster), arrived: BTreeMap::new(), counts };
+    let result = run.steps(rest);
     if !matches!(result, Ok(None)) {
         // What the oracle does not know of may be there, too.
         run.node.sweep()?;
     }
-    run.node.reset(&tuples, &clients)?;
+    run.node.forget(&run.oracle.tuples(), &run.oracle.clients())?;
     result
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        let Self { cases, packets, objects, changed, refused, dropped, errors, fragmented, unsure } = other;
+        self.cases += cases;
+        self.packets += packets;
+        self.objects += objects;
+        self.changed += changed;
+        self.refused += refused;
+        self.dropped += dropped;
+        self.errors += errors;
+        self.fragmented += fragmented;
+        self.unsure += unsure;
+    }
 }
 
 impl Run<'_> {
@@ -134,9 +158,7 @@ impl Run<'_> {
                     self.node.apply(object)?;
                 }
                 Step::Wait(seconds) => {
-                    let tuples: Vec<_> = self.oracle.tuples().collect();
-                    let clients: Vec<_> = self.oracle.clients().collect();
-                    self.node.wait(*seconds, &tuples, &clients)?;
+                    self.node.wait(*seconds, &self.oracle.tuples(), &self.oracle.clients())?;
                 }
                 Step::Send(send) => match self.send(send)? {
                     Went::Right => {}

@@ -83,13 +83,14 @@ impl Cluster {
         }
     }
 
-    /// Forgets everything; gives what tells so.
-    pub fn take(&mut self) -> Vec<Value> {
-        let objects = std::mem::take(&mut self.objects);
-        let gone = objects.into_iter().map(|([kind, namespace, name], _)| {
+    /// The changes that make it another.
+    pub fn changes_to(&self, other: &Self) -> Vec<Value> {
+        let gone = self.objects.keys().filter(|key| !other.objects.contains_key(*key));
+        let gone = gone.map(|[kind, namespace, name]| {
             json!({"kind": kind, "metadata": {"namespace": namespace, "name": name}, "gone": true})
         });
-        gone.collect()
+        let changed = other.objects.iter().filter(|(key, object)| self.objects.get(*key) != Some(object));
+        gone.chain(changed.map(|(_, object)| object.clone())).collect()
     }
 
     fn of_kind(&self, kind: &str) -> impl Iterator<Item = &Value> {

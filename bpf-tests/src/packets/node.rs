@@ -8,7 +8,7 @@
 //!  host ───────────────────┴─ to the stack: routed ─▶ pod_ingress ─▶ pod, device_egress ─▶ wire, or ▶ host
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use anyhow::{Context as _, Result, ensure};
@@ -26,6 +26,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 use super::cluster::{Cluster, Socket};
 use super::control::{Control, Interfaces};
 use super::oracle::{From, Seen, Sent, To, Tuple};
+use super::random::ground as ground_objects;
 use super::wire::{HERE, Packet, SENDER, bytes_of, reassemble};
 use crate::netns::{End, Netns, Prefix, Route};
 use crate::run::{Action, DEFAULTS, Program, Programs};
@@ -37,6 +38,8 @@ pub struct Node {
     control: Control<KernelMaps>,
     /// For which addresses lead where.
     cluster: Cluster,
+    /// What it was at first.
+    ground: Cluster,
     flows: Flows,
     affinity: HashMap<MapData, [u8; KEPT], [u8; size_of::<Affinity>()]>,
     /// Seconds by which the tables have been aged.
@@ -85,7 +88,8 @@ pub fn namespace() -> Result<(Netns, Netns)> {
 }
 
 impl Node {
-    /// In the calling thread's network namespace, which is one of [`namespace`].
+    /// In the calling thread's network namespace, which is one of [`namespace`], with the objects of every case's
+    /// beginning.
     ///
     /// # Errors
     /// Where the kernel refuses.
@@ -104,8 +108,16 @@ impl Node {
             v6: HashMap::try_from(lru("conntrack_v6")?)?,
         };
         let affinity = HashMap::try_from(lru("affinity")?)?;
-        let cluster = Cluster::default();
-        Ok(Self { programs, control, cluster, flows, affinity, waited: 0 })
+        let (cluster, ground) = (Cluster::default(), Cluster::default());
+        let mut node = Self { programs, control, cluster, ground, flows, affinity, waited: 0 };
+        ground_objects().iter().try_for_each(|object| node.apply(object))?;
+        node.ground = node.cluster.clone();
+        Ok(node)
+    }
+
+    /// The objects that are there at the beginning.
+    pub fn ground(&self) -> &Cluster {
+        &self.ground
     }
 
     /// # Errors
@@ -222,7 +234,7 @@ impl Node {
     ///
     /// # Errors
     /// Where the kernel refuses.
-    pub fn wait(&mut self, seconds: u32, tuples: &[Tuple], clients: &[IpAddr]) -> Result<()> {
+    pub fn wait(&mut self, seconds: u32, tuples: &BTreeSet<Tuple>, clients: &BTreeSet<IpAddr>) -> Result<()> {
         self.waited += u64::from(seconds);
         for tuple in tuples {
             let aged = |mut bytes: EntryBytes| {
@@ -244,19 +256,26 @@ impl Node {
         Ok(())
     }
 
-    /// Forgets these flows, all affinity of these clients, and every object.
+    /// Applies what makes the objects these, and says how many changes that took.
+    ///
+    /// # Errors
+    /// Where an object makes no sense to the agent, or the tables refuse.
+    pub fn become_like(&mut self, cluster: &Cluster) -> Result<u64> {
+        let changes = self.cluster.changes_to(cluster);
+        changes.iter().try_for_each(|object| self.apply(object))?;
+        Ok(changes.len() as u64)
+    }
+
+    /// Forgets these flows, and all affinity of these clients.
     ///
     /// # Errors
     /// Where the kernel refuses.
-    pub fn reset(&mut self, tuples: &[Tuple], clients: &[IpAddr]) -> Result<()> {
+    pub fn forget(&mut self, tuples: &BTreeSet<Tuple>, clients: &BTreeSet<IpAddr>) -> Result<()> {
         for tuple in tuples {
             self.flows.change(tuple, |_entry| None)?;
         }
         for key in self.kept(clients)? {
             self.affinity.remove(&key)?;
-        }
-        for object in self.cluster.take() {
-            self.control.apply(&object)?;
         }
         self.waited = 0;
         Ok(())
@@ -271,7 +290,7 @@ impl Node {
     }
 
     /// What the affinity table has of clients.
-    fn kept(&self, clients: &[IpAddr]) -> Result<Vec<[u8; KEPT]>> {
+    fn kept(&self, clients: &BTreeSet<IpAddr>) -> Result<Vec<[u8; KEPT]>> {
         if clients.is_empty() {
             return Ok(Vec::new());
         }

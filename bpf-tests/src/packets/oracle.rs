@@ -13,6 +13,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::rc::Rc;
 
 use super::cluster::{Cluster, Frontend, Kind, Policy, Socket};
 use super::wire::{ACK, Body, ETHERNET, FIN, Packet, RST, SCTP, SYN, Segment, TCP, UDP};
@@ -69,7 +70,7 @@ pub enum Judgement {
 /// The model of the node.
 #[derive(Clone, Debug, Default)]
 pub struct Oracle {
-    pub cluster: Cluster,
+    pub cluster: Rc<Cluster>,
     flows: Vec<Flow>,
     /// By protocol, client and frontend.
     forward: BTreeMap<Tuple, usize>,
@@ -183,9 +184,14 @@ impl Signal {
 const CHOSEN_PORTS: std::ops::RangeInclusive<u16> = 1024..=29_999;
 
 impl Oracle {
+    /// Of a node that has seen no packet.
+    pub fn new(cluster: Cluster) -> Self {
+        Self { serving: cluster.serving(), cluster: Rc::new(cluster), ..Self::default() }
+    }
+
     /// Takes a change of an object in.
     pub fn apply(&mut self, object: &serde_json::Value) {
-        self.cluster.apply(object);
+        Rc::make_mut(&mut self.cluster).apply(object);
         let serving = self.cluster.serving();
         for (port_name, before) in &self.serving {
             let now = serving.get(port_name);
@@ -197,15 +203,15 @@ impl Oracle {
     }
 
     /// Every tuple that the node's tables may have a flow for.
-    pub fn tuples(&self) -> impl Iterator<Item = Tuple> + '_ {
-        self.flows.iter().flat_map(|flow| {
-            [(flow.proto, flow.client, flow.frontend), (flow.proto, flow.backend, flow.seen)]
-        })
+    pub fn tuples(&self) -> BTreeSet<Tuple> {
+        let both =
+            |flow: &Flow| [(flow.proto, flow.client, flow.frontend), (flow.proto, flow.backend, flow.seen)];
+        self.flows.iter().flat_map(both).collect()
     }
 
     /// Every client that may be kept at a backend.
-    pub fn clients(&self) -> impl Iterator<Item = IpAddr> + '_ {
-        self.affinity.keys().map(|(client, _)| *client)
+    pub fn clients(&self) -> BTreeSet<IpAddr> {
+        self.affinity.keys().map(|(client, _)| *client).collect()
     }
 
     /// Whether the node may have done this with the packet, at this second.
@@ -232,7 +238,7 @@ impl Oracle {
             // It opens no flow: the host's own processes are served at their sockets.
             return self.goes(packet, observed);
         }
-        let cluster = self.cluster.clone();
+        let cluster = Rc::clone(&self.cluster);
         match cluster.frontend(ends.1, protocol) {
             Some(frontend) => self.opens(&frontend, ends, observed),
             None => self.without_service(observed),
@@ -560,9 +566,8 @@ fn refused(observed: &Observed<'_>) -> Result<(), Judgement> {
             // Of fragments it is the first one that is refused.
             let parts = fragments.map(|size| packet.fragments(size));
             let sent = parts.map_or_else(|| packet.build(), |mut parts| parts.swap_remove(0));
-            let transport = fragments.map_or(packet.transport_length(), |size| {
-                packet.transport_length().min(size)
-            });
+            let transport =
+                fragments.map_or(packet.transport_length(), |size| packet.transport_length().min(size));
             let (sent, head) = (&sent[ETHERNET..], sent.len() - ETHERNET - transport);
             if (*kind, *code) == port_unreachable && sent.starts_with(payload) && payload.len() >= head + 8 {
                 Ok(())
@@ -578,9 +583,8 @@ fn refused(observed: &Observed<'_>) -> Result<(), Judgement> {
 /// which acknowledges what is in it.
 fn resets(asked: &Segment, fragments: Option<usize>, answer: &Segment) -> bool {
     let header = 20 + asked.options.len();
-    let payload = fragments.map_or(asked.payload.len(), |size| {
-        asked.payload.len().min(size.saturating_sub(header))
-    });
+    let payload =
+        fragments.map_or(asked.payload.len(), |size| asked.payload.len().min(size.saturating_sub(header)));
     let controls = u32::from(asked.flags & SYN != 0) + u32::from(asked.flags & FIN != 0);
     let expected = if asked.flags & ACK != 0 {
         (asked.ack, 0, RST)

@@ -9,28 +9,43 @@ use super::case::{By, Says, Send, Step, What};
 use super::text::{chunk_bytes, segment};
 use super::wire::{ACK, Body, Extras, FIN, Packet, Ports, RST, SYN};
 
-/// A case: some objects, then packets and changes.
-pub fn case(noise: &mut Noise) -> Vec<Step> {
-    let mut steps: Vec<Step> = nodes().into_iter().map(Step::Apply).collect();
-    steps.extend((0..LOCAL.len()).map(|number| Step::Apply(pod(number))));
-    for number in 0..1 + noise.below(SERVICES) {
-        steps.push(Step::Apply(service(noise, number)));
-        steps.extend((0..1 + noise.below(2)).map(|_| Step::Apply(slice(noise, number))));
-    }
+/// The case of this number: some services, which it shares with its neighbours, then packets and changes.
+pub fn case(seed: u64) -> Vec<Step> {
+    let (mut steps, services) = services(&mut Noise(seed / NEIGHBOURS));
+    let noise = &mut Noise(seed ^ PACKETS);
     let mut sends = Vec::new();
     for _ in 0..4 + noise.below(14) {
         match noise.below(100) {
-            0..12 => steps.push(Step::Apply(change(noise))),
+            0..12 => steps.push(Step::Apply(change(noise, services))),
             12..15 => steps.push(Step::Wait(noise.pick(&[1, 20, 45, 100, 200, 400, 4_000]))),
             _ => {
                 let number = sends.len() as u32 + 1;
-                let what = what(noise, &sends);
+                let what = what(noise, &sends, services);
                 sends.push(what.clone());
                 steps.push(Step::Send(Send { number, what, becomes: Vec::new() }));
             }
         }
     }
     steps
+}
+
+/// So many cases begin with the same services.
+const NEIGHBOURS: u64 = 8;
+/// Makes packets another noise than services.
+const PACKETS: u64 = 0x70ac_4e75_0000_0000;
+
+fn services(noise: &mut Noise) -> (Vec<Step>, usize) {
+    let mut steps = Vec::new();
+    let services = 1 + noise.below(SERVICES);
+    for number in 0..services {
+        steps.push(Step::Apply(service(noise, number)));
+        for family in [0, 0, 1, 1] {
+            if noise.percent(60) {
+                steps.push(Step::Apply(slice(noise, number, family)));
+            }
+        }
+    }
+    (steps, services)
 }
 
 const SERVICES: usize = 3;
@@ -66,6 +81,12 @@ fn external_ip(number: usize) -> [String; 2] {
 
 fn node_port(number: usize, port: usize) -> u16 {
     (30_080 + number * 10 + port) as u16
+}
+
+/// Where every case begins: this node and another, ranges of addresses, and the pods of this node.
+pub fn ground() -> Vec<Value> {
+    let pods = (0..LOCAL.len()).map(pod);
+    nodes().into_iter().chain(pods).collect()
 }
 
 fn nodes() -> Vec<Value> {
@@ -140,8 +161,7 @@ fn service(noise: &mut Noise, number: usize) -> Value {
     object
 }
 
-fn slice(noise: &mut Noise, number: usize) -> Value {
-    let family = noise.below(2);
+fn slice(noise: &mut Noise, number: usize, family: usize) -> Value {
     let part = noise.below(LOCAL.len());
     let ports: Vec<_> = PORTS
         .iter()
@@ -181,8 +201,7 @@ fn endpoint(noise: &mut Noise, family: usize) -> Value {
 /// In no other slice: which of two copies' hints count is nobody's rule.
 fn hinted(noise: &mut Noise, family: usize, part: usize) -> Value {
     let mut object = endpoint(noise, family);
-    let (addr, node) =
-        if part == 0 { (REMOTE[part], "there") } else { (LOCAL[part], "here") };
+    let (addr, node) = if part == 0 { (REMOTE[part], "there") } else { (LOCAL[part], "here") };
     object["addresses"] = json!([addr[family]]);
     object["nodeName"] = node.into();
     if noise.percent(90) {
@@ -195,11 +214,14 @@ fn hinted(noise: &mut Noise, family: usize, part: usize) -> Value {
     object
 }
 
-fn change(noise: &mut Noise) -> Value {
-    let number = noise.below(SERVICES);
+fn change(noise: &mut Noise, services: usize) -> Value {
+    let number = noise.below(services);
     let mut object = match noise.below(10) {
         0..3 => service(noise, number),
-        _ => slice(noise, number),
+        _ => {
+            let family = noise.below(2);
+            slice(noise, number, family)
+        }
     };
     if noise.percent(20) {
         let metadata = &object["metadata"];
@@ -209,7 +231,7 @@ fn change(noise: &mut Noise) -> Value {
 }
 
 /// What is sent next, given what was sent before.
-fn what(noise: &mut Noise, before: &[What]) -> What {
+fn what(noise: &mut Noise, before: &[What], services: usize) -> What {
     let earlier = |noise: &mut Noise| 1 + noise.below(before.len()) as u32;
     match noise.below(100) {
         // Mostly of what was sent last.
@@ -220,9 +242,11 @@ fn what(noise: &mut Noise, before: &[What]) -> What {
         35..43 if !before.is_empty() => {
             let about = earlier(noise);
             let by = noise.pick(&[By::Receiver, By::Router]);
-            // Of either family: one that the packet's does not have is no error to it.
-            let kind =
-                noise.pick(&[(3, 4), (3, 3), (11, 0), (12, 0), (1, 4), (2, 0), (3, 0), (4, 0), (1, 0)]);
+            // Seldom one that the family does not have.
+            let v4 = origin(before, about).src.is_ipv4() != noise.percent(5);
+            let kinds: &[_] =
+                if v4 { &[(3, 4), (3, 3), (11, 0), (12, 0)] } else { &[(1, 4), (2, 0), (3, 0), (4, 0)] };
+            let kind = noise.pick(kinds);
             What::Error { about, by, kind, quoted: noise.pick(&[28, 40, 48, 60, 68, 1_500, 1_500]) }
         }
         43..55 if !before.is_empty() => {
@@ -230,7 +254,7 @@ fn what(noise: &mut Noise, before: &[What]) -> What {
             again(noise, &before[index])
         }
         _ => {
-            let packet = packet(noise);
+            let packet = packet(noise, services);
             let whole = !matches!(packet.body, Body::Udp { .. } | Body::Tcp(_)) || noise.percent(93);
             // A TCP header in two fragments is nobody's honest packet, and dropped (RFC 1858).
             let least = if matches!(packet.body, Body::Tcp(_)) { 32 } else { 8 };
@@ -261,14 +285,19 @@ fn again(noise: &mut Noise, what: &What) -> What {
 const FLAGS: [u8; 9] = [SYN, SYN, ACK, ACK | 8, FIN | ACK, FIN | ACK, RST, RST | ACK, SYN | ACK];
 const CHUNKS: [u8; 9] = [1, 1, 2, 0, 0, 6, 7, 8, 14];
 
-fn says(noise: &mut Noise, before: &[What], to: u32) -> Says {
-    // Of the protocol that began it.
-    let mut at = to;
-    while let What::Answer { to, .. } | What::Error { about: to, .. } = &before[at as usize - 1] {
-        at = *to;
+/// The packet that an answer or error goes back to.
+fn origin(before: &[What], mut number: u32) -> &Packet {
+    loop {
+        match &before[number as usize - 1] {
+            What::Packet { packet, .. } => return packet,
+            What::Answer { to, .. } => number = *to,
+            What::Error { about, .. } => number = *about,
+        }
     }
-    let What::Packet { packet, .. } = &before[at as usize - 1] else { return Says::Udp };
-    match packet.body {
+}
+
+fn says(noise: &mut Noise, before: &[What], to: u32) -> Says {
+    match origin(before, to).body {
         Body::Tcp(_) => Says::Tcp(noise.pick(&[SYN | ACK, SYN | ACK, ACK, ACK, FIN | ACK, RST, SYN])),
         Body::Sctp { .. } => Says::Sctp(noise.pick(&[2, 2, 0, 0, 7, 6, 1])),
         Body::Udp { .. } | Body::Icmp { .. } | Body::Other { .. } => Says::Udp,
@@ -279,9 +308,9 @@ fn addr(text: &str) -> IpAddr {
     text.parse().unwrap_or(IpAddr::from([0; 4]))
 }
 
-fn packet(noise: &mut Noise) -> Packet {
+fn packet(noise: &mut Noise, services: usize) -> Packet {
     let family = noise.below(2);
-    let (index, number) = (noise.below(PORTS.len()), noise.below(SERVICES));
+    let (index, number) = (noise.below(PORTS.len()), noise.below(services));
     let (_, protocol, port, target) = PORTS[index];
     let src = match noise.below(10) {
         0..5 => noise.pick(&LOCAL)[family],
