@@ -17,7 +17,9 @@
 //! 4: send udp 10.244.1.3:4000 > 10.96.0.10:53 in fragments of 64
 //!   -> dropped
 //! ```
-//! `apply:` takes YAML documents; `->` lines are alternatives, in which a port may be `*`. Without them the oracle
+//! Each begins with the objects of [`super::random::ground`]: the node `here` (192.168.5.1, fd00:5::1, and 192.168.6.1,
+//! fd00:6::1 without NodePorts) with the pods p0 to p2 (10.244.1.2 to .4, fd00:244:1::2 to ::4), and a node `there`.
+//! `tables:` says what the tables hold beside what they hold then. `apply:` takes YAML documents; `->` lines are alternatives, in which a port may be `*`. Without them the oracle
 //! alone judges, which it does anyway. A packet comes from where its source address is.
 
 use std::path::{Path, PathBuf};
@@ -227,6 +229,24 @@ pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// The text of a file with other lines below its `tables:`.
+pub fn with_tables(text: &str, tables: &[Vec<String>]) -> String {
+    let mut tables = tables.iter();
+    let mut written = String::new();
+    let mut skipped = false;
+    for line in text.lines() {
+        skipped &= line.starts_with(' ');
+        if !skipped {
+            written += &format!("{line}\n");
+        }
+        if line == "tables:" {
+            skipped = true;
+            written.extend(tables.next().into_iter().flatten().map(|line| format!("  {line}\n")));
+        }
+    }
+    written
+}
+
 /// A case as a file.
 pub fn write(title: &str, steps: &[Step]) -> String {
     let title: String = title.lines().map(|line| format!("# {line}\n")).collect();
@@ -268,6 +288,13 @@ mod tests {
         assert_eq!(scenario.tables, [(2, vec!["a".to_owned(), "b".to_owned()])]);
         let Step::Send(Send { becomes, .. }) = &scenario.steps[2] else { panic!("no packet") };
         assert_eq!(becomes.len(), 2);
+    }
+
+    #[test]
+    fn tables_are_written_where_they_are() {
+        let text = "tables:\n  old\n  older\nwait 3\ntables:\nwait 4\n";
+        let tables = [vec!["new".to_owned()], vec!["more".to_owned()]];
+        assert_eq!(with_tables(text, &tables), "tables:\n  new\nwait 3\ntables:\n  more\nwait 4\n");
     }
 
     #[test]
