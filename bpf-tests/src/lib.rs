@@ -9,6 +9,7 @@
 //!     └─ packets: objects and packets through agent, tables and programs, judged by an oracle ── tests/packets.rs
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
 //!  apiserver: a Kubernetes API on the same manifests, with faults ── tests/apiserver.rs
+//!  fuzz: bytes that nobody should send, at the programs, the directory source and the agent's socket
 //!  chart (the Helm chart, rendered and checked)
 //!  bench (how fast it is, beside kernel routing and kube-proxy's rules)
 //! ```
@@ -24,6 +25,7 @@ pub mod cluster;
 pub mod cni;
 pub mod demo;
 pub mod ethtool;
+pub mod fuzz;
 pub mod manifests;
 pub mod netns;
 pub mod oracle;

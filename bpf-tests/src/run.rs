@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use aya::{
     VerifierLogLevel,
     maps::{HashMap, Map, MapData},
-    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp as XdpProgram},
 };
 use ferroflow::{
     config::{Attach, Bpffs, MAX_ENDPOINTS, SocketLb, Xdp},
@@ -211,27 +211,37 @@ impl Programs {
 
     /// One packet through one program on this interface of the calling thread's network namespace.
     pub fn run_on(&mut self, program: Program, ifindex: u32, packet: &[u8]) -> Result<(Action, Vec<u8>)> {
-        // Room for what an answer adds.
-        let mut bytes = vec![0; packet.len() + 256];
-        let mut context = [0; INGRESS_IFINDEX + 8];
-        let both = [ifindex.to_ne_bytes(), ifindex.to_ne_bytes()].concat();
-        context[INGRESS_IFINDEX..].copy_from_slice(&both);
-        let options = TestRunOptions {
-            data_in: Some(packet),
-            data_out: Some(&mut bytes),
-            ctx_in: Some(&context),
-            ..Default::default()
-        };
-        let result = self.classifier(program)?.test_run(options).context("test run")?;
-        bytes.truncate(result.data_size_out as usize);
+        let (returned, bytes) = self.run_named(program.name(), ifindex, packet)?;
         // TC_ACT_UNSPEC is -1.
-        let action = match result.return_value.cast_signed() {
+        let action = match returned.cast_signed() {
             -1 => Action::Next,
             2 => Action::Drop,
             7 => Action::Redirect,
             other => bail!("{} returned {other}", program.name()),
         };
         Ok((action, bytes))
+    }
+
+    /// What the program of this name returns, and what it makes of the packet. One of XDP finds it on the loopback,
+    /// whatever the interface.
+    pub fn run_named(&mut self, name: &str, ifindex: u32, packet: &[u8]) -> Result<(u32, Vec<u8>)> {
+        // Room for what an answer adds.
+        let mut bytes = vec![0; packet.len() + 256];
+        let mut context = [0; INGRESS_IFINDEX + 8];
+        let both = [ifindex.to_ne_bytes(), ifindex.to_ne_bytes()].concat();
+        context[INGRESS_IFINDEX..].copy_from_slice(&both);
+        let options =
+            TestRunOptions { data_in: Some(packet), data_out: Some(&mut bytes), ..Default::default() };
+        let program = self.datapath.programs().program_mut(name).with_context(|| format!("no {name}"))?;
+        let result = if let Ok(xdp) = <&mut XdpProgram>::try_from(&mut *program) {
+            xdp.test_run(options)
+        } else {
+            let options = TestRunOptions { ctx_in: Some(&context), ..options };
+            <&mut SchedClassifier>::try_from(program)?.test_run(options)
+        };
+        let result = result.context("test run")?;
+        bytes.truncate(result.data_size_out as usize);
+        Ok((result.return_value, bytes))
     }
 
     /// The mean time of `repeat` runs on one packet, which each run finds as the one before left it.

@@ -7,6 +7,7 @@ mod chart;
 mod ci;
 mod compile;
 mod demo;
+mod fuzz;
 mod image;
 mod layers;
 mod paths;
@@ -74,6 +75,14 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Feed mutated packets, documents and requests to the programs and the agent, for as long as asked; needs root
+    ///
+    /// `cargo xtask test` runs a short one. The seeds are in bpf-tests/corpus.
+    Fuzz {
+        /// Passed on: --minutes, --seed
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Verify and test the programs on other kernels, each booted in QEMU
     ///
     /// The kernels are Debian's, downloaded once through apt (and QEMU, where it is missing). Loads every program with
@@ -132,6 +141,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             println!("{}", compile::run(&toolchain, profile)?);
         }
         Verb::Demo { args } => return demo::run(&toolchain, "demo", &args),
+        Verb::Fuzz { args } => return fuzz::run(&toolchain, &args),
         Verb::Verify { args } => return verify::run(&toolchain, &args),
         Verb::Vm { kernel, update, filter } => {
             let kernels = if kernel.is_empty() { vm::KERNELS.to_vec() } else { kernel };

@@ -115,6 +115,11 @@ impl Node {
         Ok(node)
     }
 
+    /// For packets that need not be any.
+    pub fn programs(&mut self) -> &mut Programs {
+        &mut self.programs
+    }
+
     /// The objects that are there at the beginning.
     pub fn ground(&self) -> &Cluster {
         &self.ground
