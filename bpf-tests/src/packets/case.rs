@@ -6,7 +6,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::ops::AddAssign;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use super::node::Node;
@@ -315,7 +315,8 @@ pub fn shrink(steps: &[Step], mut fails: impl FnMut(&[Step]) -> bool) -> Result<
     let read = |values: &[Value]| -> Result<Vec<Step>> {
         let step = |value: &Value| match value {
             Value::String(line) => line.parse(),
-            object => Ok(Step::Apply(object.clone())),
+            Value::Object(_) => Ok(Step::Apply(value.clone())),
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::Array(_) => bail!("no step: {value}"),
         };
         values.iter().map(step).collect()
     };

@@ -45,6 +45,7 @@ pub struct Frontend<'a> {
 
 /// An endpoint of a service port.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "as the API has them")]
 struct Endpoint {
     ready: bool,
     serving: bool,

@@ -63,21 +63,21 @@ impl<M: Maps> Control<M> {
     /// Where the object makes no sense to the agent, or the tables refuse.
     pub fn apply(&mut self, object: &Value) -> Result<()> {
         let change = change(object)?;
-        match &change {
-            Change::Pod(name, pod) => {
-                let interface = self.interfaces.pods.get(&*name.name).copied();
-                for addr in pod.iter().filter(|pod| &*pod.node == NODE).flat_map(|pod| &pod.addresses) {
-                    let interface =
-                        interface.with_context(|| format!("no interface is there for pod {name}"))?;
-                    self.tell(addr.ip(), interface, Change::LocalRoute);
-                }
+        if let Change::Pod(name, Some(pod)) = &change
+            && &*pod.node == NODE
+        {
+            let interface = self.interfaces.pods.get(&*name.name).copied();
+            for addr in &pod.addresses {
+                let interface = interface.with_context(|| format!("no interface is there for pod {name}"))?;
+                self.tell(addr.ip(), interface, Change::LocalRoute);
             }
-            Change::Node(name, Some(node)) if &**name == NODE => {
-                for addr in &node.addresses {
-                    self.tell(addr.ip(), self.interfaces.device, Change::LocalAddress);
-                }
+        }
+        if let Change::Node(name, Some(node)) = &change
+            && &**name == NODE
+        {
+            for addr in &node.addresses {
+                self.tell(addr.ip(), self.interfaces.device, Change::LocalAddress);
             }
-            _ => {}
         }
         self.reconciler.handle(change, self.now);
         self.settle()

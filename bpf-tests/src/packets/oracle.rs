@@ -102,6 +102,7 @@ struct Flow {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is seen for itself")]
 struct State {
     replied: bool,
     closed_by_client: bool,
@@ -156,6 +157,7 @@ impl Flow {
 
 /// What a packet says of its connection.
 #[derive(Clone, Copy, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "a packet may say all of them")]
 struct Signal {
     opens: bool,
     closes: bool,
