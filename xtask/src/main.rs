@@ -101,7 +101,7 @@ enum Verb {
     ///
     /// One line of JSON per figure, a table with the budgets, and charts in target/bench. Numbers never fail it.
     Bench {
-        /// Passed to the bench: --quick, --full, --sizes, --pairs; `cargo xtask bench -- --help` explains them
+        /// Passed to the bench: --quick, --full, --sizes, --control, --pairs; `cargo xtask bench -- --help` explains them
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
@@ -145,7 +145,8 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Verify { args } => return verify::run(&toolchain, &args),
         Verb::Vm { kernel, update, filter } => {
             let kernels = if kernel.is_empty() { vm::KERNELS.to_vec() } else { kernel };
-            return Ok(vm::run(&toolchain, &vm::Plan { kernels, update, filter }).report());
+            let tests = filter.map_or(vm::Tests::Chosen, vm::Tests::Named);
+            return Ok(vm::run(&toolchain, &vm::Plan { kernels, update, tests }).report());
         }
         Verb::Bench { args } => return bench::run(&toolchain, &args),
         Verb::Test { unit, filter } => {
