@@ -94,6 +94,9 @@ enum Verb {
         /// Write the kernels' rows of bpf-tests/verified.json instead of comparing with them
         #[arg(long)]
         update: bool,
+        /// Load and verify the programs, and run no tests; CI does so on the oldest and the newest kernel
+        #[arg(long, conflicts_with = "filter")]
+        load_only: bool,
         /// Run all tests whose name contains this, and none of the choice
         filter: Option<String>,
     },
@@ -143,9 +146,13 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Demo { args } => return demo::run(&toolchain, "demo", &args),
         Verb::Fuzz { args } => return fuzz::run(&toolchain, &args),
         Verb::Verify { args } => return verify::run(&toolchain, &args),
-        Verb::Vm { kernel, update, filter } => {
+        Verb::Vm { kernel, update, load_only, filter } => {
             let kernels = if kernel.is_empty() { vm::KERNELS.to_vec() } else { kernel };
-            let tests = filter.map_or(vm::Tests::Chosen, vm::Tests::Named);
+            let tests = match filter {
+                Some(filter) => vm::Tests::Named(filter),
+                None if load_only => vm::Tests::None,
+                None => vm::Tests::Chosen,
+            };
             return Ok(vm::run(&toolchain, &vm::Plan { kernels, update, tests }).report());
         }
         Verb::Bench { args } => return bench::run(&toolchain, &args),
