@@ -43,7 +43,7 @@ fn every_scenario(place: &Place) -> Result<()> {
         let text = fs::read_to_string(&path).with_context(|| format!("read {name}"))?;
         let scenario: Scenario = text.parse().with_context(|| name.to_string())?;
         let failure = case::run(&scenario.steps, &mut node, &mut counts).with_context(|| name.to_string())?;
-        wrong.extend(failure.map(|failure| format!("{name}: {failure}")));
+        wrong.extend(failure.map(|failure| format!("{name}\n{}{failure}", scenario.title)));
     }
     ensure!(wrong.is_empty(), "{} of {} scenarios:\n{}", wrong.len(), counts.cases, wrong.join("\n"));
     ensure!(counts.cases >= 12 && counts.unsure == 0, "{counts:?}");

@@ -14,9 +14,11 @@
 pub mod case;
 pub mod cluster;
 pub mod control;
+mod flow;
 pub mod node;
 pub mod oracle;
 pub mod random;
+mod refusal;
 pub mod scenario;
 pub mod tables;
 pub mod text;

@@ -2,10 +2,11 @@
 //! order in which a kernel runs them.
 //!
 //! ```text
-//!   pod ──▶ pod_egress ──┬─ to a pod: redirected past its interface's hook ────────────────▶ pod
-//!  wire ──▶ device_ingress  ├─ onwards: ─▶ device_egress ───────────────────────────────────▶ wire
-//!                           ├─ refused: ─▶ the hook on the way back ────────────────────────▶ sender
-//!  host ───────────────────┴─ to the stack: routed ─▶ pod_ingress ─▶ pod, device_egress ─▶ wire, or ▶ host
+//!   pod ─▶ pod_egress ─────┐
+//!                          ├─▶ to a local pod: past its interface's hook ──────────────────▶ pod
+//!  wire ─▶ device_ingress ─┼─▶ past the stack: ─▶ device_egress ───────────────────────────▶ wire
+//!                          ├─▶ refused: ─▶ the hook on the way back ───────────────────────▶ sender
+//!  host ───────────────────┴─▶ to the stack: routed ─▶ pod_ingress ─▶ pod, device_egress ─▶ wire, or ─▶ host
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -207,9 +208,7 @@ impl Node {
             To::Wire | To::Sender => (Program::DeviceEgress, self.control.interfaces().device),
             To::Host => return Ok(Some((to, frame.to_vec()))),
         };
-        let Some(bytes) = self.pass(program, interface, frame)? else { return Ok(None) };
-        // It is on that interface's way out already.
-        Ok(Some((to, bytes)))
+        Ok(self.pass(program, interface, frame)?.map(|bytes| (to, bytes)))
     }
 
     /// Through a hook on the way out, which may change a packet or drop it.
@@ -220,14 +219,7 @@ impl Node {
     }
 
     fn destination(&self, frame: &[u8]) -> Result<To> {
-        let dst = ip(frame, Side::Destination)?;
-        Ok(if self.cluster.local_pods().contains(&dst) {
-            To::Pod(dst)
-        } else if self.cluster.node_addresses().contains(&dst) {
-            To::Host
-        } else {
-            To::Wire
-        })
+        Ok(To::of(&self.cluster, ip(frame, Side::Destination)?))
     }
 
     fn interface(&self, pod: IpAddr) -> Result<u32> {

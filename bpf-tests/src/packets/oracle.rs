@@ -16,7 +16,9 @@ use std::net::IpAddr;
 use std::rc::Rc;
 
 use super::cluster::{Cluster, Frontend, Kind, Policy, Socket};
-use super::wire::{ACK, Body, ETHERNET, FIN, Packet, RST, SCTP, SYN, Segment, TCP, UDP};
+use super::flow::{Age, CLOCKS, Direction, Flow, Signal, State};
+use super::refusal::{dropped, refused};
+use super::wire::{Body, ETHERNET, Packet, SCTP, TCP, UDP};
 
 /// Where a packet comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,6 +39,19 @@ pub enum To {
     Host,
     /// Back to where it came from: a refusal.
     Sender,
+}
+
+impl To {
+    /// Where the node's routes lead.
+    pub fn of(cluster: &Cluster, dst: IpAddr) -> Self {
+        if cluster.local_pods().contains(&dst) {
+            Self::Pod(dst)
+        } else if cluster.node_addresses().contains(&dst) {
+            Self::Host
+        } else {
+            Self::Wire
+        }
+    }
 }
 
 /// What the node did with a packet.
@@ -85,102 +100,6 @@ pub struct Oracle {
 
 /// Protocol, source, destination.
 pub type Tuple = (u8, Socket, Socket);
-
-#[derive(Clone, Debug)]
-struct Flow {
-    client: Socket,
-    frontend: Socket,
-    backend: Socket,
-    /// What the backend takes for the client.
-    seen: Socket,
-    proto: u8,
-    port_name: String,
-    life: u32,
-    state: State,
-    /// Second of the last packet.
-    last: u64,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[expect(clippy::struct_excessive_bools, reason = "each is seen for itself")]
-struct State {
-    replied: bool,
-    closed_by_client: bool,
-    closed_by_backend: bool,
-    reset: bool,
-}
-
-impl State {
-    fn is_over(self) -> bool {
-        self.reset || (self.closed_by_client && self.closed_by_backend)
-    }
-
-    /// Seconds without a packet after which the flow is forgotten; kube-proxy's and the kernel's defaults.
-    fn lifetime(self, proto: u8) -> u64 {
-        match proto {
-            UDP if self.replied => 120,
-            UDP => 30,
-            _ if self.is_over() => 10,
-            SCTP if self.replied => 210,
-            _ if self.closed_by_client || self.closed_by_backend => 3_600,
-            _ if self.replied => 86_400,
-            _ => 60,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Age {
-    Alive,
-    Expired,
-    /// Within the seconds by which clocks and lazy writes may differ.
-    Unsure,
-}
-
-/// By so many seconds two clocks may differ.
-const CLOCKS: u64 = 3;
-
-impl Flow {
-    /// A busy flow is written seldom: it may be forgotten early by an eighth of its lifetime, at most a minute.
-    fn age(&self, now: u64) -> Age {
-        let lifetime = self.state.lifetime(self.proto);
-        let idle = now.saturating_sub(self.last);
-        if idle + CLOCKS + (lifetime / 8).min(60) < lifetime {
-            Age::Alive
-        } else if idle > lifetime + CLOCKS {
-            Age::Expired
-        } else {
-            Age::Unsure
-        }
-    }
-}
-
-/// What a packet says of its connection.
-#[derive(Clone, Copy, Debug, Default)]
-#[expect(clippy::struct_excessive_bools, reason = "a packet may say all of them")]
-struct Signal {
-    opens: bool,
-    closes: bool,
-    resets: bool,
-}
-
-impl Signal {
-    fn of(packet: &Packet) -> Self {
-        let flags = match &packet.body {
-            Body::Tcp(Segment { flags, .. }) => *flags,
-            // RFC 9260 section 3.2: INIT, INIT ACK, ABORT, SHUTDOWN, SHUTDOWN ACK, SHUTDOWN COMPLETE.
-            Body::Sctp { chunks, .. } => match chunks.first() {
-                Some(1) => SYN,
-                Some(2) => SYN | ACK,
-                Some(6 | 14) => RST,
-                Some(7 | 8) => FIN | ACK,
-                Some(_) | None => ACK,
-            },
-            Body::Udp { .. } | Body::Icmp { .. } | Body::Other { .. } => 0,
-        };
-        Self { opens: flags & (SYN | ACK | RST) == SYN, closes: flags & FIN != 0, resets: flags & RST != 0 }
-    }
-}
 
 /// The source ports of masqueraded and of colliding flows: no socket chooses them by itself.
 const CHOSEN_PORTS: std::ops::RangeInclusive<u16> = 1024..=29_999;
@@ -250,11 +169,15 @@ impl Oracle {
     /// A packet for no service port.
     fn without_service(&self, observed: &Observed<'_>) -> Result<(), Judgement> {
         let (packet, dst) = (&observed.sent.packet, observed.sent.packet.dst);
-        if self.place(dst) != To::Wire || !self.cluster.in_service_range(dst) {
+        if To::of(&self.cluster, dst) != To::Wire || !self.cluster.in_service_range(dst) {
             return self.goes(packet, observed);
         }
         // Rule 19.
-        if self.cluster.is_cluster_ip(dst) { refused(observed) } else { dropped(observed.seen) }
+        if self.cluster.is_cluster_ip(dst) {
+            refused(observed.sent, observed.seen)
+        } else {
+            dropped(observed.seen)
+        }
     }
 
     /// The first packet of a flow, or one whose flow chooses again.
@@ -273,7 +196,7 @@ impl Oracle {
         let policy = if inside { Policy::Cluster } else { frontend.policy() };
         let (choices, anywhere) = self.cluster.choices(frontend, dst.0, policy);
         if choices.is_empty() {
-            return if anywhere { dropped(seen) } else { refused(observed) };
+            return if anywhere { dropped(seen) } else { refused(observed.sent, observed.seen) };
         }
         let name = frontend.port_name();
         let may = match self.kept(frontend, (src.0, &name), &choices, now)? {
@@ -310,7 +233,7 @@ impl Oracle {
             state,
             last: now,
         });
-        self.note(index, Signal::of(packet), Direction::Forward, now);
+        self.flows[index].note(Signal::of(packet), Direction::Forward, now);
         self.goes(&packet.between(seen_as, backend), observed)
     }
 
@@ -338,7 +261,7 @@ impl Oracle {
     ) -> Result<Socket, Judgement> {
         let (src, dst) = ends;
         // What goes to the node itself comes back through it, and it takes no packets from its own address.
-        let stands_in = stands_in.filter(|_| self.place(backend.0) != To::Host);
+        let stands_in = stands_in.filter(|_| To::of(&self.cluster, backend.0) != To::Host);
         // Rule 26 b: nor does a pod.
         let addr = if backend.0 == src.0 { dst.0 } else { stands_in.unwrap_or(src.0) };
         if stands_in.is_none() && !self.is_taken(&(proto, backend, (addr, src.1)), ends, now)? {
@@ -421,7 +344,7 @@ impl Oracle {
             Direction::Forward => packet.between(flow.seen, flow.backend),
             Direction::Reply => packet.between(flow.frontend, flow.client),
         };
-        self.note(index, signal, direction, now);
+        self.flows[index].note(signal, direction, now);
         Ok(Some(rewritten))
     }
 
@@ -439,19 +362,6 @@ impl Oracle {
     fn forget(&mut self, index: usize) {
         self.forward.retain(|_, it| *it != index);
         self.back.retain(|_, it| *it != index);
-    }
-
-    fn note(&mut self, index: usize, signal: Signal, direction: Direction, now: u64) {
-        let flow = &mut self.flows[index];
-        flow.last = now;
-        flow.state.reset |= signal.resets;
-        match direction {
-            Direction::Forward => flow.state.closed_by_client |= signal.closes,
-            Direction::Reply => {
-                flow.state.replied = true;
-                flow.state.closed_by_backend |= signal.closes;
-            }
-        }
     }
 
     /// An error about a known flow goes to who sent what it quotes, and quotes what that one sent (rule 37). Its source
@@ -493,20 +403,9 @@ impl Oracle {
         Ok(Some(error))
     }
 
-    /// Where the node's routes lead.
-    fn place(&self, dst: IpAddr) -> To {
-        if self.cluster.local_pods().contains(&dst) {
-            To::Pod(dst)
-        } else if self.cluster.node_addresses().contains(&dst) {
-            To::Host
-        } else {
-            To::Wire
-        }
-    }
-
     /// Whether exactly this packet went where its destination is.
     fn goes(&self, packet: &Packet, observed: &Observed<'_>) -> Result<(), Judgement> {
-        let to = self.place(packet.dst);
+        let to = To::of(&self.cluster, packet.dst);
         match observed.seen {
             Seen::Went(place, went) if *place == to && went == packet => Ok(()),
             Seen::Went(..) | Seen::Dropped => Err(Judgement::Wrong(format!("to {to:?}: {packet}"))),
@@ -524,12 +423,6 @@ struct Observed<'a> {
 /// The node has no address of the family that could stand in for a client.
 struct NoAddress;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Direction {
-    Forward,
-    Reply,
-}
-
 fn protocol_of(packet: &Packet) -> Option<&'static str> {
     match packet.proto() {
         TCP => Some("TCP"),
@@ -537,63 +430,4 @@ fn protocol_of(packet: &Packet) -> Option<&'static str> {
         SCTP => Some("SCTP"),
         _ => None,
     }
-}
-
-fn dropped(seen: &Seen) -> Result<(), Judgement> {
-    match seen {
-        Seen::Dropped => Ok(()),
-        Seen::Went(..) => Err(Judgement::Wrong("dropped".into())),
-    }
-}
-
-/// RST (RFC 9293 section 3.10.7.1) or port unreachable (RFC 792, RFC 4443); a reset is not answered (rule 14).
-fn refused(observed: &Observed<'_>) -> Result<(), Judgement> {
-    let Observed { sent: Sent { packet, fragments, .. }, seen, .. } = observed;
-    let wrong = |what: &str| Err(Judgement::Wrong(what.to_owned()));
-    if let Body::Tcp(Segment { flags, .. }) = packet.body
-        && flags & RST != 0
-    {
-        return dropped(seen);
-    }
-    let Seen::Went(To::Sender, answer) = seen else { return wrong("refused") };
-    if (answer.src, answer.dst) != (packet.dst, packet.src) || answer.hops == 0 {
-        return wrong("a refusal from who was asked to who asked");
-    }
-    match (&packet.body, &answer.body) {
-        (Body::Tcp(asked), Body::Tcp(answer)) if resets(asked, *fragments, answer) => Ok(()),
-        (Body::Tcp(_), Body::Tcp(_)) => wrong("a reset that the connection takes"),
-        (Body::Tcp(_), _) => wrong("a reset"),
-        (_, Body::Icmp { kind, code, payload, .. }) => {
-            let port_unreachable = if packet.src.is_ipv4() { (3, 3) } else { (1, 4) };
-            // Of fragments it is the first one that is refused.
-            let parts = fragments.map(|size| packet.fragments(size));
-            let sent = parts.map_or_else(|| packet.build(), |mut parts| parts.swap_remove(0));
-            let transport =
-                fragments.map_or(packet.transport_length(), |size| packet.transport_length().min(size));
-            let (sent, head) = (&sent[ETHERNET..], sent.len() - ETHERNET - transport);
-            if (*kind, *code) == port_unreachable && sent.starts_with(payload) && payload.len() >= head + 8 {
-                Ok(())
-            } else {
-                wrong("port unreachable, with what it is about")
-            }
-        }
-        _ => wrong("port unreachable"),
-    }
-}
-
-/// Whether a connection that sent `asked` takes `answer` for its end. Of a segment in fragments the first one is answered,
-/// which acknowledges what is in it.
-fn resets(asked: &Segment, fragments: Option<usize>, answer: &Segment) -> bool {
-    let header = 20 + asked.options.len();
-    let payload =
-        fragments.map_or(asked.payload.len(), |size| asked.payload.len().min(size.saturating_sub(header)));
-    let controls = u32::from(asked.flags & SYN != 0) + u32::from(asked.flags & FIN != 0);
-    let expected = if asked.flags & ACK != 0 {
-        (asked.ack, 0, RST)
-    } else {
-        (0, asked.seq.wrapping_add(payload as u32 + controls), RST | ACK)
-    };
-    (answer.seq, answer.ack, answer.flags) == expected
-        && (answer.ports.src, answer.ports.dst) == (asked.ports.dst, asked.ports.src)
-        && answer.payload.is_empty()
 }
