@@ -82,6 +82,17 @@ impl Program {
         }
     }
 
+    /// What a return value of the program means.
+    fn action(self, returned: u32) -> Result<Action> {
+        // TC_ACT_UNSPEC is -1.
+        Ok(match returned.cast_signed() {
+            -1 => Action::Next,
+            2 => Action::Drop,
+            7 => Action::Redirect,
+            other => bail!("{} returned {other}", self.name()),
+        })
+    }
+
     /// What the library does with the packet.
     pub fn on_host(self, packet: &[u8], tables: &Fake) -> (Result<Verdict, DropReason>, Vec<u8>) {
         let mut bytes = Bytes(packet.to_vec());
@@ -204,39 +215,34 @@ impl Programs {
         Ok(())
     }
 
-    /// One packet through one program, on the loopback.
+    /// One packet through one program, as from the loopback.
     pub fn run(&mut self, program: Program, packet: &[u8]) -> Result<(Action, Vec<u8>)> {
-        self.run_on(program, 1, packet)
+        let (returned, bytes) = self.run_named(program.name(), None, packet)?;
+        Ok((program.action(returned)?, bytes))
     }
 
     /// One packet through one program on this interface of the calling thread's network namespace.
     pub fn run_on(&mut self, program: Program, ifindex: u32, packet: &[u8]) -> Result<(Action, Vec<u8>)> {
-        let (returned, bytes) = self.run_named(program.name(), ifindex, packet)?;
-        // TC_ACT_UNSPEC is -1.
-        let action = match returned.cast_signed() {
-            -1 => Action::Next,
-            2 => Action::Drop,
-            7 => Action::Redirect,
-            other => bail!("{} returned {other}", program.name()),
-        };
-        Ok((action, bytes))
+        let (returned, bytes) = self.run_named(program.name(), Some(ifindex), packet)?;
+        Ok((program.action(returned)?, bytes))
     }
 
     /// What the program of this name returns, and what it makes of the packet. One of XDP finds it on the loopback,
-    /// whatever the interface.
-    pub fn run_named(&mut self, name: &str, ifindex: u32, packet: &[u8]) -> Result<(u32, Vec<u8>)> {
+    /// whatever the interface. A kernel as old as 5.10 takes none for TC either.
+    pub fn run_named(&mut self, name: &str, interface: Option<u32>, packet: &[u8]) -> Result<(u32, Vec<u8>)> {
         // Room for what an answer adds.
         let mut bytes = vec![0; packet.len() + 256];
-        let mut context = [0; INGRESS_IFINDEX + 8];
-        let both = [ifindex.to_ne_bytes(), ifindex.to_ne_bytes()].concat();
-        context[INGRESS_IFINDEX..].copy_from_slice(&both);
+        let context = interface.map(|ifindex| {
+            let both = [ifindex.to_ne_bytes(), ifindex.to_ne_bytes()].concat();
+            [vec![0; INGRESS_IFINDEX], both].concat()
+        });
         let options =
             TestRunOptions { data_in: Some(packet), data_out: Some(&mut bytes), ..Default::default() };
         let program = self.datapath.programs().program_mut(name).with_context(|| format!("no {name}"))?;
         let result = if let Ok(xdp) = <&mut XdpProgram>::try_from(&mut *program) {
             xdp.test_run(options)
         } else {
-            let options = TestRunOptions { ctx_in: Some(&context), ..options };
+            let options = TestRunOptions { ctx_in: context.as_deref(), ..options };
             <&mut SchedClassifier>::try_from(program)?.test_run(options)
         };
         let result = result.context("test run")?;

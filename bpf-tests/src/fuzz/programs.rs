@@ -56,7 +56,7 @@ pub(super) fn run(place: &Place, seed: u64, effort: Effort) -> Result<Report> {
             // By these a refusal is told, which goes back.
             packet[..12].copy_from_slice(&[HERE, SENDER].concat());
             let program = noise.pick(&PROGRAMS);
-            let (returned, became) = node.programs().run_named(program, interface, &packet)?;
+            let (returned, became) = node.programs().run_named(program, Some(interface), &packet)?;
             let outcome = judge(program, &packet, returned, &became)
                 .with_context(|| format!("{program}, packet {}\nbecame {}", hex(&packet), hex(&became)))?;
             counts.add(outcome);
