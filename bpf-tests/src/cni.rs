@@ -68,6 +68,11 @@ impl Runtime {
         args.iter().map(|&arg| arg.to_owned()).chain([path("net.d")]).collect()
     }
 
+    /// Where the agent listens for the plugin.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("cni.sock")
+    }
+
     /// Where the agent keeps who has which address.
     pub fn state(&self) -> PathBuf {
         self.dir.join("state")

@@ -7,8 +7,10 @@
 //!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
 //!           └─ probe: many first packets at once, and which of them are answered ── tests/netpol.rs
 //!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
+//!     └─ packets: objects and packets through agent, tables and programs, judged by an oracle ── tests/packets.rs
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
 //!  apiserver: a Kubernetes API on the same manifests, with faults ── tests/apiserver.rs
+//!  fuzz: bytes that nobody should send, at the programs, the directory source and the agent's socket
 //!  chart (the Helm chart, rendered and checked)
 //!  bench (how fast it is, beside kernel routing and kube-proxy's rules)
 //! ```
@@ -24,11 +26,13 @@ pub mod cluster;
 pub mod cni;
 pub mod demo;
 pub mod ethtool;
+pub mod fuzz;
 pub mod guarded;
 pub mod manifests;
 pub mod netns;
 pub mod oracle;
 pub mod outside;
+pub mod packets;
 pub mod patience;
 pub mod pod;
 pub mod probe;

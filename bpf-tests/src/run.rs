@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use aya::{
     VerifierLogLevel,
     maps::{HashMap, Map, MapData},
-    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp as XdpProgram},
 };
 use ferroflow::{
     config::{Attach, Bpffs, MAX_ENDPOINTS, Masquerade, SocketLb, Xdp},
@@ -30,7 +30,7 @@ use ferroflow_common::{
     verdict::{DropReason, Verdict},
 };
 use ferroflow_ebpf::{
-    conntrack,
+    conntrack, device, masquerade,
     packet::{Bytes, Packet as _},
     parse::headers,
     pod,
@@ -54,6 +54,8 @@ pub struct Programs {
 pub enum Program {
     PodEgress,
     PodIngress,
+    DeviceIngress,
+    DeviceEgress,
 }
 
 /// What TC does with the packet.
@@ -73,13 +75,26 @@ type EntryBytes = [u8; size_of::<Entry>()];
 pub type Wide = Tuple<[u8; 16]>;
 
 impl Program {
-    pub const ALL: [Self; 2] = [Self::PodEgress, Self::PodIngress];
+    pub const ALL: [Self; 4] = [Self::PodEgress, Self::PodIngress, Self::DeviceIngress, Self::DeviceEgress];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::PodEgress => "pod_egress",
             Self::PodIngress => "pod_ingress",
+            Self::DeviceIngress => "device_ingress",
+            Self::DeviceEgress => "device_egress",
         }
+    }
+
+    /// What a return value of the program means.
+    fn action(self, returned: u32) -> Result<Action> {
+        // TC_ACT_UNSPEC is -1.
+        Ok(match returned.cast_signed() {
+            -1 => Action::Next,
+            2 => Action::Drop,
+            7 => Action::Redirect,
+            other => bail!("{} returned {other}", self.name()),
+        })
     }
 
     /// What the library does with the packet.
@@ -89,6 +104,8 @@ impl Program {
             Self::PodEgress => pod::leaving(&mut bytes, tables),
             // A packet of a test run came by no interface.
             Self::PodIngress => pod::entering_pod(&mut bytes, tables, Origin::Own),
+            Self::DeviceEgress => masquerade::leaving(&mut bytes, tables),
+            Self::DeviceIngress => device::arriving(&mut bytes, tables),
         };
         (verdict, bytes.0)
     }
@@ -184,6 +201,11 @@ impl Programs {
         Ok(Datapath::create(&object()?, constants.options(place), VerifierLogLevel::STATS)?)
     }
 
+    /// The tables once more, for who writes them.
+    pub fn maps(&self) -> Result<KernelMaps> {
+        Ok(KernelMaps::open(&self.bpffs.maps())?)
+    }
+
     /// Where a map is pinned.
     pub fn pin(&self, map: &str) -> PathBuf {
         self.bpffs.maps().join(map)
@@ -225,22 +247,39 @@ impl Programs {
         Ok(())
     }
 
-    /// One packet through one program.
+    /// One packet through one program, as from the loopback.
     pub fn run(&mut self, program: Program, packet: &[u8]) -> Result<(Action, Vec<u8>)> {
+        let (returned, bytes) = self.run_named(program.name(), None, packet)?;
+        Ok((program.action(returned)?, bytes))
+    }
+
+    /// One packet through one program on this interface of the calling thread's network namespace.
+    pub fn run_on(&mut self, program: Program, ifindex: u32, packet: &[u8]) -> Result<(Action, Vec<u8>)> {
+        let (returned, bytes) = self.run_named(program.name(), Some(ifindex), packet)?;
+        Ok((program.action(returned)?, bytes))
+    }
+
+    /// What the program of this name returns, and what it makes of the packet. One of XDP finds it on the loopback,
+    /// whatever the interface. A kernel as old as 5.10 takes none for TC either.
+    pub fn run_named(&mut self, name: &str, interface: Option<u32>, packet: &[u8]) -> Result<(u32, Vec<u8>)> {
         // Room for what an answer adds.
         let mut bytes = vec![0; packet.len() + 256];
+        let context = interface.map(|ifindex| {
+            let both = [ifindex.to_ne_bytes(), ifindex.to_ne_bytes()].concat();
+            [vec![0; INGRESS_IFINDEX], both].concat()
+        });
         let options =
             TestRunOptions { data_in: Some(packet), data_out: Some(&mut bytes), ..Default::default() };
-        let result = self.classifier(program)?.test_run(options).context("test run")?;
-        bytes.truncate(result.data_size_out as usize);
-        // TC_ACT_UNSPEC is -1.
-        let action = match result.return_value.cast_signed() {
-            -1 => Action::Next,
-            2 => Action::Drop,
-            7 => Action::Redirect,
-            other => bail!("{} returned {other}", program.name()),
+        let program = self.datapath.programs().program_mut(name).with_context(|| format!("no {name}"))?;
+        let result = if let Ok(xdp) = <&mut XdpProgram>::try_from(&mut *program) {
+            xdp.test_run(options)
+        } else {
+            let options = TestRunOptions { ctx_in: context.as_deref(), ..options };
+            <&mut SchedClassifier>::try_from(program)?.test_run(options)
         };
-        Ok((action, bytes))
+        let result = result.context("test run")?;
+        bytes.truncate(result.data_size_out as usize);
+        Ok((result.return_value, bytes))
     }
 
     /// The mean time of `repeat` runs on one packet, which each run finds as the one before left it.
@@ -304,6 +343,9 @@ impl Programs {
         }
     }
 }
+
+/// Where the interface that a packet came in by stands in `struct __sk_buff`; the one that it is at is behind it.
+const INGRESS_IFINDEX: usize = 36;
 
 /// Until so many nanoseconds of a second it is taken to last: longer than a machine pauses a process by chance.
 const STEADY: i64 = 700_000_000;

@@ -199,6 +199,8 @@ pub fn open<F: Family, T: Tables<F>>(
 ) -> Result<(), DropReason> {
     let tuple = &headers.tuple;
     let backend = tables.backend(index).ok_or(DropReason::NoBackend)?;
+    // The node takes nothing from its own address, and what its own processes answer passes it anyway.
+    let masquerade = masquerade.filter(|_| tables.node_address(&backend.addr).is_none());
     let mut reply_tuple = Aligned(Tuple {
         src: F::bytes(&backend.addr),
         dst: masquerade.unwrap_or(tuple.src),

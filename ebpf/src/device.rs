@@ -77,6 +77,7 @@ mod tests {
     both_families!(
         rule_26_a_node_port_masquerades_its_clients,
         rule_26_with_the_policy_local_the_client_is_kept,
+        rule_26_a_backend_that_is_the_node_itself_sees_the_client,
         rule_22_source_ranges_come_first,
         what_is_for_no_service_is_the_stacks,
         without_an_address_of_the_family_nobody_is_masqueraded,
@@ -142,6 +143,14 @@ mod tests {
         let net = Net::new::<F>(F::pod(1), Frontend::KEEP_CLIENT);
         let there = net.arrives(SYN, Verdict::Pod { ifindex: 11 });
         assert_eq!((there.src, there.src_port), net.client);
+    }
+
+    fn rule_26_a_backend_that_is_the_node_itself_sees_the_client<F: Names>() {
+        let net = Net::new::<F>(F::vip(200), 0);
+        let there = net.arrives(SYN, Verdict::Stack);
+        assert_eq!((there.src, there.src_port), net.client, "a stack takes nothing from its own address");
+        let back = there.answer(SYN | ACK).enter(&net.fake);
+        assert_eq!(back, Ok((Verdict::Stack, net.request(SYN).answer(SYN | ACK).build())));
     }
 
     fn rule_22_source_ranges_come_first<F: Names>() {

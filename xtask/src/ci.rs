@@ -8,18 +8,19 @@ use anyhow::Result;
 
 use crate::test::{Scope, Tally};
 use crate::toolchain::{Toolchain, succeed};
-use crate::{chart, compile, demo, image, layers, setup, test, verify};
+use crate::{chart, compile, demo, image, layers, setup, test, verify, vm};
 
 /// Runs one part and returns its tests.
 type Part = fn(&Toolchain) -> Result<Tally>;
 
-const PARTS: [(&str, Part); 9] = [
+const PARTS: [(&str, Part); 10] = [
     ("setup", setup),
     ("format", format),
     ("lints", lints),
     ("layers", layers),
     ("test", all_tests),
     ("verify", verify::part),
+    ("kernels", vm::part),
     ("demo", demonstrate),
     ("chart", chart::part),
     ("image", image::part),

@@ -7,6 +7,7 @@ mod chart;
 mod ci;
 mod compile;
 mod demo;
+mod fuzz;
 mod image;
 mod layers;
 mod paths;
@@ -74,6 +75,14 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Feed mutated packets, documents and requests to the programs and the agent, for as long as asked; needs root
+    ///
+    /// `cargo xtask test` runs a short one. The seeds are in bpf-tests/corpus.
+    Fuzz {
+        /// Passed on: --minutes, --seed
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Verify and test the programs on other kernels, each booted in QEMU
     ///
     /// The kernels are Debian's, downloaded once through apt (and QEMU, where it is missing). Loads every program with
@@ -85,6 +94,9 @@ enum Verb {
         /// Write the kernels' rows of bpf-tests/verified.json instead of comparing with them
         #[arg(long)]
         update: bool,
+        /// Load and verify the programs, and run no tests; CI does so on the oldest and the newest kernel
+        #[arg(long, conflicts_with = "filter")]
+        load_only: bool,
         /// Run all tests whose name contains this, and none of the choice
         filter: Option<String>,
     },
@@ -92,7 +104,7 @@ enum Verb {
     ///
     /// One line of JSON per figure, a table with the budgets, and charts in target/bench. Numbers never fail it.
     Bench {
-        /// Passed to the bench: --quick, --full, --sizes, --pairs; `cargo xtask bench -- --help` explains them
+        /// Passed to the bench: --quick, --full, --sizes, --control, --pairs; `cargo xtask bench -- --help` explains them
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
@@ -132,10 +144,16 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             println!("{}", compile::run(&toolchain, profile)?);
         }
         Verb::Demo { args } => return demo::run(&toolchain, "demo", &args),
+        Verb::Fuzz { args } => return fuzz::run(&toolchain, &args),
         Verb::Verify { args } => return verify::run(&toolchain, &args),
-        Verb::Vm { kernel, update, filter } => {
+        Verb::Vm { kernel, update, load_only, filter } => {
             let kernels = if kernel.is_empty() { vm::KERNELS.to_vec() } else { kernel };
-            return Ok(vm::run(&toolchain, &vm::Plan { kernels, update, filter }).report());
+            let tests = match filter {
+                Some(filter) => vm::Tests::Named(filter),
+                None if load_only => vm::Tests::None,
+                None => vm::Tests::Chosen,
+            };
+            return Ok(vm::run(&toolchain, &vm::Plan { kernels, update, tests }).report());
         }
         Verb::Bench { args } => return bench::run(&toolchain, &args),
         Verb::Test { unit, filter } => {

@@ -54,12 +54,15 @@ struct Cli {
     /// Two minutes: up to 1,000 services, few pairs
     #[arg(long, conflicts_with = "full")]
     quick: bool,
-    /// Up to 30,000 services
+    /// Up to 30,000 services, and 50,000 (500,000 endpoints) for the agent alone
     #[arg(long)]
     full: bool,
     /// Sizes of the cluster instead, smallest first, at least 10
     #[arg(long, value_delimiter = ',', value_name = "SERVICES")]
     sizes: Vec<usize>,
+    /// Sizes at which the agent alone is measured, and no traffic
+    #[arg(long, value_delimiter = ',', value_name = "SERVICES")]
+    control: Option<Vec<usize>>,
     /// Runs of each way, each between two of plain routing
     #[arg(long)]
     pairs: Option<usize>,
@@ -71,6 +74,8 @@ struct Cli {
 /// What is done at one size.
 struct Plan {
     sizes: Vec<usize>,
+    /// For the agent alone.
+    control: Vec<usize>,
     pairs: usize,
     time: Duration,
     changes: u8,
@@ -91,7 +96,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     ensure!(geteuid().is_root(), "network namespaces and BPF programs need root");
     agent::binary()?;
     let plan = cli.plan();
-    ensure!(plan.sizes.iter().all(|size| *size >= 10), "a cluster of fewer than 10 services is too small");
+    let all = || plan.sizes.iter().chain(&plan.control);
+    ensure!(all().all(|size| *size >= 10), "a cluster of fewer than 10 services is too small");
     let sandbox = Sandbox::enter()?;
     sandbox.exit_on_signals()?;
     let mut report = Report::default();
@@ -100,7 +106,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         let what = if number == 1.min(plan.sizes.len() - 1) { What::Everything } else { What::BySize };
         measure(&sandbox, &plan, (size, what), &mut report)?;
     }
+    for &size in &plan.control {
+        measure_alone(&sandbox, &plan, size, &mut report)?;
+    }
     add_flatness(&mut report)?;
+    add_slopes(&mut report)?;
     plot::write_all(&cli.charts, report.figures())?;
     println!("\n{}charts: {}", report.table(), cli.charts.display());
     Ok(if report.failures() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -115,8 +125,10 @@ impl Cli {
         } else {
             (&[10, 1_000, 10_000], 7, 400)
         };
+        let largest = if self.full { &[50_000][..] } else { &[] };
         Plan {
             sizes: if self.sizes.is_empty() { sizes.to_vec() } else { self.sizes.clone() },
+            control: self.control.clone().unwrap_or_else(|| largest.to_vec()),
             pairs: self.pairs.unwrap_or(pairs).max(1),
             time: Duration::from_millis(millis),
             changes: 100,
@@ -168,6 +180,20 @@ fn measure(sandbox: &Sandbox, plan: &Plan, (size, what): (usize, What), report: 
             say(&format!("{kind:?} {place:?}"));
         }
     }
+    Ok(())
+}
+
+/// The agent alone, which grows with the cluster where the programs do not.
+fn measure_alone(sandbox: &Sandbox, plan: &Plan, size: usize, report: &mut Report) -> Result<()> {
+    let start = Instant::now();
+    let cpu = thread::available_parallelism()?.get() - 1;
+    let mut arena = Arena::new(sandbox, cpu)?;
+    let scale = Scale::new(size, arena.cluster.pod(NEAR).v4, arena.cluster.pod(FAR).v4);
+    scale.write(&arena.cluster)?;
+    if let Err(error) = measure_control(sandbox, &mut arena, (&scale, plan.changes), report) {
+        report.fail("programming/cold-start/ferroflow", size, &error)?;
+    }
+    eprintln!("bench: {size} services: the agent alone ({:.0} s)", start.elapsed().as_secs_f64());
     Ok(())
 }
 
@@ -282,4 +308,40 @@ fn add_flatness(report: &mut Report) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What one more service costs the agent from each size to the next, as a share of what it cost up to there: a line that
+/// bends upwards has ratios below one there.
+fn add_slopes(report: &mut Report) -> Result<()> {
+    for what in ["programming/reading", "programming/tables", "memory/in-sync"] {
+        let name = format!("{what}/ferroflow");
+        let all = report.figures().iter().filter(|figure| figure.figure == name);
+        let points: Vec<_> = all.filter_map(|it| Some((it.services, it.value?))).collect();
+        for (services, ratio) in slopes(&points) {
+            report.add_ratio(&format!("{name}-slope"), services, ratio)?;
+        }
+    }
+    Ok(())
+}
+
+/// Of each size but the first two: the slope up to the size before, as a share of the slope from there. None where there
+/// was no slope.
+fn slopes(points: &[(usize, f64)]) -> Vec<(usize, f64)> {
+    let slope = |from: (usize, f64), to: (usize, f64)| (to.1 - from.1) / (to.0 as f64 - from.0 as f64);
+    let Some((first, _)) = points.split_first() else { return Vec::new() };
+    let ratios =
+        points.windows(2).skip(1).map(|pair| (pair[1].0, slope(*first, pair[0]) / slope(pair[0], pair[1])));
+    ratios.filter(|(_, ratio)| ratio.is_finite() && *ratio > 0.0).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_bends_is_told_from_a_straight_one() {
+        assert_eq!(slopes(&[(10, 1.0), (110, 2.0), (210, 3.0), (310, 5.0)]), [(210, 1.0), (310, 0.5)]);
+        assert_eq!(slopes(&[(10, 1.0), (110, 1.0), (210, 1.0)]), [], "nothing grows");
+        assert_eq!(slopes(&[(10, 1.0)]), []);
+    }
 }

@@ -5,13 +5,12 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use ferroflow::maps::fake::{FakeMaps, Faults, Search, Sizes};
 use ferroflow::maps::{Endpoints, Ipcache, IpcacheRanges, Maps as _, Policy, PortRanges};
-use ferroflow::model::{Change, Kind, Name, ObjectId};
+use ferroflow::model::Change;
 use ferroflow::plan;
 use ferroflow::reconcile::{Config, Limits, Reconciler};
-use ferroflow::watch::{convert, policy};
 use ferroflow_common::abi::policy::{EndpointPolicy, Verdict};
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_ebpf::noise::Noise;
@@ -21,6 +20,7 @@ use serde_json::Value;
 
 use super::random::{ADDRESSES, PODS, PORTS, pod_addresses};
 use super::{Answer, Flow, Oracle, Way};
+use crate::packets::control::change;
 
 /// The node whose tables are compiled.
 pub const NODE: &str = "here";
@@ -307,13 +307,17 @@ fn probe_window(
     Ok(None)
 }
 
-/// Takes away objects, fields and elements, as long as the case still goes wrong.
-pub fn shrink(objects: Vec<Value>, fails: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+/// Takes away objects, fields and elements, of those whose path may go, as long as the case still goes wrong.
+pub fn shrink(
+    objects: Vec<Value>,
+    may_go: impl Fn(&[String]) -> bool,
+    mut fails: impl FnMut(&[Value]) -> bool,
+) -> Vec<Value> {
     let mut smallest = Value::Array(objects);
-    let fails = |value: &Value| value.as_array().is_some_and(|objects| fails(objects));
+    let mut fails = |value: &Value| value.as_array().is_some_and(|objects| fails(objects));
     loop {
         let paths = paths(&smallest);
-        let smaller = paths.iter().rev().find_map(|path| {
+        let smaller = paths.iter().rev().filter(|path| may_go(path)).find_map(|path| {
             let mut smaller = smallest.clone();
             remove(&mut smaller, path);
             fails(&smaller).then_some(smaller)
@@ -356,26 +360,4 @@ fn remove(value: &mut Value, path: &[String]) {
         Some(Value::Object(fields)) => drop(fields.remove(last)),
         Some(_) | None => {}
     }
-}
-
-fn change(object: &Value) -> Result<Change> {
-    let kind = object["kind"].as_str().unwrap_or_default();
-    if object["gone"] == true {
-        let kind = match kind {
-            "Pod" => Kind::Pod,
-            "Namespace" => Kind::Namespace,
-            "NetworkPolicy" => Kind::NetworkPolicy,
-            other => bail!("no such kind: {other}"),
-        };
-        let text = |field: &str| object["metadata"][field].as_str().unwrap_or("default");
-        return Ok(ObjectId { kind, name: Name::new(text("namespace"), text("name")) }.gone());
-    }
-    let read = || object.clone();
-    let change = match kind {
-        "Pod" => convert::pod(&serde_json::from_value(read())?),
-        "Namespace" => policy::namespace(&serde_json::from_value(read())?),
-        "NetworkPolicy" => policy::network_policy(&serde_json::from_value(read())?),
-        other => bail!("no such kind: {other}"),
-    };
-    change.with_context(|| object.to_string())
 }

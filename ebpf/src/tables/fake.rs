@@ -231,7 +231,7 @@ impl Policies for FakePolicies {
     }
 }
 
-/// How often tables were read.
+/// How often tables were read or written; a trie counts as a hash table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lookups {
     pub hash: u32,
@@ -274,6 +274,7 @@ impl Services for Fake {
     }
 
     fn node_address(&self, addr: &Addr) -> Option<NodeAddress> {
+        self.count_hash();
         self.node.get(addr).copied()
     }
 
@@ -288,14 +289,17 @@ impl Services for Fake {
     }
 
     fn allows(&self, client: &ServiceClient) -> bool {
+        self.count_hash();
         self.ranges.contains(client)
     }
 
     fn remembered(&self, key: &AffinityKey) -> Option<Affinity> {
+        self.count_hash();
         self.affinity.borrow().get(key).copied()
     }
 
     fn remember(&self, key: &AffinityKey, choice: &Affinity) {
+        self.count_hash();
         self.affinity.borrow_mut().insert(*key, *choice);
     }
 
@@ -322,10 +326,12 @@ impl Services for Fake {
 
 impl Datagrams<Bytes> for Fake {
     fn datagram(&self, key: &DatagramKey) -> Option<Datagram> {
+        self.count_hash();
         self.datagrams.borrow().get(key).copied()
     }
 
     fn remember_datagram(&self, key: &DatagramKey, datagram: &Datagram) -> Result<(), InsertError> {
+        self.count_hash();
         self.datagrams.borrow_mut().insert(*key, *datagram);
         Ok(())
     }
@@ -401,6 +407,7 @@ macro_rules! tables {
                 entry: &Entry,
                 conflict: OnConflict,
             ) -> Result<(), InsertError> {
+                self.count_hash();
                 let key = Self::wide::<$family>(tuple);
                 let mut rows = self.conntrack.borrow_mut();
                 let present = rows.contains_key(&key);
@@ -416,6 +423,7 @@ macro_rules! tables {
             }
 
             fn untrack(&self, tuple: &Aligned<Tuple<<$family as Family>::Bytes>>) {
+                self.count_hash();
                 self.conntrack.borrow_mut().remove(&Self::wide::<$family>(tuple));
             }
 
@@ -425,6 +433,7 @@ macro_rules! tables {
             }
 
             fn masquerade(&self) -> <$family as Family>::Bytes {
+                self.count_array();
                 <$family>::bytes(&self.first_own::<$family>())
             }
 

@@ -1,0 +1,433 @@
+//! What must become of a packet at a node: of its flow, of its ends, and of errors about it.
+//!
+//! The oracle sees what the node did and says whether that may be. Where the node has a choice (a backend, a source
+//! port) it holds the node to what it has chosen from then on.
+//!
+//! ```text
+//!   packet ─▶ known flow? ─▶ its ends, both ways                    (rules 30, 31, 34, 35)
+//!        └──▶ frontend? ─▶ admitted? ─▶ endpoints ─▶ affinity ─▶ source    (rules 2 to 5, 14 to 19, 22, 26, 29)
+//!        └──▶ error about a known flow? ─▶ whose packet it quotes   (rule 37)
+//!        └──▶ nothing of ours: it goes on as it came                (rule 21)
+//! ```
+//! Of network policies it knows nothing: [`Oracle::judge`] is where a verdict of `crate::oracle` goes before the rest.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::rc::Rc;
+
+use super::cluster::{Cluster, Frontend, Kind, Policy, Socket};
+use super::flow::{Age, CLOCKS, Direction, Flow, Signal, State};
+use super::refusal::{dropped, refused};
+use super::wire::{Body, ETHERNET, Packet, SCTP, TCP, UDP};
+
+/// Where a packet comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum From {
+    /// The local pod with this address.
+    Pod(IpAddr),
+    /// A device of the node.
+    Wire,
+    /// The node's own stack.
+    Host,
+}
+
+/// Where a packet went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum To {
+    Pod(IpAddr),
+    Wire,
+    Host,
+    /// Back to where it came from: a refusal.
+    Sender,
+}
+
+impl To {
+    /// Where the node's routes lead.
+    pub fn of(cluster: &Cluster, dst: IpAddr) -> Self {
+        if cluster.local_pods().contains(&dst) {
+            Self::Pod(dst)
+        } else if cluster.node_addresses().contains(&dst) {
+            Self::Host
+        } else {
+            Self::Wire
+        }
+    }
+}
+
+/// What the node did with a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seen {
+    Went(To, Packet),
+    Dropped,
+}
+
+/// A packet that was sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sent {
+    pub from: From,
+    pub packet: Packet,
+    /// So many bytes of the transport in each, a multiple of eight; `None` where it is whole.
+    pub fragments: Option<usize>,
+    /// What an error quotes, in full.
+    pub about: Option<Packet>,
+}
+
+/// Whether what was seen may be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Judgement {
+    Right,
+    /// What must be instead.
+    Wrong(String),
+    /// It depends on what the oracle cannot know, which is said; what follows cannot be judged.
+    Unsure(&'static str),
+}
+
+/// The model of the node.
+#[derive(Clone, Debug, Default)]
+pub struct Oracle {
+    pub cluster: Rc<Cluster>,
+    flows: Vec<Flow>,
+    /// By protocol, client and frontend.
+    forward: BTreeMap<Tuple, usize>,
+    /// By protocol, backend and what it takes for the client.
+    back: BTreeMap<Tuple, usize>,
+    /// By client and service port: the backend, which of its lives, and when it was chosen last.
+    affinity: BTreeMap<(IpAddr, String), (Socket, u32, u64)>,
+    /// How often an endpoint of a service port has stopped serving.
+    lives: BTreeMap<(String, Socket), u32>,
+    serving: BTreeMap<String, BTreeSet<Socket>>,
+}
+
+/// Protocol, source, destination.
+pub type Tuple = (u8, Socket, Socket);
+
+/// The source ports of masqueraded and of colliding flows: no socket chooses them by itself.
+const CHOSEN_PORTS: std::ops::RangeInclusive<u16> = 1024..=29_999;
+
+impl Oracle {
+    /// Of a node that has seen no packet.
+    pub fn new(cluster: Cluster) -> Self {
+        Self { serving: cluster.serving(), cluster: Rc::new(cluster), ..Self::default() }
+    }
+
+    /// Takes a change of an object in.
+    pub fn apply(&mut self, object: &serde_json::Value) {
+        Rc::make_mut(&mut self.cluster).apply(object);
+        let serving = self.cluster.serving();
+        for (port_name, before) in &self.serving {
+            let now = serving.get(port_name);
+            for socket in before.iter().filter(|it| now.is_none_or(|now| !now.contains(it))) {
+                *self.lives.entry((port_name.clone(), *socket)).or_default() += 1;
+            }
+        }
+        self.serving = serving;
+    }
+
+    /// Every tuple that the node's tables may have a flow for.
+    pub fn tuples(&self) -> BTreeSet<Tuple> {
+        let both =
+            |flow: &Flow| [(flow.proto, flow.client, flow.frontend), (flow.proto, flow.backend, flow.seen)];
+        self.flows.iter().flat_map(both).collect()
+    }
+
+    /// Every client that may be kept at a backend.
+    pub fn clients(&self) -> BTreeSet<IpAddr> {
+        self.affinity.keys().map(|(client, _)| *client).collect()
+    }
+
+    /// Whether the node may have done this with the packet, at this second.
+    pub fn judge(&mut self, sent: &Sent, seen: &Seen, now: u64) -> Judgement {
+        match self.expect(&Observed { sent, seen, now }) {
+            Ok(()) => Judgement::Right,
+            Err(judgement) => judgement,
+        }
+    }
+
+    fn expect(&mut self, observed: &Observed<'_>) -> Result<(), Judgement> {
+        let &Observed { sent: Sent { from, packet, .. }, now, .. } = observed;
+        if let Some(error) = self.translated_error(observed)? {
+            return self.goes(&error, observed);
+        }
+        let (Some(ports), Some(protocol)) = (packet.ports(), protocol_of(packet)) else {
+            return self.goes(packet, observed);
+        };
+        let ends = ((packet.src, ports.src), (packet.dst, ports.dst));
+        if let Some(rewritten) = self.known(packet, ends, now)? {
+            return self.goes(&rewritten, observed);
+        }
+        if *from == From::Host {
+            // It opens no flow: the host's own processes are served at their sockets.
+            return self.goes(packet, observed);
+        }
+        let cluster = Rc::clone(&self.cluster);
+        match cluster.frontend(ends.1, protocol) {
+            Some(frontend) => self.opens(&frontend, ends, observed),
+            None => self.without_service(observed),
+        }
+    }
+
+    /// A packet for no service port.
+    fn without_service(&self, observed: &Observed<'_>) -> Result<(), Judgement> {
+        let (packet, dst) = (&observed.sent.packet, observed.sent.packet.dst);
+        if To::of(&self.cluster, dst) != To::Wire || !self.cluster.in_service_range(dst) {
+            return self.goes(packet, observed);
+        }
+        // Rule 19.
+        if self.cluster.is_cluster_ip(dst) {
+            refused(observed.sent, observed.seen)
+        } else {
+            dropped(observed.seen)
+        }
+    }
+
+    /// The first packet of a flow, or one whose flow chooses again.
+    fn opens(
+        &mut self,
+        frontend: &Frontend<'_>,
+        (src, dst): (Socket, Socket),
+        observed: &Observed<'_>,
+    ) -> Result<(), Judgement> {
+        let &Observed { sent: Sent { from, packet, .. }, seen, now } = observed;
+        if !frontend.admits(src.0) {
+            return dropped(seen);
+        }
+        // Rule 16: traffic of this node to what is outside goes anywhere.
+        let inside = matches!(from, From::Pod(_)) && frontend.kind != Kind::ClusterIp;
+        let policy = if inside { Policy::Cluster } else { frontend.policy() };
+        let (choices, anywhere) = self.cluster.choices(frontend, dst.0, policy);
+        if choices.is_empty() {
+            return if anywhere { dropped(seen) } else { refused(observed.sent, observed.seen) };
+        }
+        let name = frontend.port_name();
+        let may = match self.kept(frontend, (src.0, &name), &choices, now)? {
+            Some(kept) => BTreeSet::from([kept]),
+            None => choices,
+        };
+        let stands_in = match self.stands_in(*from, frontend, dst.0) {
+            Ok(stands_in) => stands_in,
+            Err(NoAddress) => return dropped(seen),
+        };
+        let went =
+            if let Seen::Went(_, went) = seen { went.ports().map(|ports| (went, ports)) } else { None };
+        let Some((went, ports)) = went.filter(|(went, ports)| may.contains(&(went.dst, ports.dst))) else {
+            return Err(Judgement::Wrong(format!("to one of {may:?}")));
+        };
+        let backend = (went.dst, ports.dst);
+        let (ends, proto) = ((src, dst), packet.proto());
+        let seen_as = self.source(ends, (proto, backend, ports.src), stands_in, now)?;
+        let life = self.life(&name, backend);
+        if frontend.affinity().is_some() {
+            self.affinity.insert((src.0, name.clone()), (backend, life, now));
+        }
+        let (index, state) = (self.flows.len(), State::default());
+        self.forward.insert((proto, src, dst), index);
+        self.back.insert((proto, backend, seen_as), index);
+        self.flows.push(Flow {
+            client: src,
+            frontend: dst,
+            backend,
+            seen: seen_as,
+            proto,
+            port_name: name,
+            life,
+            state,
+            last: now,
+        });
+        self.flows[index].note(Signal::of(packet), Direction::Forward, now);
+        self.goes(&packet.between(seen_as, backend), observed)
+    }
+
+    /// The node's address that stands in for a client, whose answers would bypass the node otherwise (rule 26).
+    fn stands_in(
+        &self,
+        from: From,
+        frontend: &Frontend<'_>,
+        dst: IpAddr,
+    ) -> Result<Option<IpAddr>, NoAddress> {
+        let keeps_client = frontend.kind != Kind::ClusterIp && frontend.policy() == Policy::Local;
+        if from != From::Wire || keeps_client {
+            return Ok(None);
+        }
+        self.cluster.primary(dst).map(Some).ok_or(NoAddress)
+    }
+
+    /// What a backend must take for the client, which used the source port `port` towards it.
+    fn source(
+        &self,
+        ends: (Socket, Socket),
+        (proto, backend, port): (u8, Socket, u16),
+        stands_in: Option<IpAddr>,
+        now: u64,
+    ) -> Result<Socket, Judgement> {
+        let (src, dst) = ends;
+        // What goes to the node itself comes back through it, and it takes no packets from its own address.
+        let stands_in = stands_in.filter(|_| To::of(&self.cluster, backend.0) != To::Host);
+        // Rule 26 b: nor does a pod.
+        let addr = if backend.0 == src.0 { dst.0 } else { stands_in.unwrap_or(src.0) };
+        if stands_in.is_none() && !self.is_taken(&(proto, backend, (addr, src.1)), ends, now)? {
+            return Ok((addr, src.1));
+        }
+        if CHOSEN_PORTS.contains(&port) && !self.is_taken(&(proto, backend, (addr, port)), ends, now)? {
+            return Ok((addr, port));
+        }
+        Err(Judgement::Wrong(format!("from a free port of {addr}")))
+    }
+
+    /// Whether another flow that lives has the tuple towards a backend.
+    fn is_taken(&self, tuple: &Tuple, ends: (Socket, Socket), now: u64) -> Result<bool, Judgement> {
+        let Some(flow) = self.back.get(tuple).map(|index| &self.flows[*index]) else { return Ok(false) };
+        if (flow.client, flow.frontend) == ends || (flow.proto != UDP && flow.state.is_over()) {
+            return Ok(false);
+        }
+        match flow.age(now) {
+            Age::Alive => Ok(true),
+            Age::Expired => Ok(false),
+            Age::Unsure => Err(Judgement::Unsure("whether another flow lives")),
+        }
+    }
+
+    /// The backend that a client has to be at (rule 29).
+    fn kept(
+        &self,
+        frontend: &Frontend<'_>,
+        (client, name): (IpAddr, &str),
+        choices: &BTreeSet<Socket>,
+        now: u64,
+    ) -> Result<Option<Socket>, Judgement> {
+        let Some(timeout) = frontend.affinity() else { return Ok(None) };
+        let Some((backend, life, last)) = self.affinity.get(&(client, name.to_owned())) else {
+            return Ok(None);
+        };
+        if *life != self.life(name, *backend) || !choices.contains(backend) {
+            return Ok(None);
+        }
+        match (now.saturating_sub(*last), timeout) {
+            (idle, timeout) if idle + CLOCKS < timeout => Ok(Some(*backend)),
+            (idle, timeout) if idle > timeout + CLOCKS => Ok(None),
+            _ => Err(Judgement::Unsure("whether a client is still kept at its backend")),
+        }
+    }
+
+    fn life(&self, name: &str, backend: Socket) -> u32 {
+        self.lives.get(&(name.to_owned(), backend)).copied().unwrap_or_default()
+    }
+
+    /// Whether a flow's backend has stopped serving since it was chosen (rule 31).
+    fn is_gone(&self, flow: &Flow) -> bool {
+        self.life(&flow.port_name, flow.backend) != flow.life
+    }
+
+    /// What a packet of a known flow becomes.
+    fn known(
+        &mut self,
+        packet: &Packet,
+        (src, dst): (Socket, Socket),
+        now: u64,
+    ) -> Result<Option<Packet>, Judgement> {
+        let Some((index, direction)) = self.find(&(packet.proto(), src, dst), now)? else {
+            return Ok(None);
+        };
+        let (flow, signal) = (&self.flows[index], Signal::of(packet));
+        let over = match direction {
+            // Rules 30, 31 and 35.
+            Direction::Forward if packet.proto() == UDP => self.is_gone(flow),
+            Direction::Forward => signal.opens && (flow.state != State::default() || self.is_gone(flow)),
+            // A server that opens a connection to its client's port: no reply.
+            Direction::Reply => signal.opens,
+        };
+        if over {
+            self.forget(index);
+            return Ok(None);
+        }
+        let flow = &self.flows[index];
+        let rewritten = match direction {
+            Direction::Forward => packet.between(flow.seen, flow.backend),
+            Direction::Reply => packet.between(flow.frontend, flow.client),
+        };
+        self.flows[index].note(signal, direction, now);
+        Ok(Some(rewritten))
+    }
+
+    fn find(&self, tuple: &Tuple, now: u64) -> Result<Option<(usize, Direction)>, Judgement> {
+        let forward = self.forward.get(tuple).map(|index| (*index, Direction::Forward));
+        let back = || self.back.get(tuple).map(|index| (*index, Direction::Reply));
+        let Some((index, direction)) = forward.or_else(back) else { return Ok(None) };
+        match self.flows[index].age(now) {
+            Age::Alive => Ok(Some((index, direction))),
+            Age::Expired => Ok(None),
+            Age::Unsure => Err(Judgement::Unsure("whether a flow lives")),
+        }
+    }
+
+    fn forget(&mut self, index: usize) {
+        self.forward.retain(|_, it| *it != index);
+        self.back.retain(|_, it| *it != index);
+    }
+
+    /// An error about a known flow goes to who sent what it quotes, and quotes what that one sent (rule 37). Its source
+    /// stays, unless it is the flow's other end, or goes to another address than it came for.
+    fn translated_error(&self, observed: &Observed<'_>) -> Result<Option<Packet>, Judgement> {
+        let Sent { packet, about, .. } = observed.sent;
+        let (Body::Icmp { kind, payload, .. }, Some(about)) = (&packet.body, about) else { return Ok(None) };
+        let kinds: &[u8] = if packet.src.is_ipv4() { &[3, 11, 12] } else { &[1, 2, 3, 4] };
+        let Some(ports) = about.ports().filter(|_| kinds.contains(kind) && about.src == packet.dst) else {
+            return Ok(None);
+        };
+        // Without the first eight bytes of the transport (RFC 792) it says nothing of ports.
+        if payload.len() + about.transport_length() < about.build().len() - ETHERNET + 8 {
+            return Ok(None);
+        }
+        let answered = (about.proto(), (about.dst, ports.dst), (about.src, ports.src));
+        let Some((index, direction)) = self.find(&answered, observed.now)? else { return Ok(None) };
+        let flow = &self.flows[index];
+        // What the quoted packet was before it was sent on, and what its sender takes for the flow's other end.
+        let (before, (other, known_as)) = match direction {
+            Direction::Reply => ((flow.client, flow.frontend), (flow.backend.0, flow.frontend.0)),
+            Direction::Forward => ((flow.backend, flow.seen), (flow.client.0, flow.seen.0)),
+        };
+        let mut error = packet.clone();
+        error.dst = before.0.0;
+        if packet.src == other || error.dst != packet.dst {
+            error.src = known_as;
+        }
+        let mut quoted = about.between(before.0, before.1).build()[ETHERNET..].to_vec();
+        quoted.truncate(payload.len());
+        // Of SCTP it stays the one that was quoted: it covers what an error leaves out, and nobody looks at it.
+        let check = about.build().len() - ETHERNET - about.transport_length() + 8;
+        if let (SCTP, Some(at)) = (about.proto(), payload.get(check..payload.len().min(check + 4))) {
+            quoted[check..check + at.len()].copy_from_slice(at);
+        }
+        if let Body::Icmp { payload, .. } = &mut error.body {
+            *payload = quoted;
+        }
+        Ok(Some(error))
+    }
+
+    /// Whether exactly this packet went where its destination is.
+    fn goes(&self, packet: &Packet, observed: &Observed<'_>) -> Result<(), Judgement> {
+        let to = To::of(&self.cluster, packet.dst);
+        match observed.seen {
+            Seen::Went(place, went) if *place == to && went == packet => Ok(()),
+            Seen::Went(..) | Seen::Dropped => Err(Judgement::Wrong(format!("to {to:?}: {packet}"))),
+        }
+    }
+}
+
+/// A packet, what became of it, and the second of that.
+struct Observed<'a> {
+    sent: &'a Sent,
+    seen: &'a Seen,
+    now: u64,
+}
+
+/// The node has no address of the family that could stand in for a client.
+struct NoAddress;
+
+fn protocol_of(packet: &Packet) -> Option<&'static str> {
+    match packet.proto() {
+        TCP => Some("TCP"),
+        UDP => Some("UDP"),
+        SCTP => Some("SCTP"),
+        _ => None,
+    }
+}
