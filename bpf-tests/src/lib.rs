@@ -5,6 +5,7 @@
 //!     └─ cluster: nodes and pods as network namespaces ── manifests (ordinary Kubernetes YAML)
 //!           ├─ agent: the real binary on a node ── cni: the network plugin beside it, as a runtime runs it
 //!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
+//!           (outside: a world around it)
 //!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
 //!  apiserver: a Kubernetes API on the same manifests, with faults ── tests/apiserver.rs
