@@ -4,7 +4,8 @@
 use std::{
     io::{self, ErrorKind},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -110,7 +111,16 @@ fn link(to: Prefix) -> Route<'static> {
 
 /// A UDP socket in a namespace; it stays there whoever uses it.
 pub fn udp(netns: &Netns, bind: SocketAddr) -> Result<UdpSocket> {
-    let socket = netns.run(move |_| UdpSocket::bind(bind))?.with_context(|| format!("bind to {bind}"))?;
+    let deadline = Instant::now() + stretched(Duration::from_secs(5));
+    let socket = loop {
+        match netns.run(move |_| UdpSocket::bind(bind))? {
+            // A new address of IPv6 is looked for on the link first (RFC 4862 section 5.4).
+            Err(error) if error.kind() == ErrorKind::AddrNotAvailable && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(20));
+            }
+            bound => break bound.with_context(|| format!("bind to {bind}"))?,
+        }
+    };
     socket.set_read_timeout(Some(stretched(Duration::from_secs(5))))?;
     Ok(socket)
 }

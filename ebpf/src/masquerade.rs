@@ -75,8 +75,12 @@ where
     if !tables.masquerades() {
         return false;
     }
-    let Some(Aligned([src, dst])) = F::ends(packet, L3) else { return false };
-    tables.endpoint(&F::addr(src)).is_some() && !tables.keeps_source(&F::addr(dst))
+    let Some(Aligned([src, _])) = F::ends(packet, L3) else { return false };
+    if tables.endpoint(&F::addr(src)).is_none() {
+        return false;
+    }
+    // Read again: the stack is short.
+    F::ends(packet, L3).is_some_and(|Aligned([_, dst])| !tables.keeps_source(&F::addr(dst)))
 }
 
 /// Opens the flow of a packet that [`leads_out`]: [`Outcome::TRACKED`]. [`Outcome::STACK`] where it is amid a connection
