@@ -58,8 +58,11 @@ pub async fn run(maps: PathBuf, swept: watch::Sender<Swept>) {
 pub fn sweep(maps: &mut KernelMaps) -> Result<[Sweep; 2], MapError> {
     let now = clock::seconds();
     let mut counts = vec![0; maps.len::<ConnectionCounts>() as usize];
+    // In their order: flows ask for them in none.
+    let generations = (0..maps.len::<Backends>()).map(|index| Ok(maps.read::<Backends>(index)?.generation));
+    let generations = generations.collect::<Result<Vec<_>, MapError>>()?;
     let mut count = |proto, entry: &Entry| {
-        let serves = maps.read::<Backends>(entry.backend).is_ok_and(|it| it.generation == entry.generation);
+        let serves = generations.get(entry.backend as usize) == Some(&entry.generation);
         let closed = proto == Proto::TCP && State(entry.state).closed();
         if let Some(count) = counts.get_mut(entry.backend as usize).filter(|_| serves && !closed) {
             *count += 1;

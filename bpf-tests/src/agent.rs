@@ -218,6 +218,11 @@ impl Agent {
         }
     }
 
+    /// Everything that it has logged, also before a restart.
+    pub fn log(&self) -> Result<String> {
+        fs::read_to_string(&self.log).with_context(|| format!("read {}", self.log.display()))
+    }
+
     /// The last lines of its log, for messages of failures.
     pub fn log_tail(&self) -> String {
         let log = fs::read_to_string(&self.log).unwrap_or_default();

@@ -67,7 +67,8 @@ const IMPORTS: &[Imports] = &[
 ];
 
 /// The only places for `unsafe`.
-const UNSAFE: &[&str] = &["agent/src/maps/batch", "agent/src/maps/kernel", "ebpf/src/object"];
+const UNSAFE: &[&str] =
+    &["agent/src/heap", "agent/src/maps/batch", "agent/src/maps/kernel", "ebpf/src/object"];
 
 /// Names that say nothing.
 const NAMES: &[&str] = &["common", "helper", "helpers", "manager", "misc", "util", "utils"];

@@ -2,7 +2,9 @@
 //! agent, and swapped in place when it comes back.
 
 mod attach;
+mod handle;
 mod host;
+mod patrol;
 
 use std::path::PathBuf;
 
@@ -19,6 +21,7 @@ pub(crate) use attach::FILTER;
 pub use attach::{Interface, load as load_program};
 pub(crate) use host::kernel_is_at_least;
 pub use host::{cgroup2_mount, prepare, unlock_settings};
+pub use patrol::Found;
 
 /// What is fixed when the programs are loaded.
 #[derive(Clone, Debug)]
@@ -40,6 +43,8 @@ const SLOTS_PER_ENDPOINT: u32 = 4;
 pub struct Datapath {
     ebpf: Ebpf,
     options: Options,
+    /// Where the socket programs are, once they are.
+    cgroup: Option<PathBuf>,
 }
 
 /// The object in this binary.
@@ -63,6 +68,7 @@ impl Datapath {
         for (name, program) in datapath.ebpf.programs_mut() {
             attach::load(program)
                 .map_err(|source| DatapathError::Program { name: name.to_owned(), source })?;
+            handle::keep(name, program, &datapath.options.bpffs.dir.join("loading"))?;
         }
         Ok(datapath)
     }
@@ -98,7 +104,7 @@ impl Datapath {
             .override_global("POD_UDP", &pod_udp, true)
             .verifier_log_level(verifier_log)
             .load(object)?;
-        Ok(Self { ebpf, options })
+        Ok(Self { ebpf, options, cgroup: None })
     }
 
     /// The programs, for those who run them on packets of their own.
