@@ -10,6 +10,7 @@ use ferroflow_common::tcp::State;
 use tokio::sync::watch;
 
 use crate::clock;
+use crate::heap;
 use crate::maps::kernel::{KernelMaps, Sweep};
 use crate::maps::{Backends, ConnectionCounts, MapError, Maps as _};
 
@@ -36,7 +37,13 @@ pub async fn run(maps: PathBuf, swept: watch::Sender<Swept>) {
     loop {
         tokio::time::sleep(INTERVAL).await;
         let dir = maps.clone();
-        match tokio::task::spawn_blocking(move || sweep(&mut KernelMaps::open(&dir)?)).await {
+        let work = move || {
+            let swept = sweep(&mut KernelMaps::open(&dir)?);
+            // What reading whole tables took, and whatever else is free by now.
+            heap::give_back();
+            swept
+        };
+        match tokio::task::spawn_blocking(work).await {
             Ok(Ok([v4, v6])) => {
                 tracing::debug!(?v4, ?v6, "swept the connection tables");
                 let left = |sweep: Sweep| sweep.seen - sweep.deleted;

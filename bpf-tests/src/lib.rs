@@ -9,6 +9,7 @@
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
 //!  apiserver: a Kubernetes API on the same manifests, with faults ── tests/apiserver.rs
 //!  chart (the Helm chart, rendered and checked)
+//!  soak (churn, deaths and faults under steady traffic, and what is left of it)
 //!  bench (how fast it is, beside kernel routing and kube-proxy's rules)
 //! ```
 #![forbid(unsafe_code)]
@@ -31,6 +32,8 @@ pub mod pod;
 pub mod run;
 pub mod runner;
 pub mod sandbox;
+pub mod soak;
+pub mod steady;
 pub mod traffic;
 pub mod verify;
 pub mod vm;

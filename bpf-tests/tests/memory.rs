@@ -44,9 +44,9 @@ fn each_kind_costs_no_more_than_is_known(sandbox: &Sandbox) -> Result<()> {
     let pods = (0..PODS).map(pod).collect();
     for (what, objects, most) in [
         // Bytes an object, as measured on x86-64 with a tenth to spare. An EndpointSlice has ten endpoints.
-        ("Services", (0..SERVICES).map(service).collect::<Vec<_>>(), 1_220),
-        ("EndpointSlices", (0..SERVICES).map(slice).collect(), 1_690),
-        ("Pods of other nodes", pods, 1_140),
+        ("Services", (0..SERVICES).map(service).collect::<Vec<_>>(), 1_440),
+        ("EndpointSlices", (0..SERVICES).map(slice).collect(), 1_860),
+        ("Pods of other nodes", pods, 1_250),
     ] {
         let count = objects.len() as u64;
         let (resident, own) = measure(node, objects)?;
@@ -73,7 +73,7 @@ fn a_large_cluster_fits(sandbox: &Sandbox) -> Result<()> {
 const MOST_IDLE: u64 = 20_000_000 / 1024;
 const MOST_RESIDENT: u64 = 60_000_000 / 1024;
 /// What is its own of that, in any build.
-const MOST_OWN: u64 = 43 * 1024;
+const MOST_OWN: u64 = 45 * 1024;
 
 /// Only of a release, which the runner says it is.
 fn bound_resident(what: &str, kib: u64, most: u64) -> Result<()> {

@@ -3,6 +3,8 @@
 //! A removed pin of a link takes the program off its interface or cgroup at once. A map goes on without its pin, since
 //! the programs hold it, but no later agent would find it: it is pinned again while this one still holds it.
 
+use nix::net::if_::if_indextoname;
+
 use super::{Datapath, DatapathError, Interface, host};
 
 /// What a walk found.
@@ -20,6 +22,8 @@ impl Datapath {
         if let Err(error) = self.pin_maps(&mut found.repaired) {
             found.failed.push(error);
         }
+        // By now every program is this agent's.
+        found.failed.extend(self.formers.drain(..).filter_map(|former| former.follow().err()));
         let list = |programs: Vec<&'static str>| programs.join(", ");
         match self.ensure_cgroup() {
             Ok(made) if made.is_empty() => {}
@@ -32,6 +36,8 @@ impl Datapath {
                 Ok(made) => {
                     found.repaired.push(format!("{}: attached to interface {ifindex} again", list(made)));
                 }
+                // It went, and whoever looks after it has not been told yet.
+                Err(_gone) if if_indextoname(ifindex).is_err() => {}
                 Err(error) => found.failed.push(error),
             }
         }
