@@ -13,7 +13,7 @@ use crate::{chart, compile, demo, image, layers, setup, test, verify};
 /// Runs one part and returns its tests.
 type Part = fn(&Toolchain) -> Result<Tally>;
 
-const PARTS: [(&str, Part); 10] = [
+const PARTS: [(&str, Part); 9] = [
     ("setup", setup),
     ("format", format),
     ("lints", lints),
@@ -21,7 +21,6 @@ const PARTS: [(&str, Part); 10] = [
     ("test", all_tests),
     ("verify", verify::part),
     ("demo", demonstrate),
-    ("soak", soak),
     ("chart", chart::part),
     ("image", image::part),
 ];
@@ -79,10 +78,6 @@ fn layers(toolchain: &Toolchain) -> Result<Tally> {
 
 fn all_tests(toolchain: &Toolchain) -> Result<Tally> {
     Ok(test::run(toolchain, Scope::All, None))
-}
-
-fn soak(toolchain: &Toolchain) -> Result<Tally> {
-    check(&mut demo::command(toolchain, "soak", &["--minutes".into(), "1".into()])?)
 }
 
 fn demonstrate(toolchain: &Toolchain) -> Result<Tally> {

@@ -103,7 +103,7 @@ enum Verb {
     Memory,
     /// Let things come and go, agents die and their API fail, under traffic; fails where something is lost or left
     ///
-    /// Of rows, leases, interfaces, open files and memory. Needs root; a minute, or `-- --minutes N`.
+    /// Of rows, leases, interfaces, pins and open files. Needs root; a minute, or `-- --minutes N`.
     Soak {
         /// Passed on: `--minutes`, `--seed`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   base ──churn, kill -9, API faults──▶ base: the same rows, leases, links
-//!        ──restart──▶ measure ──churn, API faults──▶ base: also the same files and memory
+//!        ──restart──▶ measure ──churn, API faults──▶ base: also the same open files
 //! ```
 
 mod census;
