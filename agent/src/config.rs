@@ -73,7 +73,7 @@ pub struct Agent {
     #[arg(long, env = "FERROFLOW_XDP", value_enum, default_value_t = Xdp::Off)]
     pub xdp: Xdp,
 
-    /// Endpoints of services that the tables have room for, over all services (72 bytes each, all of it resident)
+    /// Endpoints of services that the tables have room for, over all services (72 bytes each, of kernel memory)
     #[arg(long, env = "FERROFLOW_MAX_ENDPOINTS", value_name = "N", default_value_t = MAX_ENDPOINTS,
         value_parser = clap::value_parser!(u32).range(1_024..=4_194_304))]
     pub max_endpoints: u32,

@@ -26,6 +26,7 @@ use crate::datapath::{self, Datapath, DatapathError, Interface, Sources};
 use crate::events::{Note, Reason, Recorder};
 use crate::gc;
 use crate::health::{self, Health, Keeper, proxy::Progress};
+use crate::heap;
 use crate::ipam;
 use crate::kube_proxy;
 use crate::lock::{Lock, LockError};
@@ -36,6 +37,7 @@ use crate::net::routes::{Goal, Laid, Surplus};
 use crate::net::tunnel::TunnelDevice;
 use crate::net::{self, Moved, NetError, NetEvent};
 use crate::observe::{self, Metrics};
+use crate::patrol::Patrol;
 use crate::plan;
 use crate::plan::routes::Routing;
 use crate::reconcile::{self, Limits, Reconciler};
@@ -373,6 +375,7 @@ struct Attachments {
     /// Those that this agent has attached to.
     renewed: BTreeSet<(Interface, u32)>,
     retry: Option<Instant>,
+    patrol: Patrol,
 }
 
 impl Daemon {
@@ -419,6 +422,7 @@ impl Daemon {
             if self.awaited == 0 {
                 self.attach();
                 self.routes.aim(self.reconciler.world(), self.surplus);
+                self.repair();
             }
             self.tell_served();
             self.answer_checks();
@@ -623,7 +627,7 @@ impl Daemon {
             .chain(devices.union(&exits).map(|ifindex| (Interface::Device, *ifindex)))
             .chain(self.routes.tunnel().map(|ifindex| (Interface::Tunnel, ifindex)))
             .collect();
-        let Attachments { attached, renewed, retry } = &mut self.attachments;
+        let Attachments { attached, renewed, retry, patrol: _ } = &mut self.attachments;
         let mut failed = false;
         for interface @ (kind, ifindex) in wanted.difference(&renewed.clone()).copied() {
             match self.datapath.attach(kind, ifindex) {
@@ -652,6 +656,18 @@ impl Daemon {
         *retry = failed.then(|| Instant::now() + ATTACH_RETRY);
     }
 
+    /// Makes again what somebody removed.
+    fn repair(&mut self) {
+        let Attachments { renewed, patrol, .. } = &mut self.attachments;
+        let interfaces = renewed.iter().copied();
+        let laid = *self.routes.done.borrow();
+        for what in patrol.walk(&mut self.datapath, interfaces, laid, Instant::now()) {
+            tracing::warn!("{what}: somebody removed it");
+            let node = self.reconciler.world().own_name();
+            self.recorder.note_node(node, Reason::DatapathRepaired, format!("{what}: somebody removed it"));
+        }
+    }
+
     /// Says how things are, where `ferroflow status` finds it; written only when it changed.
     fn report(&mut self) -> Result<(), MapError> {
         let stats = self.reconciler.stats();
@@ -669,8 +685,11 @@ impl Daemon {
         if self.said == Some(self.state) {
             return Ok(());
         }
-        self.reconciler.maps().set_agent_state(self.state)?;
         let was_synced = self.said.is_some_and(|said| said.synced != 0);
+        if synced && !was_synced {
+            heap::give_back();
+        }
+        self.reconciler.maps_mut().set_agent_state(self.state)?;
         if synced && !was_synced {
             let reconcile::Stats { services, frontends, backends, endpoints, writes, .. } = stats;
             tracing::info!(services, frontends, backends, endpoints, writes, "in sync");

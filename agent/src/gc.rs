@@ -10,6 +10,7 @@ use ferroflow_common::tcp::State;
 use tokio::sync::watch;
 
 use crate::clock;
+use crate::heap;
 use crate::maps::kernel::{KernelMaps, Sweep};
 use crate::maps::{Backends, ConnectionCounts, MapError, Maps as _};
 
@@ -36,7 +37,13 @@ pub async fn run(maps: PathBuf, swept: watch::Sender<Swept>) {
     loop {
         tokio::time::sleep(INTERVAL).await;
         let dir = maps.clone();
-        match tokio::task::spawn_blocking(move || sweep(&mut KernelMaps::open(&dir)?)).await {
+        let work = move || {
+            let swept = sweep(&mut KernelMaps::open(&dir)?);
+            // What reading whole tables took, and whatever else is free by now.
+            heap::give_back();
+            swept
+        };
+        match tokio::task::spawn_blocking(work).await {
             Ok(Ok([v4, v6])) => {
                 tracing::debug!(?v4, ?v6, "swept the connection tables");
                 let left = |sweep: Sweep| sweep.seen - sweep.deleted;
@@ -58,11 +65,11 @@ pub async fn run(maps: PathBuf, swept: watch::Sender<Swept>) {
 pub fn sweep(maps: &mut KernelMaps) -> Result<[Sweep; 2], MapError> {
     let now = clock::seconds();
     let mut counts = vec![0; maps.len::<ConnectionCounts>() as usize];
+    // In their order: flows ask for them in none.
+    let generations = (0..maps.len::<Backends>()).map(|index| Ok(maps.read::<Backends>(index)?.generation));
+    let generations = generations.collect::<Result<Vec<_>, MapError>>()?;
     let mut count = |proto, entry: &Entry| {
-        if entry.flags & Entry::PLAIN != 0 {
-            return;
-        }
-        let serves = maps.read::<Backends>(entry.backend).is_ok_and(|it| it.generation == entry.generation);
+        let serves = generations.get(entry.backend as usize) == Some(&entry.generation);
         let closed = proto == Proto::TCP && State(entry.state).closed();
         if let Some(count) = counts.get_mut(entry.backend as usize).filter(|_| serves && !closed) {
             *count += 1;

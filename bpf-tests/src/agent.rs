@@ -203,6 +203,20 @@ impl Agent {
         self.spawn(env)
     }
 
+    /// How many files it has open.
+    pub fn open_files(&self) -> Result<usize> {
+        let child = self.child.as_ref().with_context(|| format!("{} has no agent", self.node))?;
+        Ok(fs::read_dir(format!("/proc/{}/fd", child.id()))?.count())
+    }
+
+    /// From the next start on: another value of a flag that it was given, or a flag more.
+    pub fn set_flag(&mut self, flag: &str, value: &str) {
+        match self.args.iter().position(|arg| arg == flag) {
+            Some(at) => value.clone_into(&mut self.args[at + 1]),
+            None => self.args.extend([flag.to_owned(), value.to_owned()]),
+        }
+    }
+
     /// Until it has ended by itself.
     pub fn wait_ended(&mut self) -> Result<ExitStatus> {
         let deadline = Instant::now() + SYNC_LIMIT;
@@ -216,6 +230,11 @@ impl Agent {
             }
             thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Everything that it has logged, also before a restart.
+    pub fn log(&self) -> Result<String> {
+        fs::read_to_string(&self.log).with_context(|| format!("read {}", self.log.display()))
     }
 
     /// The last lines of its log, for messages of failures.

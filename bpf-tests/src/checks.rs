@@ -73,23 +73,39 @@ impl World {
         let mut cluster = Cluster::with_pods(sandbox, &["a", "b"], 0)?;
         cluster.manifests().write_cluster(&cluster)?;
         let (agents, runtimes) = start_agents(&cluster, agent_args)?;
-        for (node, runtime) in ["a", "b"].into_iter().zip(&runtimes) {
-            runtime.wait_ready()?;
-            for number in 1..=PODS_PER_NODE {
-                cluster.attach(node, &format!("{node}{number}"), runtime)?;
-            }
-        }
-        let mut world = Self::served(cluster)?;
+        attach_all(&mut cluster, &runtimes)?;
+        let mut world = Self::served(cluster, &BACKENDS)?;
         (world.agents, world.runtimes) = (agents, runtimes);
         world.wait_programmed()?;
         world.wait_synced()?;
         Ok(world)
     }
 
+    /// The same over a Kubernetes API, one a node, with the same manifests; and what attached the pods.
+    pub fn attached_over_api(sandbox: &Sandbox, agent_args: &[&str]) -> Result<(Self, Vec<Runtime>)> {
+        crate::agent::binary()?;
+        let mut world = Self::served(Cluster::with_pods(sandbox, &["a", "b"], 0)?, &[])?;
+        let mut runtimes = Vec::new();
+        for node in world.cluster.nodes() {
+            let (api, runtime) = (Api::of_manifests(node)?, Runtime::new(node)?);
+            let args = runtime.agent_args();
+            let args: Vec<_> = args.iter().map(String::as_str).chain(agent_args.iter().copied()).collect();
+            world.agents.push(Agent::start_over(&api, node, &args)?);
+            world.apis.push(api);
+            runtimes.push(runtime);
+        }
+        attach_all(&mut world.cluster, &runtimes)?;
+        world.cluster.manifests().write_cluster(&world.cluster)?;
+        world.set_backends(&BACKENDS)?;
+        world.wait_programmed()?;
+        world.wait_synced()?;
+        Ok((world, runtimes))
+    }
+
     /// The same over a Kubernetes API, one a node, with the same manifests, and pods that another plugin has attached.
     pub fn over_api(sandbox: &Sandbox, agent_args: &[&str]) -> Result<Self> {
         crate::agent::binary()?;
-        let mut world = Self::served(Cluster::new(sandbox, &["a", "b"])?)?;
+        let mut world = Self::served(Cluster::new(sandbox, &["a", "b"])?, &BACKENDS)?;
         for node in world.cluster.nodes() {
             let api = Api::of_manifests(node)?;
             world.agents.push(Agent::start_over(&api, node, agent_args)?);
@@ -100,12 +116,12 @@ impl World {
     }
 
     /// With the manifests of the cluster and of its services, and no agents yet.
-    fn served(cluster: Cluster) -> Result<Self> {
+    fn served(cluster: Cluster, backends: &[&str]) -> Result<Self> {
         let (web, empty) = (service("web", 10), service("empty", 99));
         let manifests = cluster.manifests();
         manifests.write_cluster(&cluster)?;
         manifests.write_service(&web)?;
-        manifests.write_endpoints(&web, &Endpoint::ready(BACKENDS.map(|name| cluster.pod(name))))?;
+        manifests.write_endpoints(&web, &Endpoint::ready(backends.iter().map(|name| cluster.pod(name))))?;
         manifests.write_service(&empty)?;
         manifests.write_endpoints(&empty, &[])?;
         Ok(Self { agents: Vec::new(), runtimes: Vec::new(), apis: Vec::new(), web, empty, cluster })
@@ -249,6 +265,17 @@ impl World {
 }
 
 /// An agent on each node that attaches pods, and the runtime that asks it to.
+/// Each node's pods.
+fn attach_all(cluster: &mut Cluster, runtimes: &[Runtime]) -> Result<()> {
+    for (node, runtime) in ["a", "b"].into_iter().zip(runtimes) {
+        runtime.wait_ready()?;
+        for number in 1..=PODS_PER_NODE {
+            cluster.attach(node, &format!("{node}{number}"), runtime)?;
+        }
+    }
+    Ok(())
+}
+
 fn start_agents(cluster: &Cluster, more: &[&str]) -> Result<(Vec<Agent>, Vec<Runtime>)> {
     let start = |node| {
         let runtime = Runtime::new(node)?;

@@ -13,6 +13,7 @@
 //!  apiserver: a Kubernetes API on the same manifests, with faults ── tests/apiserver.rs
 //!  fuzz: bytes that nobody should send, at the programs, the directory source and the agent's socket
 //!  chart (the Helm chart, rendered and checked)
+//!  soak (churn, deaths and faults under steady traffic, and what is left of it)
 //!  bench (how fast it is, beside kernel routing and kube-proxy's rules)
 //! ```
 #![forbid(unsafe_code)]
@@ -40,6 +41,8 @@ pub mod probe;
 pub mod run;
 pub mod runner;
 pub mod sandbox;
+pub mod soak;
+pub mod steady;
 pub mod traffic;
 pub mod verify;
 pub mod vm;

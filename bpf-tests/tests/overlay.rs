@@ -293,6 +293,12 @@ fn routes_outlive_the_agents(sandbox: &Sandbox, args: &[&str]) -> Result<()> {
             delete_route(it, "b", family)?;
             it.wait_reaches("a1", "b1", family).context("a route was removed")?;
         }
+        let agent = it.agents.first().context("no agent")?;
+        wait_for(|| {
+            let said = agent.log()?.contains("routes between nodes: made again");
+            ensure!(said, "nobody says that routes were made again");
+            Ok(())
+        })?;
         Ok(())
     })
 }

@@ -7,16 +7,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
     agent::Agent,
-    checks::{ECHO_SERVICE_PORT, World, failures, target},
+    checks::{World, target},
     cluster::Family,
     patience::stretched,
-    pod::{Outcome, Progress},
+    pod::Outcome,
     runner,
     sandbox::Sandbox,
-    traffic::{Ask, Client, Protocol},
+    steady::Traffic,
+    traffic::{Ask, Protocol},
 };
 
 fn main() -> ExitCode {
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         ),
         ("tables_can_be_listed_without_an_agent", tables_can_be_listed_without_an_agent),
         ("a_restart_applies_what_changed_meanwhile", a_restart_applies_what_changed_meanwhile),
+        ("tables_are_resized_under_traffic", tables_are_resized_under_traffic),
         ("an_api_server_that_is_away_changes_nothing", an_api_server_that_is_away_changes_nothing),
     ])
 }
@@ -45,6 +47,40 @@ fn kill_9_loses_nothing_on_the_packet_path(sandbox: &Sandbox) -> Result<()> {
 
 fn kill_9_loses_nothing_under_clsact(sandbox: &Sandbox) -> Result<()> {
     World::test(sandbox, &["--socket-lb", "off", "--attach", "clsact"], |world| survives(world, Agent::kill9))
+}
+
+/// Larger, then smaller, by agents that die: rows move, connections live on, and there is nothing to write.
+fn tables_are_resized_under_traffic(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &["--max-endpoints", "2048"], |world| {
+        let traffic = Traffic::start(&world.cluster, &world.web)?;
+        traffic.flows()?;
+        for room in ["16384", "1024"] {
+            for agent in &mut world.agents {
+                agent.kill9()?;
+                agent.set_flag("--max-endpoints", room);
+                agent.restart()?;
+                writes_nothing(agent)?;
+            }
+            thread::sleep(PHASE);
+            traffic.flows().with_context(|| format!("with room for {room}"))?;
+        }
+        traffic.finish()?;
+        for agent in &world.agents {
+            ensure!(agent.log()?.contains("moved to the new map"), "nothing was moved");
+        }
+        world.set_backends(&["a2"])?;
+        only_a2_answers_in_time(world)
+    })
+}
+
+/// Also what changes is written where the programs look.
+fn only_a2_answers_in_time(world: &World) -> Result<()> {
+    let deadline = Instant::now() + stretched(Duration::from_secs(10));
+    while let Err(error) = only_a2_answers(world) {
+        ensure!(Instant::now() < deadline, "{error:#}");
+        thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 fn a_stopped_agent_leaves_its_services(sandbox: &Sandbox) -> Result<()> {
@@ -116,7 +152,7 @@ fn only_a2_answers(world: &World) -> Result<()> {
 /// Also for agents that start meanwhile; when it is back, what changed is applied.
 fn an_api_server_that_is_away_changes_nothing(sandbox: &Sandbox) -> Result<()> {
     World::test_over_api(sandbox, &[], |world| {
-        let traffic = Traffic::start(world)?;
+        let traffic = Traffic::start(&world.cluster, &world.web)?;
         traffic.flows()?;
         world.apis.iter_mut().for_each(|api| api.server.go_away());
         for agent in &world.agents {
@@ -149,65 +185,10 @@ const AWAY_LIMIT: Duration = Duration::from_secs(60);
 
 /// Of traffic before the agents end, without them, and after their return.
 const PHASE: Duration = Duration::from_millis(500);
-const LONGEST_GAP: Duration = Duration::from_secs(1);
-
-/// Requests and transfers that run from pods of both nodes, in both families.
-struct Traffic {
-    requests: Vec<Client<Outcome>>,
-    streams: Vec<Client<Progress>>,
-}
-
-impl Traffic {
-    fn start(world: &World) -> Result<Self> {
-        let (mut requests, mut streams) = (Vec::new(), Vec::new());
-        for from in ["a1", "b1"] {
-            let pod = world.cluster.pod(from);
-            for family in Family::BOTH {
-                for protocol in [Protocol::Http, Protocol::Dns] {
-                    let ask = Ask::new(protocol, target(&world.web, protocol, family));
-                    requests.push(pod.keep_asking(&ask.interval(Duration::from_millis(10)))?);
-                }
-                streams.push(pod.stream((world.web.ip(family), ECHO_SERVICE_PORT).into())?);
-            }
-        }
-        Ok(Self { requests, streams })
-    }
-
-    /// All of it goes on: something new comes everywhere.
-    fn flows(&self) -> Result<()> {
-        let limit = Duration::from_secs(5);
-        for client in &self.requests {
-            let before = client.seen().len();
-            client.wait_until(limit, |outcomes| outcomes.len() > before + 10)?;
-        }
-        for stream in &self.streams {
-            let before = stream.seen().last().map_or(0, |progress| progress.verified);
-            stream.wait_until(limit, |seen| {
-                seen.last().is_some_and(|last| last.verified > before || last.ended.is_some())
-            })?;
-        }
-        Ok(())
-    }
-
-    fn finish(self) -> Result<()> {
-        for client in self.requests {
-            let outcomes = client.stop()?;
-            if let Some(failure) = outcomes.iter().find_map(Outcome::failure) {
-                bail!("{failure}; {}", failures(&outcomes));
-            }
-        }
-        for stream in self.streams {
-            let last = stream.stop()?.pop().context("a stream said nothing")?;
-            ensure!(last.ended == Some(Ok(())), "{last:?}");
-            ensure!(Duration::from_micros(last.longest_gap_us) < stretched(LONGEST_GAP), "{last:?}");
-        }
-        Ok(())
-    }
-}
 
 /// Traffic does not notice that agents end and come back, and they find nothing to write.
 fn survives(world: &mut World, end: impl Fn(&mut Agent) -> Result<()>) -> Result<()> {
-    let traffic = Traffic::start(world)?;
+    let traffic = Traffic::start(&world.cluster, &world.web)?;
     traffic.flows()?;
     thread::sleep(PHASE);
     world.agents.iter_mut().try_for_each(&end)?;

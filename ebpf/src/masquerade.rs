@@ -132,7 +132,7 @@ where
         flags: Entry::MASQUERADED,
         reserved: 0,
         service: 0,
-        backend: 0,
+        backend: Entry::NO_BACKEND,
         generation: 0,
         expires: tables.now().wrapping_add(State::NEW.lifetime(tuple.proto)),
     };

@@ -40,7 +40,7 @@ const IMPORTS: &[Imports] = &[
     Imports { of: &["agent/src/maps"], except: &[],
         never: &["crate::model", "crate::plan"],
         why: "tables hold what common::abi lays out", instead: "convert to rows in plan" },
-    Imports { of: &["agent/src/maps"], except: &["agent/src/maps/kernel"],
+    Imports { of: &["agent/src/maps"], except: &["agent/src/maps/kernel", "agent/src/maps/transfer"],
         never: &["aya"],
         why: "only the kernel's tables are aya's", instead: "move it to maps/kernel.rs" },
     Imports { of: &["agent/src/health"], except: &[],
@@ -67,7 +67,13 @@ const IMPORTS: &[Imports] = &[
 ];
 
 /// The only places for `unsafe`.
-const UNSAFE: &[&str] = &["agent/src/maps/batch", "agent/src/maps/kernel", "ebpf/src/object"];
+const UNSAFE: &[&str] = &[
+    "agent/src/heap",
+    "agent/src/maps/batch",
+    "agent/src/maps/kernel",
+    "agent/src/maps/transfer",
+    "ebpf/src/object",
+];
 
 /// Names that say nothing.
 const NAMES: &[&str] = &["common", "helper", "helpers", "manager", "misc", "util", "utils"];

@@ -10,6 +10,7 @@ mod demo;
 mod fuzz;
 mod image;
 mod layers;
+mod memory;
 mod paths;
 mod privileged;
 mod setup;
@@ -108,6 +109,18 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Measure what an optimised agent has resident, idle and with 100,000 endpoints and 20,000 pods; needs root
+    ///
+    /// Fails where that is more than 20 and 60 MB.
+    Memory,
+    /// Let things come and go, agents die and their API fail, under traffic; fails where something is lost or left
+    ///
+    /// Of rows, leases, interfaces, pins and open files. Needs root; a minute, or `-- --minutes N`.
+    Soak {
+        /// Passed on: `--minutes`, `--seed`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Lint the Helm chart, render it with many values, check the objects and the flags in them, and pack it
     ///
     /// It needs python3 with venv; Helm itself is installed there as a library, once.
@@ -160,6 +173,8 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             let scope = if unit { Scope::Unit } else { Scope::All };
             return Ok(test::run(&toolchain, scope, filter.as_deref()).report());
         }
+        Verb::Memory => return memory::run(&toolchain),
+        Verb::Soak { args } => return demo::run(&toolchain, "soak", &args),
         Verb::Chart => chart::run(&toolchain)?,
         Verb::Image(options) => image::run(&toolchain, &options)?,
         Verb::Layers => layers::run(toolchain.root())?,

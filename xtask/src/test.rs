@@ -117,7 +117,7 @@ fn kernel(toolchain: &Toolchain, filter: Option<&str>) -> Result<Tally> {
 }
 
 /// Runs `cargo test`. What fails without a test having failed, a build or a crash, is one failure.
-fn cargo_test(cargo: &mut Command, show: impl Write) -> Result<Tally> {
+pub(crate) fn cargo_test(cargo: &mut Command, show: impl Write) -> Result<Tally> {
     let mut tally = Tally::default();
     let done = stream(cargo, show, |line| tally += Tally::of_line(line))?;
     if !done && tally.failed == 0 {

@@ -49,6 +49,13 @@ const XDP: &str = "device_xdp";
 const SOCKET: [&str; 8] =
     ["connect4", "connect6", "getpeername4", "getpeername6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6"];
 
+/// Whether something had to be made, or was there and has the programs of this agent now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Attached {
+    Anew,
+    Kept,
+}
+
 /// One fixed place for our filter on a clsact qdisc, so that the next agent finds and replaces it.
 pub(crate) const FILTER: NlOptions = NlOptions { priority: 1, handle: TcHandle::new(0, 1), classid: None };
 
@@ -72,13 +79,29 @@ impl Datapath {
     /// # Errors
     /// What the kernel refuses, with the cgroup.
     pub fn attach_cgroup(&mut self, cgroup: &Path) -> Result<(), DatapathError> {
-        SOCKET.iter().try_for_each(|hook| {
-            let pin = self.options.bpffs.links().join(hook);
-            self.attach_socket(hook, cgroup, &pin)
-        })
+        self.cgroup = Some(cgroup.to_owned());
+        self.ensure_cgroup().map(drop)
     }
 
-    fn attach_socket(&mut self, hook: &'static str, cgroup: &Path, pin: &Path) -> Result<(), DatapathError> {
+    /// The same; says which programs were not attached.
+    pub(super) fn ensure_cgroup(&mut self) -> Result<Vec<&'static str>, DatapathError> {
+        let mut made = Vec::new();
+        let Some(cgroup) = self.cgroup.clone() else { return Ok(made) };
+        for hook in SOCKET {
+            let pin = self.options.bpffs.links().join(hook);
+            if self.attach_socket(hook, &cgroup, &pin)? == Attached::Anew {
+                made.push(hook);
+            }
+        }
+        Ok(made)
+    }
+
+    fn attach_socket(
+        &mut self,
+        hook: &'static str,
+        cgroup: &Path,
+        pin: &Path,
+    ) -> Result<Attached, DatapathError> {
         let place = || format!("{hook} on {}", cgroup.display());
         let attach_error = |source| DatapathError::Attach { place: place(), source };
         let program = self.ebpf.program_mut(hook).ok_or(DatapathError::NoProgram { name: hook })?;
@@ -90,7 +113,7 @@ impl Datapath {
                 Ok(id) => {
                     // The pin keeps the link; only this process lets go of it.
                     program.take_link(id).map_err(attach_error)?;
-                    return Ok(());
+                    return Ok(Attached::Kept);
                 }
                 Err(error) if is_gone(&error) => remove(pin)?,
                 Err(error) => return Err(attach_error(error)),
@@ -110,6 +133,16 @@ impl Datapath {
     /// # Errors
     /// What the kernel refuses, with the interface.
     pub fn attach(&mut self, kind: Interface, ifindex: u32) -> Result<(), DatapathError> {
+        self.ensure(kind, ifindex).map(drop)
+    }
+
+    /// The same; says which programs were not attached.
+    pub(super) fn ensure(
+        &mut self,
+        kind: Interface,
+        ifindex: u32,
+    ) -> Result<Vec<&'static str>, DatapathError> {
+        let mut made = Vec::new();
         for (name, hook) in kind.programs() {
             let pin = self.pin(name, ifindex);
             let program = self.ebpf.program_mut(name).ok_or(DatapathError::NoProgram { name })?;
@@ -125,24 +158,28 @@ impl Datapath {
                         self.options.attach = Attach::Clsact;
                     }
                     other => {
-                        other?;
+                        made.extend((other? == Attached::Anew).then_some(name));
                         continue;
                     }
                 }
             }
-            attach_clsact(program, ifindex, hook).map_err(error)?;
+            let attached = attach_clsact(program, ifindex, hook).map_err(error)?;
+            made.extend((attached == Attached::Anew).then_some(name));
         }
-        match kind {
-            Interface::Pod | Interface::Tunnel => Ok(()),
-            Interface::Device => self.attach_xdp(ifindex),
-        }
+        let early = match kind {
+            Interface::Pod | Interface::Tunnel => Attached::Kept,
+            Interface::Device => self.attach_xdp(ifindex)?,
+        };
+        made.extend((early == Attached::Anew).then_some(XDP));
+        Ok(made)
     }
 
     /// Puts the program into the device's driver where the options ask for it, and takes it out where they do not.
-    fn attach_xdp(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+    fn attach_xdp(&mut self, ifindex: u32) -> Result<Attached, DatapathError> {
         let pin = self.pin(XDP, ifindex);
         if self.options.xdp == Xdp::Off {
-            return remove(&pin);
+            remove(&pin)?;
+            return Ok(Attached::Kept);
         }
         let program = self.ebpf.program_mut(XDP).ok_or(DatapathError::NoProgram { name: XDP })?;
         let error = |source| DatapathError::Attach { place: format!("{XDP} on interface {ifindex}"), source };
@@ -152,7 +189,7 @@ impl Datapath {
             match program.attach_to_link(XdpLink::try_from(link).map_err(link_error)?) {
                 Ok(id) => {
                     program.take_link(id).map_err(error)?;
-                    return Ok(());
+                    return Ok(Attached::Kept);
                 }
                 Err(source) if is_gone(&source) => remove(&pin)?,
                 Err(source) => return Err(error(source)),
@@ -164,8 +201,8 @@ impl Datapath {
                 keep(FdLink::try_from(link).map_err(link_error)?, &pin)
             }
             Err(source) if self.options.xdp == Xdp::BestEffort => {
-                tracing::info!(ifindex, "no XDP in the driver of this device: {}", Causes(&source));
-                Ok(())
+                tracing::debug!(ifindex, "no XDP in the driver of this device: {}", Causes(&source));
+                Ok(Attached::Kept)
             }
             Err(source) => Err(error(source)),
         }
@@ -213,7 +250,7 @@ fn attach_tcx(
     ifindex: u32,
     hook: TcAttachType,
     pin: &Path,
-) -> Result<(), DatapathError> {
+) -> Result<Attached, DatapathError> {
     let place = format!("{} on interface {ifindex}", pin.display());
     let error = |source| DatapathError::Attach { place: place.clone(), source };
     let link_error = |source| DatapathError::Link { path: pin.to_owned(), source };
@@ -221,7 +258,7 @@ fn attach_tcx(
         match program.attach_to_link(SchedClassifierLink::try_from(link).map_err(link_error)?) {
             Ok(id) => {
                 program.take_link(id).map_err(error)?;
-                return Ok(());
+                return Ok(Attached::Kept);
             }
             Err(source) if is_gone(&source) => remove(pin)?,
             Err(source) => return Err(error(source)),
@@ -237,7 +274,7 @@ fn attach_clsact(
     program: &mut SchedClassifier,
     ifindex: u32,
     hook: TcAttachType,
-) -> Result<(), ProgramError> {
+) -> Result<Attached, ProgramError> {
     match tc::qdisc_add_clsact(ifindex) {
         Err(TcError::NetlinkError(error)) if raw_error(&error) != Some(libc::EEXIST) => {
             return Err(ProgramError::TcError(TcError::NetlinkError(error)));
@@ -246,19 +283,21 @@ fn attach_clsact(
         _ => {}
     }
     let attach = TcAttach::Netlink { parent: hook.into(), options: FILTER };
+    let mut attached = Attached::Anew;
     let id = match program.attach(ifindex, attach) {
         Err(ProgramError::TcError(TcError::NetlinkError(error)))
             if raw_error(&error) == Some(libc::EEXIST) =>
         {
             let NlOptions { priority, handle, classid } = FILTER;
             let former = SchedClassifierLink::attached(ifindex, hook.into(), priority, handle, classid)?;
+            attached = Attached::Kept;
             program.attach_to_link(former)
         }
         other => other,
     }?;
     // The filter stays when the agent goes: dropping the link would remove it.
     std::mem::forget(program.take_link(id)?);
-    Ok(())
+    Ok(attached)
 }
 
 fn pinned(pin: &Path) -> Result<Option<FdLink>, DatapathError> {
@@ -273,11 +312,13 @@ fn pinned(pin: &Path) -> Result<Option<FdLink>, DatapathError> {
     }
 }
 
-fn keep(link: FdLink, pin: &Path) -> Result<(), DatapathError> {
-    link.pin(pin).map(drop).map_err(|source| DatapathError::Pin { path: pin.to_owned(), source })
+fn keep(link: FdLink, pin: &Path) -> Result<Attached, DatapathError> {
+    link.pin(pin)
+        .map(|_| Attached::Anew)
+        .map_err(|source| DatapathError::Pin { path: pin.to_owned(), source })
 }
 
-fn remove(pin: &Path) -> Result<(), DatapathError> {
+pub(super) fn remove(pin: &Path) -> Result<(), DatapathError> {
     match fs::remove_file(pin) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
             Err(DatapathError::Io { path: pin.to_owned(), source })

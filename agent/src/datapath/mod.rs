@@ -2,7 +2,10 @@
 //! agent, and swapped in place when it comes back.
 
 mod attach;
+mod handle;
 mod host;
+mod migrate;
+mod patrol;
 
 use std::path::PathBuf;
 
@@ -13,12 +16,16 @@ use aya::programs::links::LinkError;
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 
 use crate::config::{Attach, Bpffs, Masquerade, SocketLb, Xdp};
+use crate::maps::transfer::TransferError;
 use crate::maps::{ArrayTable as _, Backends, ConnectionCounts, Slots};
 
 pub(crate) use attach::FILTER;
 pub use attach::{Interface, load as load_program};
 pub(crate) use host::kernel_is_at_least;
+use migrate::{Former, Moving};
+
 pub use host::{cgroup2_mount, prepare, unlock_settings};
+pub use patrol::Found;
 
 /// What is fixed when the programs are loaded.
 #[derive(Clone, Debug)]
@@ -51,6 +58,10 @@ const SLOTS_PER_ENDPOINT: u32 = 4;
 pub struct Datapath {
     ebpf: Ebpf,
     options: Options,
+    /// Where the socket programs are, once they are.
+    cgroup: Option<PathBuf>,
+    /// Maps that were replaced, until the programs that used them are.
+    formers: Vec<Former>,
 }
 
 /// The object in this binary.
@@ -74,6 +85,7 @@ impl Datapath {
         for (name, program) in datapath.ebpf.programs_mut() {
             attach::load(program)
                 .map_err(|source| DatapathError::Program { name: name.to_owned(), source })?;
+            handle::keep(name, program, &datapath.options.bpffs.dir.join("loading"))?;
         }
         Ok(datapath)
     }
@@ -90,36 +102,56 @@ impl Datapath {
     ) -> Result<Self, DatapathError> {
         prepare(&options.bpffs)?;
         host::raise_memlock_limit();
-        // aya's levels: 0 compiles every log statement out, 3 is `info`, which dropped packets are logged at.
-        let log_level: u8 = if options.log_drops { 3 } else { 0 };
-        let pod_tcp = u8::from(options.socket_lb != SocketLb::Off);
-        let pod_udp = u8::from(options.socket_lb == SocketLb::All);
-        let masquerade = u8::from(options.masquerade == Masquerade::On);
-        let check_sources = u8::from(options.sources == Sources::Checked);
-        let host_netns = host::netns_cookie();
-        let coarse_clock = u8::from(kernel_is_at_least(5, 11));
-        let slots = options.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
-        let ebpf = EbpfLoader::new()
-            .default_map_pin_directory(options.bpffs.maps())
-            .map_max_entries(Backends::NAME, options.max_endpoints)
-            .map_max_entries(ConnectionCounts::NAME, options.max_endpoints)
-            .map_max_entries(Slots::NAME, slots)
-            .override_global("AYA_LOG_LEVEL", &log_level, true)
-            .override_global("CHECK_SOURCES", &check_sources, true)
-            .override_global("COARSE_CLOCK", &coarse_clock, true)
-            .override_global("HOST_NETNS", &host_netns, true)
-            .override_global("MASQUERADE", &masquerade, true)
-            .override_global("POD_TCP", &pod_tcp, true)
-            .override_global("POD_UDP", &pod_udp, true)
-            .verifier_log_level(verifier_log)
-            .load(object)?;
-        Ok(Self { ebpf, options })
+        let mut moving = Moving::new(&options.bpffs)?;
+        let ebpf = loop {
+            match create(object, &options, verifier_log, &moving) {
+                Err(error) if moving.note(&error) => {}
+                other => break other?,
+            }
+        };
+        Ok(Self { ebpf, options, cgroup: None, formers: moving.switch()? })
     }
 
     /// The programs, for those who run them on packets of their own.
     pub fn programs(&mut self) -> &mut Ebpf {
         &mut self.ebpf
     }
+}
+
+/// The object with its maps; those that are being moved are at other pins.
+fn create(
+    object: &[u8],
+    options: &Options,
+    verifier_log: VerifierLogLevel,
+    moving: &Moving,
+) -> Result<Ebpf, EbpfError> {
+    // aya's levels: 0 compiles every log statement out, 3 is `info`, which dropped packets are logged at.
+    let log_level: u8 = if options.log_drops { 3 } else { 0 };
+    let pod_tcp = u8::from(options.socket_lb != SocketLb::Off);
+    let pod_udp = u8::from(options.socket_lb == SocketLb::All);
+    let masquerade = u8::from(options.masquerade == Masquerade::On);
+    let check_sources = u8::from(options.sources == Sources::Checked);
+    let host_netns = host::netns_cookie();
+    let coarse_clock = u8::from(kernel_is_at_least(5, 11));
+    let slots = options.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
+    let mut loader = EbpfLoader::new();
+    loader
+        .default_map_pin_directory(options.bpffs.maps())
+        .map_max_entries(Backends::NAME, options.max_endpoints)
+        .map_max_entries(ConnectionCounts::NAME, options.max_endpoints)
+        .map_max_entries(Slots::NAME, slots)
+        .override_global("AYA_LOG_LEVEL", &log_level, true)
+        .override_global("CHECK_SOURCES", &check_sources, true)
+        .override_global("COARSE_CLOCK", &coarse_clock, true)
+        .override_global("HOST_NETNS", &host_netns, true)
+        .override_global("MASQUERADE", &masquerade, true)
+        .override_global("POD_TCP", &pod_tcp, true)
+        .override_global("POD_UDP", &pod_udp, true)
+        .verifier_log_level(verifier_log);
+    for (name, pin) in moving.pins() {
+        loader.map_pin_path(name, pin);
+    }
+    loader.load(object)
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -136,7 +168,7 @@ pub enum DatapathError {
         "no cgroup2 file system is mounted: mount one (mount -t cgroup2 none DIR) and name it with --cgroup"
     )]
     NoCgroup2,
-    #[error("cannot load the BPF object: {}{}", Causes(.0), way_out(.0))]
+    #[error("cannot load the BPF object: {}", Causes(.0))]
     Load(#[from] EbpfError),
     #[error("program `{name}`: {}", Causes(.source))]
     Program { name: String, source: ProgramError },
@@ -148,14 +180,10 @@ pub enum DatapathError {
     Link { path: PathBuf, source: LinkError },
     #[error("{path}: {}", Causes(.source))]
     Pin { path: PathBuf, source: PinError },
+    #[error("map `{map}`: {source}")]
+    Move { map: String, source: TransferError },
     #[error(transparent)]
     Map(#[from] MapError),
-}
-
-/// Pinned maps have the size that they were made with.
-fn way_out(error: &EbpfError) -> &'static str {
-    let other_size = matches!(error, EbpfError::MapError(MapError::IncompatiblePinnedMap { .. }));
-    if other_size { "; start the agent with the sizes it had, or on an empty --bpffs" } else { "" }
 }
 
 /// An error with everything that caused it, on one line.

@@ -35,6 +35,8 @@ pub enum Reason {
     NotProgrammed,
     /// kube-proxy's: the port for load balancers' checks is taken.
     FailedToStartServiceHealthcheck,
+    /// Something of the datapath was removed on this node, and is there again.
+    DatapathRepaired,
 }
 
 impl Reason {
@@ -44,6 +46,7 @@ impl Reason {
             Self::ServiceConflict => "ServiceConflict",
             Self::NotProgrammed => "NotProgrammed",
             Self::FailedToStartServiceHealthcheck => "FailedToStartServiceHealthcheck",
+            Self::DatapathRepaired => "DatapathRepaired",
         }
     }
 
@@ -53,6 +56,7 @@ impl Reason {
             Self::InvalidObject => "Reading",
             Self::ServiceConflict | Self::NotProgrammed => "Programming",
             Self::FailedToStartServiceHealthcheck => "Listening",
+            Self::DatapathRepaired => "Repairing",
         }
     }
 }
@@ -78,6 +82,12 @@ impl Recorder {
 
     pub fn note_service(&self, service: &Name, reason: Reason, message: impl Into<Box<str>>) {
         let object = ObjectId { kind: crate::model::Kind::Service, name: service.clone() };
+        self.note(Note { object, reason, message: message.into() });
+    }
+
+    /// Of a node: its events are in the namespace `default`.
+    pub fn note_node(&self, node: &str, reason: Reason, message: impl Into<Box<str>>) {
+        let object = ObjectId { kind: crate::model::Kind::Node, name: Name::new("default", node) };
         self.note(Note { object, reason, message: message.into() });
     }
 }

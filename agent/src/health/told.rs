@@ -41,8 +41,8 @@ impl Told {
     pub fn set_checks(&mut self, checks: &BTreeMap<Port, Check>) {
         let row = |(port, check): (&Port, &Check)| Row {
             port: port.host(),
-            namespace: check.service.namespace.clone(),
-            name: check.service.name.clone(),
+            namespace: (*check.service.namespace).into(),
+            name: (*check.service.name).into(),
             ipv4: check.ipv4,
             ipv6: check.ipv6,
         };

@@ -34,11 +34,27 @@ pub(super) fn for_each<K: Plain, V: Plain>(
     map: BorrowedFd<'_>,
     mut visit: impl FnMut(&K, &V),
 ) -> io::Result<()> {
+    for_each_raw(map, (size_of::<K>(), size_of::<V>()), |key, value| {
+        if let (Ok(key), Ok(value)) = (K::read_from_bytes(key), V::read_from_bytes(value)) {
+            visit(&key, &value);
+        }
+    })
+}
+
+/// The same of a map whose keys and values have these sizes.
+///
+/// # Errors
+/// As [`for_each`].
+pub(super) fn for_each_raw(
+    map: BorrowedFd<'_>,
+    (key_size, value_size): (usize, usize),
+    mut visit: impl FnMut(&[u8], &[u8]),
+) -> io::Result<()> {
     let mut rows = ROWS;
     let mut from: Option<u32> = None;
     loop {
-        let mut keys = vec![K::new_zeroed(); rows as usize];
-        let mut values = vec![V::new_zeroed(); rows as usize];
+        let mut keys = vec![0u8; key_size * rows as usize];
+        let mut values = vec![0u8; value_size * rows as usize];
         let mut next = 0u32;
         let mut attributes = Attributes {
             in_batch: from.as_ref().map_or(0, |from| std::ptr::from_ref(from).addr() as u64),
@@ -51,8 +67,8 @@ pub(super) fn for_each<K: Plain, V: Plain>(
             flags: 0,
         };
         let size = size_of::<Attributes>();
-        // SAFETY: the attributes say where the two buffers are and that each has room for `rows` elements, whose
-        // types are plain bytes of the map's sizes; a hash table's position is four bytes.
+        // SAFETY: the attributes say where the two buffers are and that each has room for `rows` elements of the
+        // map's sizes; a hash table's position is four bytes.
         let failed = unsafe { libc::syscall(libc::SYS_bpf, LOOKUP_BATCH, &raw mut attributes, size) } != 0;
         let error = io::Error::last_os_error();
         let end = failed && error.raw_os_error() == Some(libc::ENOENT);
@@ -66,7 +82,8 @@ pub(super) fn for_each<K: Plain, V: Plain>(
         if failed && !end {
             return Err(error);
         }
-        keys.iter().zip(&values).take(attributes.count as usize).for_each(|(key, value)| visit(key, value));
+        let found = keys.chunks_exact(key_size).zip(values.chunks_exact(value_size));
+        found.take(attributes.count as usize).for_each(|(key, value)| visit(key, value));
         if end {
             return Ok(());
         }

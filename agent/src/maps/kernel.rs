@@ -1,6 +1,7 @@
 //! The pinned BPF maps: hash tables through the system call, arrays through shared memory, so that programming a
 //! whole cluster takes few system calls. One of the few files with unsafe code.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _};
@@ -41,6 +42,8 @@ pub struct KernelMaps {
     dir: PathBuf,
     hashes: BTreeMap<&'static str, Map>,
     arrays: BTreeMap<&'static str, Rows>,
+    /// What the agent says of itself.
+    state: Map,
     writes: u64,
 }
 
@@ -77,9 +80,10 @@ impl KernelMaps {
             ConnectionCounts::NAME,
             PortRanges::NAME,
         ] {
-            arrays.insert(name, Rows::map(name, &pinned(dir, name)?)?);
+            arrays.insert(name, Rows::open(name, pinned(dir, name)?)?);
         }
-        Ok(Self { dir: dir.to_owned(), hashes, arrays, writes: 0 })
+        let state = Map::Array(pinned(dir, STATE)?);
+        Ok(Self { dir: dir.to_owned(), hashes, arrays, state, writes: 0 })
     }
 
     /// How many rows a hash table has room for.
@@ -104,15 +108,15 @@ impl KernelMaps {
     /// # Errors
     /// The kernel's refusal.
     pub fn agent_state(&self) -> Result<AgentState, MapError> {
-        let array = Array::<_, Raw<AgentState>>::try_from(Map::Array(pinned(&self.dir, STATE)?))
+        let array = Array::<_, Raw<AgentState>>::try_from(&self.state)
             .map_err(|error| kernel_error(STATE, "open", error))?;
         array.get(&0, 0).map(|Raw(state)| state).map_err(|error| kernel_error(STATE, "lookup", error))
     }
 
     /// # Errors
     /// The kernel's refusal.
-    pub fn set_agent_state(&self, state: AgentState) -> Result<(), MapError> {
-        let mut array = Array::<_, Raw<AgentState>>::try_from(Map::Array(pinned(&self.dir, STATE)?))
+    pub fn set_agent_state(&mut self, state: AgentState) -> Result<(), MapError> {
+        let mut array = Array::<_, Raw<AgentState>>::try_from(&mut self.state)
             .map_err(|error| kernel_error(STATE, "open", error))?;
         array.set(0, &Raw(state), 0).map_err(|error| kernel_error(STATE, "update", error))
     }
@@ -258,9 +262,11 @@ impl Maps for KernelMaps {
         let rows = self.arrays.get(T::NAME).ok_or_else(|| self.missing(T::NAME))?;
         let mut value = T::Value::new_zeroed();
         let (words, _rest) = value.as_mut_bytes().as_chunks_mut::<4>();
-        for (word, row) in words.iter_mut().zip(rows.row(T::NAME, index)?) {
-            *word = row.load(Ordering::Acquire).to_ne_bytes();
-        }
+        rows.with_row(index, |row| {
+            for (word, row) in words.iter_mut().zip(row) {
+                *word = row.load(Ordering::Acquire).to_ne_bytes();
+            }
+        })?;
         Ok(value)
     }
 
@@ -268,9 +274,11 @@ impl Maps for KernelMaps {
         let missing = self.missing(T::NAME);
         let rows = self.arrays.get(T::NAME).ok_or(missing)?;
         let (words, _rest) = value.as_bytes().as_chunks::<4>();
-        for (row, word) in rows.row(T::NAME, index)?.iter().zip(words) {
-            row.store(u32::from_ne_bytes(*word), Ordering::Release);
-        }
+        rows.with_row(index, |row| {
+            for (row, word) in row.iter().zip(words) {
+                row.store(u32::from_ne_bytes(*word), Ordering::Release);
+            }
+        })?;
         self.writes += 1;
         Ok(())
     }
@@ -280,52 +288,93 @@ impl Maps for KernelMaps {
     }
 }
 
-/// The rows of an array map in this process's memory. Programs read them at the same time: rows are made of atomic
-/// words, written in order.
+/// The rows of an array map as shared memory: programs read them at the same time. Rows are made of atomic words,
+/// written in order. Of a large table only the windows that were used last are in this process's memory: it is the
+/// kernel's whether they are or not, but counts as this process's where they are.
 struct Rows {
-    start: NonNull<AtomicU32>,
-    bytes: usize,
-    /// Words from one row to the next: the kernel rounds rows up to eight bytes.
+    name: &'static str,
+    map: MapData,
+    /// Bytes from one row to the next: the kernel rounds rows up to eight.
     stride: usize,
     len: u32,
+    /// The one that was used last comes last.
+    windows: RefCell<Vec<Window>>,
+}
+
+/// Rows from `first` on, [`Window::ROWS`] of them or up to the end.
+struct Window {
+    first: u32,
+    start: NonNull<AtomicU32>,
+    bytes: usize,
 }
 
 // SAFETY: the memory belongs to the value, and everything in it is atomic.
-unsafe impl Send for Rows {}
+unsafe impl Send for Window {}
 
 impl Rows {
-    fn map(name: &'static str, map: &MapData) -> Result<Self, MapError> {
+    fn open(name: &'static str, map: MapData) -> Result<Self, MapError> {
         let info = map.info().map_err(|error| kernel_error(name, "info", error))?;
         let stride = (info.value_size() as usize).next_multiple_of(8);
-        let len = info.max_entries();
-        let bytes = stride * len as usize;
-        let fd = map.fd().as_fd().as_raw_fd();
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping anywhere; the kernel checks the map's kind and size.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_SHARED, fd, 0) };
-        if start == libc::MAP_FAILED {
-            return Err(MapError::Kernel { map: name, call: "mmap", source: io::Error::last_os_error() });
-        }
-        let start = NonNull::new(start.cast()).ok_or_else(|| MapError::Kernel {
-            map: name,
-            call: "mmap",
-            source: io::ErrorKind::InvalidData.into(),
-        })?;
-        Ok(Self { start, bytes, stride: stride / 4, len })
+        Ok(Self { name, len: info.max_entries(), map, stride, windows: RefCell::default() })
     }
 
-    fn row(&self, map: &'static str, index: u32) -> Result<&[AtomicU32], MapError> {
+    /// Gives the words of a row to `use_it`.
+    fn with_row(&self, index: u32, use_it: impl FnOnce(&[AtomicU32])) -> Result<(), MapError> {
         if index >= self.len {
-            return Err(MapError::Index { map, index, len: self.len });
+            return Err(MapError::Index { map: self.name, index, len: self.len });
         }
-        // SAFETY: the row is inside the mapping: `len` rows of `stride` words.
-        let row = unsafe { self.start.add(index as usize * self.stride) };
-        // SAFETY: as above; the mapping lives as long as `self` and is aligned to pages, rows to words.
-        Ok(unsafe { std::slice::from_raw_parts(row.as_ptr(), self.stride) })
+        let first = index - index % Window::ROWS;
+        let mut windows = self.windows.borrow_mut();
+        let window = match windows.iter().position(|window| window.first == first) {
+            Some(at) => windows.remove(at),
+            None => {
+                if windows.len() >= Window::KEPT {
+                    windows.remove(0);
+                }
+                Window::map(self, first)?
+            }
+        };
+        use_it(window.row((index - first) as usize * self.stride, self.stride));
+        windows.push(window);
+        Ok(())
     }
 }
 
-impl Drop for Rows {
+impl Window {
+    /// So that windows begin at pages, of up to 64 KiB, whatever the size of a row.
+    const ROWS: u32 = 1 << 13;
+    /// How many of a table are kept. Rows that are used together are mostly near each other.
+    const KEPT: usize = 2;
+
+    fn map(rows: &Rows, first: u32) -> Result<Self, MapError> {
+        let failed = |source| MapError::Kernel { map: rows.name, call: "mmap", source };
+        let bytes = rows.stride * (rows.len - first).min(Self::ROWS) as usize;
+        let offset =
+            libc::off_t::try_from(rows.stride * first as usize).map_err(io::Error::other).map_err(failed)?;
+        let fd = rows.map.fd().as_fd().as_raw_fd();
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping anywhere; the kernel checks the map's kind and size.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_SHARED, fd, offset) };
+        if start == libc::MAP_FAILED {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        let start = NonNull::new(start.cast()).ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))?;
+        Ok(Self { first, start, bytes })
+    }
+
+    /// The words of the row that begins after `offset` bytes; none where it is not within the window.
+    fn row(&self, offset: usize, stride: usize) -> &[AtomicU32] {
+        if offset + stride > self.bytes {
+            return &[];
+        }
+        // SAFETY: the row is inside the mapping, as was just checked.
+        let row = unsafe { self.start.byte_add(offset) };
+        // SAFETY: as above; the mapping lives as long as `self` and is aligned to pages, rows to words.
+        unsafe { std::slice::from_raw_parts(row.as_ptr(), stride / 4) }
+    }
+}
+
+impl Drop for Window {
     fn drop(&mut self) {
         // SAFETY: the mapping that `map` made; nothing borrows from it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes) };

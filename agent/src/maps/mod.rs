@@ -5,6 +5,7 @@
 mod batch;
 pub mod fake;
 pub mod kernel;
+pub mod transfer;
 
 use std::hash::Hash;
 

@@ -56,10 +56,10 @@ impl ObjectId {
         match self.kind {
             Kind::Service => Change::Service(name, None),
             Kind::EndpointSlice => Change::EndpointSlice(name, None),
-            Kind::Node => Change::Node(name.name, None),
+            Kind::Node => Change::Node((*name.name).into(), None),
             Kind::Pod => Change::Pod(name, None),
-            Kind::ServiceCidr => Change::ServiceCidr(name.name, None),
-            Kind::Namespace => Change::Namespace(name.name, None),
+            Kind::ServiceCidr => Change::ServiceCidr((*name.name).into(), None),
+            Kind::Namespace => Change::Namespace((*name.name).into(), None),
             Kind::NetworkPolicy => Change::NetworkPolicy(name, None),
         }
     }

@@ -1,8 +1,9 @@
 //! Labels and the selectors over them.
 
-use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
+
+use super::share::Shared;
 
 /// The labels of an object, in the order of their keys. Objects with the same labels share them, where a [`Pool`] has
 /// seen both.
@@ -37,35 +38,19 @@ impl Default for Labels {
 /// differ in one label, share the texts of the others.
 #[derive(Debug, Default)]
 pub struct Pool {
-    sets: HashSet<Labels>,
-    texts: HashSet<Arc<str>>,
-    /// How many sets there may be before unused ones are looked for.
-    limit: usize,
+    sets: Shared<[(Arc<str>, Arc<str>)]>,
+    pub texts: Shared<str>,
 }
 
 impl Pool {
     /// The labels, or equal ones that somebody has already.
     pub fn share(&mut self, labels: Labels) -> Labels {
-        if let Some(known) = self.sets.get(&labels) {
-            return known.clone();
-        }
-        if self.sets.len() >= self.limit {
-            self.sets.retain(|set| Arc::strong_count(&set.0) > 1);
-            self.texts.retain(|text| Arc::strong_count(text) > 1);
-            self.limit = (self.sets.len() * 2).max(64);
-        }
-        let pairs = labels.0.iter().map(|(key, value)| (self.text(key), self.text(value)));
-        let shared = Labels(pairs.collect::<Vec<_>>().into());
-        self.sets.insert(shared.clone());
-        shared
-    }
-
-    fn text(&mut self, text: &Arc<str>) -> Arc<str> {
-        if let Some(known) = self.texts.get(text) {
-            return known.clone();
-        }
-        self.texts.insert(text.clone());
-        text.clone()
+        let pairs = labels
+            .0
+            .iter()
+            .map(|(key, value)| (self.texts.share(key.clone()), self.texts.share(value.clone())));
+        let pairs = pairs.collect();
+        Labels(self.sets.share(pairs))
     }
 }
 

@@ -9,10 +9,12 @@ pub mod pod;
 pub mod policy;
 pub mod route;
 pub mod service;
+pub mod share;
 pub mod weight;
 pub mod world;
 
 use std::fmt;
+use std::sync::Arc;
 
 use ferroflow_common::addr::Addr;
 
@@ -29,15 +31,15 @@ pub use service::{
 };
 pub use world::{Touched, World};
 
-/// The name of a namespaced object.
+/// The name of a namespaced object. Copies share its text: every stage knows an object by its name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Name {
-    pub namespace: Box<str>,
-    pub name: Box<str>,
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
 }
 
 impl Name {
-    pub fn new(namespace: impl Into<Box<str>>, name: impl Into<Box<str>>) -> Self {
+    pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>) -> Self {
         Self { namespace: namespace.into(), name: name.into() }
     }
 }

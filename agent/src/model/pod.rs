@@ -1,5 +1,7 @@
 //! Pods.
 
+use std::sync::Arc;
+
 use ferroflow_common::addr::{Addr, Port, Proto};
 
 use super::{Labels, Name};
@@ -9,13 +11,13 @@ pub struct Pod {
     /// Which pod it is, of those that had its name one after another.
     pub uid: Box<str>,
     /// Empty before it is scheduled.
-    pub node: Box<str>,
+    pub node: Arc<str>,
     pub network: Network,
     /// Its own addresses: none before it has any, and none with another [`Network`] than [`Network::Own`].
     pub addresses: Box<[Addr]>,
     pub labels: Labels,
     /// The ports of its containers that have names.
-    pub ports: Box<[NamedPort]>,
+    pub ports: Arc<[NamedPort]>,
 }
 
 /// Whose network a pod is in.

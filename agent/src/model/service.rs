@@ -1,5 +1,7 @@
 //! Services and what stands behind them.
 
+use std::sync::Arc;
+
 use ferroflow_common::addr::{Addr, Port, Proto};
 
 use super::weight::{Label, Weights};
@@ -72,8 +74,8 @@ pub struct ServicePort {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct EndpointSlice {
     /// The Service, by label, in the slice's namespace.
-    pub service: Box<str>,
-    pub ports: Box<[SlicePort]>,
+    pub service: Arc<str>,
+    pub ports: Arc<[SlicePort]>,
     pub endpoints: Box<[Endpoint]>,
     /// The different lists of zones that its endpoints are for.
     pub zones: Box<[Zones]>,

@@ -2,13 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 use ferroflow_common::addr::Addr;
 
 use super::label::{Labels, Pool};
+use super::share::Shared;
 use super::{
-    Change, EndpointSlice, Kind, KubeProxy, Name, Namespace, Network, NetworkPolicy, Node, Pod, Prefix,
-    Service, Tenant,
+    Change, EndpointSlice, Kind, KubeProxy, Name, NamedPort, Namespace, Network, NetworkPolicy, Node, Pod,
+    Prefix, Service, SlicePort, Tenant,
 };
 
 /// Everything that is known of the cluster. [`World::apply`] is the only way to change it.
@@ -20,13 +22,15 @@ pub struct World {
     /// Services with a health check port.
     health_checked: BTreeSet<Name>,
     /// To which Service a slice belonged when it was last seen.
-    slice_owners: BTreeMap<Name, Box<str>>,
+    slice_owners: BTreeMap<Name, Arc<str>>,
     nodes: BTreeMap<Box<str>, Node>,
     /// Of all nodes.
     pods: BTreeMap<Name, Pod>,
     namespaces: BTreeMap<Box<str>, Namespace>,
     policies: BTreeMap<Name, NetworkPolicy>,
     labels: Pool,
+    pod_ports: Shared<[NamedPort]>,
+    slice_ports: Shared<[SlicePort]>,
     /// Of the pods of this node.
     pod_addresses: BTreeSet<(Addr, Name)>,
     service_ranges: BTreeMap<Box<str>, Box<[Prefix]>>,
@@ -45,7 +49,43 @@ pub struct World {
 #[derive(Debug, Default)]
 pub struct Backing {
     pub service: Option<Service>,
-    pub slices: BTreeMap<Box<str>, EndpointSlice>,
+    pub slices: Slices,
+}
+
+/// The slices of one Service by name: most have one.
+#[derive(Debug, Default)]
+pub struct Slices(Vec<(Arc<str>, EndpointSlice)>);
+
+impl Slices {
+    /// In the order of their names.
+    pub fn values(&self) -> impl Iterator<Item = &EndpointSlice> {
+        self.0.iter().map(|(_, slice)| slice)
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Puts a slice in; whether it is other than the one that was there.
+    fn insert(&mut self, name: Arc<str>, slice: EndpointSlice) -> bool {
+        match self.0.binary_search_by(|(other, _)| other.cmp(&name)) {
+            Ok(at) if self.0[at].1 == slice => return false,
+            Ok(at) => self.0[at].1 = slice,
+            Err(at) => {
+                self.0.reserve_exact(1);
+                self.0.insert(at, (name, slice));
+            }
+        }
+        true
+    }
+
+    fn remove(&mut self, name: &str) {
+        self.0.retain(|(other, _)| **other != *name);
+    }
 }
 
 /// What has to be planned again after a change.
@@ -203,7 +243,7 @@ impl World {
 
     /// Whether the pod is on this node.
     pub fn is_local(&self, pod: &Pod) -> bool {
-        pod.node == self.node
+        *pod.node == *self.node
     }
 
     /// The labels of a namespace: where it was not seen (yet), the one that is its name.
@@ -310,6 +350,7 @@ impl World {
     }
 
     fn apply_service(&mut self, name: Name, service: Option<Service>) -> Vec<Touched> {
+        let name = self.service_name(name);
         let backing = self.services.entry(name.clone()).or_default();
         let unchanged = backing.service == service;
         let checked = service.as_ref().is_some_and(|it| it.exposure.health_check_port.is_some());
@@ -325,6 +366,12 @@ impl World {
 
     fn apply_slice(&mut self, name: Name, slice: Option<EndpointSlice>) -> Vec<Touched> {
         let mut touched = Vec::new();
+        let name = self.shared_name(name);
+        let slice = slice.map(|slice| EndpointSlice {
+            service: self.service_name(Name::new(name.namespace.clone(), slice.service)).name,
+            ports: self.slice_ports.share(slice.ports),
+            ..slice
+        });
         let old_owner = match &slice {
             Some(slice) => self.slice_owners.insert(name.clone(), slice.service.clone()),
             None => self.slice_owners.remove(&name),
@@ -340,10 +387,8 @@ impl World {
             touched.push(Touched::Service(service));
         }
         if let Some(slice) = slice {
-            let service = Name::new(name.namespace, slice.service.clone());
-            let slices = &mut self.services.entry(service.clone()).or_default().slices;
-            if slices.get(&name.name) != Some(&slice) {
-                slices.insert(name.name, slice);
+            let service = self.service_name(Name::new(name.namespace, slice.service.clone()));
+            if self.services.entry(service.clone()).or_default().slices.insert(name.name, slice) {
                 touched.push(Touched::Service(service));
             }
         }
@@ -398,7 +443,15 @@ impl World {
 
     fn apply_pod(&mut self, name: Name, pod: Option<Pod>) -> Vec<Touched> {
         let pod = pod.map(|pod| self.at_home(&name, pod));
-        let pod = pod.map(|pod| Pod { labels: self.labels.share(pod.labels), ..pod });
+        let name = self.shared_name(name);
+        let pod = pod.map(|pod| Pod {
+            // Which of several pods it is matters only where it is attached.
+            uid: if self.is_local(&pod) { pod.uid } else { Box::default() },
+            node: self.labels.texts.share(pod.node),
+            labels: self.labels.share(pod.labels),
+            ports: self.pod_ports.share(pod.ports),
+            ..pod
+        });
         let old = match pod.clone() {
             Some(pod) => self.pods.insert(name.clone(), pod),
             None => self.pods.remove(&name),
@@ -432,6 +485,19 @@ impl World {
             None => self.namespaces.remove(&name),
         };
         if self.namespace_labels(&name) == old { Vec::new() } else { vec![Touched::Namespace(name)] }
+    }
+
+    /// The name with the text of its namespace that others have.
+    fn shared_name(&mut self, name: Name) -> Name {
+        Name { namespace: self.labels.texts.share(name.namespace), ..name }
+    }
+
+    /// The same of a Service: as what is known by it already is called, if anything is.
+    fn service_name(&mut self, name: Name) -> Name {
+        match self.services.get_key_value(&name) {
+            Some((known, _)) => known.clone(),
+            None => self.shared_name(name),
+        }
     }
 
     fn drop_empty(&mut self, name: &Name) {

@@ -79,6 +79,14 @@ impl Netlink for Fake {
         }
     }
 
+    fn astray(&self, _links: &[PodLink]) -> Result<BTreeMap<Box<str>, u32>, PodError> {
+        Ok(BTreeMap::new())
+    }
+
+    fn mend(&self, _link: &PodLink, _ifindex: u32) -> Result<(), PodError> {
+        Ok(())
+    }
+
     fn interfaces(&self) -> Result<BTreeMap<Box<str>, u32>, PodError> {
         Ok(self.state().links.iter().map(|(name, (ifindex, _))| (name.clone(), *ifindex)).collect())
     }

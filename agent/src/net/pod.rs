@@ -142,6 +142,18 @@ pub trait Netlink: fmt::Debug + Send + Sync + 'static {
     /// [`PodError::Different`] with what is not as in `link`.
     fn check(&self, link: &PodLink) -> Result<Wired, PodError>;
 
+    /// The host's interfaces of those links that are there, but without the routes to their pods.
+    ///
+    /// # Errors
+    /// [`PodError::Kernel`].
+    fn astray(&self, links: &[PodLink]) -> Result<BTreeMap<Box<str>, u32>, PodError>;
+
+    /// Makes the routes to the pod of such a link again.
+    ///
+    /// # Errors
+    /// [`PodError::Kernel`].
+    fn mend(&self, link: &PodLink, ifindex: u32) -> Result<(), PodError>;
+
     /// The host's interfaces: index by name.
     ///
     /// # Errors

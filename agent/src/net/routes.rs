@@ -41,6 +41,8 @@ pub struct Laid {
     pub revision: u64,
     /// The interface of the tunnel.
     pub tunnel: Option<u32>,
+    /// How often something that had been made was missing and was made again.
+    pub repairs: u64,
 }
 
 /// What becomes of our routes that are no part of the goal.
@@ -119,16 +121,29 @@ pub async fn keep<T: RouteTable>(
     mut events: impl Stream<Item: Send> + Unpin,
 ) {
     let mut said = BTreeSet::new();
+    let mut repairs = 0;
+    // The goal that was there in full, and the tunnel it had.
+    let mut whole: Option<(u64, Option<u32>)> = None;
     loop {
         let goal = goals.borrow_and_update().clone();
         if goal.revision > 0 {
-            let (tunnel, failed) = lay(&table, &goal).await;
+            let Work { tunnel, made, failed } = lay(&table, &goal).await;
+            let before = whole.filter(|(revision, _)| *revision == goal.revision);
+            if let Some((_, device)) = before
+                && (!made.is_empty() || device != tunnel)
+            {
+                let routes: Vec<_> = made.iter().map(Prefix::to_string).collect();
+                let device = if device == tunnel { "" } else { tunnel::NAME };
+                tracing::warn!(routes = %routes.join(" "), device, "somebody removed what is made again");
+                repairs += 1;
+            }
             let failed: BTreeSet<_> = failed.iter().map(RouteError::to_string).collect();
             for error in failed.difference(&said) {
                 tracing::warn!("{error}; trying again");
             }
+            whole = failed.is_empty().then_some((goal.revision, tunnel));
             said = failed;
-            laid.send_replace(Laid { revision: goal.revision, tunnel });
+            laid.send_replace(Laid { revision: goal.revision, tunnel, repairs });
         }
         tokio::select! {
             changed = goals.changed() => match changed {
@@ -142,11 +157,18 @@ pub async fn keep<T: RouteTable>(
     }
 }
 
+/// What laying routes came to.
+struct Work {
+    tunnel: Option<u32>,
+    made: Vec<Prefix>,
+    failed: Vec<RouteError>,
+}
+
 /// Once; goes on where one is refused.
-async fn lay<T: RouteTable>(table: &T, goal: &Goal) -> (Option<u32>, Vec<RouteError>) {
+async fn lay<T: RouteTable>(table: &T, goal: &Goal) -> Work {
     let families =
         Family::ALL.into_iter().filter(|family| goal.routes.keys().any(|to| to.family() == *family));
-    let mut failed = Vec::new();
+    let (mut made, mut failed) = (Vec::new(), Vec::new());
     failed.extend(table.forward(&families.collect::<Vec<_>>()).err());
     let tunnel = match table.tunnel(goal.tunnel.as_ref()).await {
         Ok(tunnel) => tunnel,
@@ -159,16 +181,19 @@ async fn lay<T: RouteTable>(table: &T, goal: &Goal) -> (Option<u32>, Vec<RouteEr
         Ok(actual) => actual,
         Err(error) => {
             failed.push(error);
-            return (tunnel, failed);
+            return Work { tunnel, made, failed };
         }
     };
     for (&to, &way) in &goal.routes {
         let done = match actual.get(&to) {
-            Some(is) if *is == way => Ok(()),
+            Some(is) if *is == way => continue,
             Some(_other) => table.replace(to, way).await,
             None => table.add(to, way).await,
         };
-        failed.extend(done.err());
+        match done {
+            Ok(()) => made.push(to),
+            Err(error) => failed.push(error),
+        }
     }
     match goal.surplus {
         Surplus::Kept => {}
@@ -178,7 +203,7 @@ async fn lay<T: RouteTable>(table: &T, goal: &Goal) -> (Option<u32>, Vec<RouteEr
             }
         }
     }
-    (tunnel, failed)
+    Work { tunnel, made, failed }
 }
 
 /// The main table of this host.
@@ -422,11 +447,11 @@ mod tests {
     async fn only_the_difference_is_written() {
         let fake = Fake::default();
         let first = goal(1, &[(range(1), Way::Unreachable), (range(2), via(2)), (range(3), via(3))]);
-        assert!(lay(&fake, &first).await.1.is_empty());
-        assert!(lay(&fake, &first).await.1.is_empty());
+        assert!(lay(&fake, &first).await.failed.is_empty());
+        assert!(lay(&fake, &first).await.failed.is_empty());
         assert_eq!(fake.0.lock().unwrap().writes, 3);
         let second = goal(2, &[(range(1), Way::Unreachable), (range(2), via(9)), (range(4), via(4))]);
-        assert!(lay(&fake, &second).await.1.is_empty());
+        assert!(lay(&fake, &second).await.failed.is_empty());
         let state = fake.0.lock().unwrap();
         assert_eq!((&state.routes, state.writes), (&second.routes, 6));
         assert_eq!(state.forwards, [Family::V4]);
@@ -438,7 +463,7 @@ mod tests {
         fake.0.lock().unwrap().taken.insert(range(2));
         fake.0.lock().unwrap().routes.insert(range(7), via(7));
         let held = Goal { surplus: Surplus::Kept, ..goal(1, &[(range(2), via(2)), (range(3), via(3))]) };
-        let (_none, failed) = lay(&fake, &held).await;
+        let failed = lay(&fake, &held).await.failed;
         assert!(matches!(&failed[..], [RouteError::Taken { to }] if *to == range(2)), "{failed:?}");
         let expected = Routes::from([(range(3), via(3)), (range(7), via(7))]);
         assert_eq!(fake.0.lock().unwrap().routes, expected);
@@ -459,6 +484,7 @@ mod tests {
         done.mark_unchanged();
         events.send(()).unwrap();
         done.changed().await.unwrap();
+        assert_eq!(done.borrow().repairs, 1);
         assert_eq!(fake.0.lock().unwrap().routes, wanted.routes);
         drop(goals);
         keeping.await.unwrap();

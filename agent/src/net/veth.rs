@@ -74,6 +74,25 @@ impl Netlink for Kernel {
         Ok(Wired { ifindex, mtu })
     }
 
+    fn astray(&self, links: &[PodLink]) -> Result<BTreeMap<Box<str>, u32>, PodError> {
+        let host = Session::open()?;
+        let seen = host.request(|| "list routes and addresses".into(), kernel::list(&host.netlink))?;
+        let mut found = BTreeMap::new();
+        for link in links {
+            let Some(ifindex) = index(&link.host.name)? else { continue };
+            let is_there = |addr: &IpAddr| seen.routes.get(&Addr::from(*addr)) == Some(&ifindex);
+            if !link.addresses.iter().all(is_there) {
+                found.insert(link.host.name.clone(), ifindex);
+            }
+        }
+        Ok(found)
+    }
+
+    fn mend(&self, link: &PodLink, ifindex: u32) -> Result<(), PodError> {
+        let host = Session::open()?;
+        link.addresses.iter().try_for_each(|addr| lead(&host, link, ifindex, *addr))
+    }
+
     fn interfaces(&self) -> Result<BTreeMap<Box<str>, u32>, PodError> {
         let session = Session::open()?;
         let mut found = BTreeMap::new();
@@ -133,11 +152,16 @@ fn configure(host: &Session, link: &PodLink, netns: &Netns) -> Result<u32, PodEr
     up(host, name, ifindex)?;
     netns.inside(|pod| configure_pod(pod, link))?;
     for &addr in &link.addresses {
-        neighbour(host, ifindex, addr, link.pod.mac)?;
-        let what = || format!("add the route to {addr} out of {name}");
-        host.request(what, host.netlink.route().add(host_route(addr, ifindex)).execute())?;
+        lead(host, link, ifindex, addr)?;
     }
     Ok(ifindex)
+}
+
+/// The way from the host to an address of the pod.
+fn lead(host: &Session, link: &PodLink, ifindex: u32, addr: IpAddr) -> Result<(), PodError> {
+    neighbour(host, ifindex, addr, link.pod.mac)?;
+    let what = || format!("add the route to {addr} out of {}", link.host.name);
+    host.request(what, host.netlink.route().add(host_route(addr, ifindex)).replace().execute())
 }
 
 /// Of an interface with addresses that nobody else has, and that listens to no router.
@@ -218,7 +242,7 @@ fn up(session: &Session, name: &str, ifindex: u32) -> Result<(), PodError> {
 }
 
 fn neighbour(session: &Session, ifindex: u32, addr: IpAddr, mac: Mac) -> Result<(), PodError> {
-    let request = session.netlink.neighbours().add(ifindex, addr).link_layer_address(&mac.0);
+    let request = session.netlink.neighbours().add(ifindex, addr).link_layer_address(&mac.0).replace();
     session.request(|| format!("add the neighbour {addr}"), request.execute())
 }
 

@@ -189,7 +189,7 @@ mod tests {
     }
 
     fn slice_of(port: u16, endpoints: Vec<Endpoint>) -> EndpointSlice {
-        let ports = Box::new([SlicePort { name: "http".into(), proto: Proto::TCP, port: Port::new(port) }]);
+        let ports = [SlicePort { name: "http".into(), proto: Proto::TCP, port: Port::new(port) }].into();
         EndpointSlice { service: "web".into(), ports, endpoints: endpoints.into(), ..Default::default() }
     }
 
@@ -346,9 +346,10 @@ mod tests {
             planned(&[slice(8080, &[("10.0.0.1", Ready)]), other.clone()]),
             "10.0.0.1:8080 10.0.0.2:9090"
         );
-        other.ports[0].proto = Proto::UDP;
+        let port = |name: &str, proto| SlicePort { name: name.into(), proto, port: Port::new(1) };
+        other.ports = [port("http", Proto::UDP)].into();
         assert_eq!(planned(&[other.clone()]), "");
-        other.ports[0] = SlicePort { name: "".into(), proto: Proto::TCP, port: Port::new(1) };
+        other.ports = [port("", Proto::TCP)].into();
         assert_eq!(planned(&[other]), "");
     }
 

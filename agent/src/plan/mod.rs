@@ -237,7 +237,7 @@ mod tests {
         object.exposure.policy = TrafficPolicy::Local;
         let mut world = world(&name, object);
         let mut rows = |endpoints: &[Endpoint]| {
-            let ports = Box::new([SlicePort { name: "".into(), proto: Proto::TCP, port: number }]);
+            let ports = [SlicePort { name: "".into(), proto: Proto::TCP, port: number }].into();
             let slice = EndpointSlice {
                 service: "web".into(),
                 ports,

@@ -123,7 +123,9 @@ impl<M: Maps> Tables<M> {
             self.record_frontend(*key, None, ports, now);
             self.freed = true;
         }
-        self.remove_rows(ports, work, now)
+        self.remove_rows(ports, work, now)?;
+        ports.iter_mut().for_each(PortState::shrink);
+        Ok(())
     }
 
     /// Takes back the numbers that work which failed did not come to use.
@@ -225,6 +227,7 @@ impl<M: Maps> Tables<M> {
             self.maps.put::<Services>(id, text)?;
             self.owners.insert(*id, name.clone());
             let state = PortState::new(*id, port);
+            ports.reserve_exact(1);
             ports.insert(ports.partition_point(|other| other.name < *port), state);
         }
         for (index, row) in &work.backends {
@@ -317,6 +320,13 @@ impl<M: Maps> Tables<M> {
 }
 
 impl PortState {
+    /// Lets go of room that vectors have for more: a cluster has thousands of ports.
+    fn shrink(&mut self) {
+        self.frontends.shrink_to_fit();
+        self.backends.shrink_to_fit();
+        self.sources.shrink_to_fit();
+    }
+
     /// A port of which nothing is in the tables but its name.
     pub(super) fn new(id: u32, port: &str) -> Self {
         Self { name: port.into(), id, frontends: Vec::new(), backends: Vec::new(), sources: Vec::new() }

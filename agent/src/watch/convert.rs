@@ -2,6 +2,7 @@
 //! sense; later stages need not look again.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use ferroflow_common::addr::{Addr, Port, Proto};
@@ -101,7 +102,7 @@ pub fn service_cidr(object: &networking::ServiceCIDR) -> Result<Change> {
             })
             .map_err(|fault| fault.at(format!("spec.cidrs[{index}]")))
     });
-    Ok(Change::ServiceCidr(name, Some(ranges.collect::<Result<_>>()?)))
+    Ok(Change::ServiceCidr((*name).into(), Some(ranges.collect::<Result<_>>()?)))
 }
 
 /// # Errors
@@ -136,7 +137,7 @@ pub fn node(object: &core::Node) -> Result<Change> {
         zone,
         stay: stay(object),
     };
-    Ok(Change::Node(name, Some(node)))
+    Ok(Change::Node((*name).into(), Some(node)))
 }
 
 fn stay(object: &core::Node) -> Stay {
@@ -171,7 +172,8 @@ pub fn pod(object: &core::Pod) -> Result<Change> {
     };
     let (labels, ports) = policy::labels_and_ports(object)?;
     let uid = object.metadata.uid.as_deref().unwrap_or_default().into();
-    Ok(Change::Pod(name, Some(Pod { uid, node, network, addresses: addresses.into(), labels, ports })))
+    let (addresses, ports) = (addresses.into(), ports.into());
+    Ok(Change::Pod(name, Some(Pod { uid, node, network, addresses, labels, ports })))
 }
 
 /// Where a slice says since when its endpoints are as they are.
@@ -271,7 +273,7 @@ fn service_ports(ports: &[core::ServicePort], kind: exposure::Kind) -> Result<Bo
 }
 
 /// Ports without a number are left out (rule 9).
-fn slice_ports(ports: &[discovery::EndpointPort]) -> Result<Box<[SlicePort]>> {
+fn slice_ports(ports: &[discovery::EndpointPort]) -> Result<Arc<[SlicePort]>> {
     let numbered = ports.iter().enumerate().filter(|(_, it)| it.port.is_some_and(|number| number != 0));
     numbered
         .map(|(index, it)| {
@@ -595,7 +597,7 @@ mod tests {
         second.node = Label::of("there");
         let slice = EndpointSlice {
             service: "web".into(),
-            ports: Box::new([port]),
+            ports: [port].into(),
             endpoints: Box::new([first, second]),
             zones: Box::default(),
         };

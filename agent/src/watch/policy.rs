@@ -29,7 +29,7 @@ pub fn namespace(object: &core::Namespace) -> Result<Change> {
     let name = name_of(&object.metadata, LABEL)?.name;
     let labels = object.metadata.labels.iter().flatten();
     let namespace = Namespace::new(&name, labels.map(|(key, value)| (key.as_str(), value.as_str())));
-    Ok(Change::Namespace(name, Some(namespace)))
+    Ok(Change::Namespace((*name).into(), Some(namespace)))
 }
 
 /// Fills in what the API server would (rule 43): a directory of YAML has no such server.
@@ -88,7 +88,7 @@ pub(super) fn closed(name: Name, object: &Value) -> Change {
 ///
 /// # Errors
 /// The first port that makes no sense.
-pub(super) fn labels_and_ports(object: &core::Pod) -> Result<(Labels, Box<[NamedPort]>)> {
+pub(super) fn labels_and_ports(object: &core::Pod) -> Result<(Labels, Vec<NamedPort>)> {
     let labels = object.metadata.labels.iter().flatten();
     let labels = Labels::new(labels.map(|(key, value)| (key.as_str(), value.as_str())));
     let spec = object.spec.as_ref();
@@ -107,7 +107,7 @@ pub(super) fn labels_and_ports(object: &core::Pod) -> Result<(Labels, Box<[Named
             ports.push(NamedPort { name: name.into(), proto, port: number });
         }
     }
-    Ok((labels, ports.into()))
+    Ok((labels, ports))
 }
 
 /// Which directions a policy is about. Where it does not say: ingress, and egress where there is a rule for it

@@ -3,6 +3,9 @@
 //! Rules: `repr(C)`, no implicit padding (zerocopy's `IntoBytes` refuses it at compile time, and the verifier would
 //! refuse a key with it), every bit pattern valid (`FromBytes`), wire types for addresses and ports. The names of
 //! the fields are what `bpftool map dump` prints: they are part of the interface.
+//!
+//! Another version finds the maps of this one and takes their rows over: keys stay as they are, new fields of a value
+//! stand at its end, and zero in them means what was meant before there were any.
 
 pub mod conntrack;
 pub mod endpoint;

@@ -194,6 +194,41 @@ impl Attachments {
         }
     }
 
+    /// Makes routes to pods again that somebody removed. The daemon took a pod without one to be gone, and is told.
+    pub(super) async fn mend(&self) {
+        let Ok(ledger) = &self.ledger else { return };
+        let made = |(owner, lease): (&Owner, &Lease)| {
+            let link = PodLink::new(owner, PathBuf::new(), lease.addresses.clone(), Mtu::Of(Vec::new()));
+            ((owner.clone(), lease.clone()), link)
+        };
+        let (leases, links): (Vec<_>, Vec<_>) = ledger.look(|pool| pool.leases().map(made).unzip());
+        let all = links.clone();
+        let Ok(astray) = self.with_netlink(move |netlink| netlink.astray(&all)).await else { return };
+        for ((owner, lease), link) in leases.iter().zip(links) {
+            let Some(&ifindex) = astray.get(&link.host.name) else { continue };
+            // Who is being attached or removed has no route yet, or no longer.
+            let Some(_claim) = self.busy.claim(owner) else { continue };
+            let (name, place) = (link.host.name.clone(), place(lease, ifindex));
+            let mended = self.with_netlink(move |netlink| {
+                // It may have been attached since.
+                let astray = netlink.astray(std::slice::from_ref(&link))?;
+                let still = astray.get(&link.host.name) == Some(&ifindex);
+                if still { netlink.mend(&link, ifindex).map(|()| true) } else { Ok(false) }
+            });
+            match mended.await {
+                Ok(false) => {}
+                Ok(true) => {
+                    tracing::warn!(interface = %name, "routes to its pod: made again: somebody removed it");
+                    // Nobody waits until it is served.
+                    let _told = self.order(Order::Serve { place, served: oneshot::channel().0 });
+                }
+                Err(error) => {
+                    tracing::warn!(interface = %name, %error, "cannot make the routes to its pod again")
+                }
+            }
+        }
+    }
+
     /// Makes the link, and waits until the pod is served by it.
     async fn connect(&self, attachment: &Attachment, lease: &Lease, devices: Vec<u32>) -> Result<Attached> {
         let link = link(attachment, lease, attachment.mtu.map_or(Mtu::Of(devices), Mtu::Fixed));

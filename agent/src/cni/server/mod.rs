@@ -47,7 +47,7 @@ pub struct Server {
 
 /// How often leftovers are looked for: leases whose pod is gone, removals in the spool, a configuration that is not
 /// there.
-const UPKEEP: Duration = Duration::from_secs(20);
+const UPKEEP: Duration = Duration::from_secs(5);
 
 /// The same until the configuration has been written.
 const UPKEEP_AT_FIRST: Duration = Duration::from_millis(100);
@@ -110,6 +110,7 @@ async fn upkeep(attachments: Arc<Attachments>, options: Options) {
         }
         attachments.replay().await;
         attachments.sweep().await;
+        attachments.mend().await;
         tokio::time::sleep(if ready { UPKEEP } else { UPKEEP_AT_FIRST }).await;
     }
 }

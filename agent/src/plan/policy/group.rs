@@ -12,9 +12,9 @@ use crate::model::{Labels, Name, NamedPort, Network, Pod, World};
 /// What policies can see of a pod, but for its address.
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) struct Look {
-    pub(super) namespace: Box<str>,
+    pub(super) namespace: Arc<str>,
     pub(super) labels: Labels,
-    pub(super) ports: Box<[NamedPort]>,
+    pub(super) ports: Arc<[NamedPort]>,
 }
 
 type GroupId = u32;
@@ -25,12 +25,14 @@ pub(super) struct Groups {
     pods: BTreeMap<Name, Member>,
     ids: HashMap<Arc<Look>, GroupId>,
     groups: BTreeMap<GroupId, Group>,
-    by_namespace: BTreeMap<Box<str>, BTreeSet<GroupId>>,
-    /// Of the pods at an address, one entry each.
-    at: BTreeMap<Addr, Vec<GroupId>>,
+    by_namespace: BTreeMap<Arc<str>, BTreeSet<GroupId>>,
+    /// How many pods of a group are at an address.
+    at: BTreeMap<(Addr, GroupId), u32>,
     next: GroupId,
-    /// Addresses whose groups, or whose groups' signatures, changed.
+    /// Addresses whose groups changed.
     dirty: BTreeSet<Addr>,
+    /// Groups whose signatures changed.
+    altered: BTreeSet<GroupId>,
 }
 
 #[derive(Clone, Debug)]
@@ -50,8 +52,7 @@ enum Place {
 struct Group {
     look: Arc<Look>,
     signature: Vec<(ElementId, Port)>,
-    /// With the number of pods at each.
-    addresses: BTreeMap<Addr, u32>,
+    pods: u32,
 }
 
 /// What came of pods that changed.
@@ -95,7 +96,7 @@ impl Groups {
                 regrouped.local.insert(name.clone());
             }
         }
-        let groups = namespaces.iter().filter_map(|namespace| self.by_namespace.get(namespace));
+        let groups = namespaces.iter().filter_map(|namespace| self.by_namespace.get(&**namespace));
         regrouped.fresh.extend(groups.flatten());
         regrouped.fresh.retain(|group| self.groups.contains_key(group));
         regrouped
@@ -110,11 +111,11 @@ impl Groups {
         fresh: &BTreeSet<GroupId>,
     ) {
         if !changed.gone.is_empty() {
-            for group in self.groups.values_mut() {
+            for (id, group) in &mut self.groups {
                 let before = group.signature.len();
                 group.signature.retain(|(element, _)| !changed.gone.contains(element));
                 if group.signature.len() != before {
-                    self.dirty.extend(group.addresses.keys());
+                    self.altered.insert(*id);
                 }
             }
         }
@@ -131,7 +132,7 @@ impl Groups {
                     if !found.is_empty() {
                         group.signature.extend(found);
                         group.signature.sort_unstable();
-                        self.dirty.extend(group.addresses.keys());
+                        self.altered.insert(*id);
                     }
                 }
             }
@@ -144,19 +145,26 @@ impl Groups {
             signature.sort_unstable();
             if signature != group.signature {
                 group.signature = signature;
-                self.dirty.extend(group.addresses.keys());
+                self.altered.insert(*id);
             }
         }
     }
 
     /// Addresses whose pods' part of a signature may have changed since this was last asked.
     pub(super) fn take_dirty(&mut self) -> BTreeSet<Addr> {
-        std::mem::take(&mut self.dirty)
+        let mut dirty = std::mem::take(&mut self.dirty);
+        let altered = std::mem::take(&mut self.altered);
+        if !altered.is_empty() {
+            let at = self.at.keys().filter(|(_, group)| altered.contains(group));
+            dirty.extend(at.map(|(addr, _)| *addr));
+        }
+        dirty
     }
 
     /// What the pods at an address mean, together.
     pub(super) fn signature(&self, addr: &Addr) -> Signature {
-        let groups = self.at.get(addr).into_iter().flatten();
+        let groups =
+            self.at.range((*addr, GroupId::MIN)..=(*addr, GroupId::MAX)).map(|((_, group), _)| group);
         let mut signature: Vec<_> = groups
             .filter_map(|id| self.groups.get(id))
             .flat_map(|group| group.signature.iter().copied())
@@ -184,38 +192,33 @@ impl Groups {
         self.next += 1;
         self.ids.insert(look.clone(), id);
         self.by_namespace.entry(look.namespace.clone()).or_default().insert(id);
-        self.groups.insert(id, Group { look, signature: Vec::new(), addresses: BTreeMap::new() });
+        self.groups.insert(id, Group { look, signature: Vec::new(), pods: 0 });
         fresh.insert(id);
         id
     }
 
     fn link(&mut self, member: &Member) {
         let Some(group) = self.groups.get_mut(&member.group) else { return };
+        group.pods += 1;
         for addr in &member.addresses {
-            *group.addresses.entry(*addr).or_default() += 1;
-            self.at.entry(*addr).or_default().push(member.group);
+            *self.at.entry((*addr, member.group)).or_default() += 1;
             self.dirty.insert(*addr);
         }
     }
 
     fn unlink(&mut self, member: &Member) {
         let Some(group) = self.groups.get_mut(&member.group) else { return };
+        group.pods -= 1;
+        let last = group.pods == 0;
         for addr in &member.addresses {
-            match group.addresses.get_mut(addr) {
+            let at = (*addr, member.group);
+            match self.at.get_mut(&at) {
                 Some(pods) if *pods > 1 => *pods -= 1,
-                Some(_) | None => drop(group.addresses.remove(addr)),
-            }
-            if let Some(groups) = self.at.get_mut(addr) {
-                if let Some(place) = groups.iter().position(|id| *id == member.group) {
-                    groups.swap_remove(place);
-                }
-                if groups.is_empty() {
-                    self.at.remove(addr);
-                }
+                Some(_) | None => drop(self.at.remove(&at)),
             }
             self.dirty.insert(*addr);
         }
-        if group.addresses.is_empty() {
+        if last {
             let look = group.look.clone();
             self.groups.remove(&member.group);
             self.ids.remove(&look);

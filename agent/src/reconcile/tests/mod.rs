@@ -196,7 +196,7 @@ fn slice(slice: &str, service: &str, endpoints: &[&str]) -> Change {
     let endpoints = endpoints.collect();
     let object = EndpointSlice {
         service: service.into(),
-        ports: Box::new([port]),
+        ports: [port].into(),
         endpoints,
         ..EndpointSlice::default()
     };
