@@ -130,8 +130,9 @@ fn chooses_again<F: Family, T: Services>(tables: &T, headers: &Headers<F>, entry
     }
 }
 
+/// Whether the flow's backend has stopped serving.
 #[inline(always)]
-fn gone<T: Services>(tables: &T, entry: &Entry) -> bool {
+pub(crate) fn gone<T: Services>(tables: &T, entry: &Entry) -> bool {
     tables.backend(entry.backend).is_none_or(|backend: Backend| backend.generation != entry.generation)
 }
 

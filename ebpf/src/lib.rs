@@ -52,6 +52,7 @@ pub mod policy;
 pub mod reject;
 pub mod route;
 pub mod service;
+pub mod shadow;
 pub mod socket;
 pub mod steps;
 pub mod tables;

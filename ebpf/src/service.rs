@@ -13,6 +13,7 @@ use crate::lb;
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Headers, Parse};
 use crate::reject::{self, Answer};
+use crate::shadow;
 use crate::steps::Steps;
 use crate::tables::{Services, Tables};
 
@@ -83,12 +84,14 @@ const TAKEN: u32 = 7;
 const HALVED: u32 = 8;
 const REFUSED: u32 = 9;
 const TRACKED: u32 = 10;
-/// With a backend's index, and any of the two bits below.
+/// With a backend's index, and any of the bits below.
 const CHOSEN: u32 = 16;
 /// The backend is to see the node's address instead of the client's.
 const MASQUERADED: u32 = 1;
 /// The backend counts its connections.
 const COUNTED: u32 = 2;
+/// The client talks to the backend through a service, too: see [`crate::shadow`].
+const SHADOWING: u32 = 4;
 
 impl Outcome {
     pub(crate) const STACK: Self = Self::new(STACK, 0);
@@ -100,6 +103,12 @@ impl Outcome {
     pub(crate) const REFUSED: Self = Self::new(REFUSED, 0);
     /// The packet's flow is known now.
     pub(crate) const TRACKED: Self = Self::new(TRACKED, 0);
+
+    /// What [`track`] takes: the backend with this index, to which the client talks through a service, too.
+    #[inline(always)]
+    pub(crate) const fn shadowing(index: u32) -> Self {
+        Self::new(CHOSEN | SHADOWING, index)
+    }
 
     #[inline(always)]
     const fn new(kind: u32, number: u32) -> Self {
@@ -188,9 +197,9 @@ where
     let way = Way(packet.forget(way.0));
     if outcome == Outcome::OPENS {
         outcome = tables.choose(packet, origin);
-        if outcome.is_chosen() {
-            outcome = tables.track_flow(packet, outcome);
-        }
+    }
+    if outcome.is_chosen() {
+        outcome = tables.track_flow(packet, outcome);
         if outcome == Outcome::TRACKED {
             outcome = tables.known(packet, origin, way);
         }
@@ -384,6 +393,9 @@ where
     conntrack::open(tables, &headers, index, masquerade)?;
     if kind & COUNTED != 0 {
         tables.connect(index);
+    }
+    if kind & SHADOWING != 0 {
+        shadow::mark(tables, &headers.tuple);
     }
     Ok(Outcome::TRACKED)
 }

@@ -46,7 +46,7 @@ pub struct Entry {
     pub kind: u8,
     /// The bits of [`crate::tcp::State`].
     pub state: u8,
-    /// [`Entry::OWN_SOURCE`].
+    /// [`Entry::OWN_SOURCE`], [`Entry::SHADOWING`].
     pub flags: u8,
     pub reserved: u8,
     pub service: u32,
@@ -63,4 +63,7 @@ impl Entry {
     /// The source becomes this node's own address: the stack would take such a packet for a forgery, so it goes out of
     /// its device at once.
     pub const OWN_SOURCE: u8 = 1;
+    /// The client talks to the backend through a service and by its own address, from one port: once translated, packets of
+    /// one flow have the tuple of the other. Those of a pod are translated where the pod sends them, and then not again.
+    pub const SHADOWING: u8 = 2;
 }
