@@ -26,6 +26,7 @@ pub mod ethtool;
 pub mod manifests;
 pub mod netns;
 pub mod oracle;
+pub mod outside;
 pub mod patience;
 pub mod pod;
 pub mod run;

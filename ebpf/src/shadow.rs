@@ -68,7 +68,6 @@ mod tests {
     use ferroflow_common::tcp::{Flags, chunk};
     use ferroflow_common::verdict::Verdict;
 
-    use super::*;
     use crate::frame::{Frame, Names, Socket, both_families};
     use crate::noise::world;
     use crate::tables::fake::Fake;
