@@ -316,7 +316,7 @@ mod tests {
         rule_31_a_datagram_flow_moves_at_once_and_leaves_nothing,
         an_idle_flow_expires,
         a_busy_flow_is_written_seldom_and_in_both_directions,
-        a_tuple_of_two_frontends_gets_another_source_port,
+        rule_27_a_tuple_of_two_frontends_gets_another_source_port,
         source_ports_run_out,
         a_tuple_is_taken_over_when_its_flow_is_over,
         a_flow_whose_tuple_was_taken_leaves_the_other_alone,
@@ -533,7 +533,7 @@ mod tests {
         }
     }
 
-    fn a_tuple_of_two_frontends_gets_another_source_port<F: Names>() {
+    fn rule_27_a_tuple_of_two_frontends_gets_another_source_port<F: Names>() {
         for proto in [Proto::TCP, Proto::UDP] {
             let mut net = Net::new::<F>(proto);
             let backend = net.only(1);
