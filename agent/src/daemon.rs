@@ -92,12 +92,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     // They end when it is dropped.
     let mut tasks = JoinSet::new();
     tasks.spawn(source);
-    let (events, routes) = mpsc::channel(QUEUE);
-    // Where it ends early, so does what it sends to.
-    tasks.spawn(net::watch(events).map(drop));
-    let (events, proxies) = mpsc::channel(QUEUE);
-    tasks.spawn(kube_proxy::watch(kube_proxy.clone(), events));
-    tasks.spawn(kube_proxy::keep_timeouts(config.timeouts));
+    let (routes, proxies) = watch_host(&kube_proxy, config.timeouts, &mut tasks);
     let (metrics, gauges, scrapes) = measure(config, started, &mut tasks);
     let changed = Arc::new(Notify::new());
     tasks.spawn(stale::run(config.bpffs.maps(), changed.clone()));
@@ -157,6 +152,21 @@ fn load(config: &config::Agent, cgroup: &Path) -> Result<Datapath, DaemonError> 
         log_drops(&mut datapath)?;
     }
     Ok(datapath)
+}
+
+/// Starts to look at the host's network, and for kube-proxy.
+fn watch_host(
+    kube_proxy: &kube_proxy::Found,
+    timeouts: kube_proxy::Timeouts,
+    tasks: &mut JoinSet<()>,
+) -> (Receiver<NetEvent>, Receiver<kube_proxy::Found>) {
+    let (events, routes) = mpsc::channel(QUEUE);
+    // Where it ends early, so does what it sends to.
+    tasks.spawn(net::watch(events).map(drop));
+    let (events, proxies) = mpsc::channel(QUEUE);
+    tasks.spawn(kube_proxy::watch(kube_proxy.clone(), events));
+    tasks.spawn(kube_proxy::keep_timeouts(timeouts));
+    (routes, proxies)
 }
 
 /// Starts to sweep and to show metrics.

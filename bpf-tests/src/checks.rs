@@ -50,10 +50,10 @@ pub const DNS_SERVICE_PORT: u16 = 53;
 pub const ECHO_SERVICE_PORT: u16 = 7;
 pub const SCTP_SERVICE_PORT: u16 = 132;
 
-const DEMO_NODE_PORT: u16 = 30080;
+pub(crate) const DEMO_NODE_PORT: u16 = 30080;
 const BACKENDS: [&str; 2] = ["a2", "b2"];
 /// A backend of two is missed by chance once in a million million.
-const REQUESTS: u32 = 40;
+pub(crate) const REQUESTS: u32 = 40;
 const PODS_PER_NODE: u32 = 2;
 const PROGRAM_LIMIT: Duration = Duration::from_secs(20);
 
@@ -359,9 +359,13 @@ pub fn failures(outcomes: &[Outcome]) -> String {
     format!("{failed} of {} failed", outcomes.len())
 }
 
-fn every_backend(by: &BTreeMap<String, usize>) -> Result<String> {
-    let shown: Vec<_> = by.iter().map(|(name, count)| format!("{name} {count}")).collect();
-    let shown = shown.join(", ");
+/// As `a2 19, b2 21`.
+pub(crate) fn counts(by: &BTreeMap<String, usize>) -> String {
+    by.iter().map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>().join(", ")
+}
+
+pub(crate) fn every_backend(by: &BTreeMap<String, usize>) -> Result<String> {
+    let shown = counts(by);
     ensure!(by.keys().map(String::as_str).eq(BACKENDS), "{shown}");
     Ok(shown)
 }
@@ -403,7 +407,7 @@ fn loopback(family: Family) -> IpAddr {
     }
 }
 
-fn family_name(family: Family) -> &'static str {
+pub(crate) fn family_name(family: Family) -> &'static str {
     match family {
         Family::V4 => "IPv4",
         Family::V6 => "IPv6",

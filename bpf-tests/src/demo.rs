@@ -80,6 +80,15 @@ fn steps() -> Vec<Step> {
     for family in Family::BOTH {
         steps.push(Box::new(move |world| world.loopback(family)));
     }
+    for family in Family::BOTH {
+        steps.push(Box::new(move |world| world.node_port(family)));
+    }
+    for family in Family::BOTH {
+        steps.push(Box::new(move |world| world.local_policy(family)));
+    }
+    for family in Family::BOTH {
+        steps.push(Box::new(move |world| world.affinity(family)));
+    }
     steps.push(Box::new(World::scale_down));
     for family in Family::BOTH {
         for (from, protocol) in

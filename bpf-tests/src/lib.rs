@@ -28,6 +28,7 @@ pub mod cluster;
 pub mod cni;
 pub mod demo;
 pub mod ethtool;
+pub mod exposed;
 pub mod fuzz;
 pub mod guarded;
 pub mod manifests;

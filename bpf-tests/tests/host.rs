@@ -442,11 +442,12 @@ fn datagrams_leave_a_backend(sandbox: &Sandbox) -> Result<()> {
     })
 }
 
-/// From a1 to b1, without a failure.
+/// From a1 to b1, without a failure; but who waits at a connected socket for what a1 will not answer is told so.
 fn moves(world: &World, ask: &Ask) -> Result<()> {
     world.set_backends(&["a1"])?;
     let failed = moved(world, world.cluster.node("a").keep_asking(ask)?)?;
-    ensure!(failed.is_empty(), "{failed:?}");
+    let told = |it: &Outcome| it.failure().is_some_and(|it| it.detail == "ECONNABORTED");
+    ensure!(failed.len() <= 1 && failed.iter().all(told), "{failed:?}");
     Ok(())
 }
 

@@ -26,6 +26,7 @@ fn main() -> ExitCode {
     runner::main(&[
         ("rule_26_a_node_port_reaches_every_backend_by_masquerade", a_node_port_reaches_every_backend),
         ("rules_15_and_26_with_the_policy_local_clients_keep_their_address", clients_keep_their_address),
+        ("rule_34_one_port_may_talk_to_a_service_and_to_its_backend", one_port_talks_to_both),
         ("rule_14_a_node_port_without_endpoints_refuses", a_node_port_without_endpoints_refuses),
         ("rule_16_pods_reach_their_nodes_port", pods_reach_their_nodes_port),
         ("rule_21_a_balancers_address_is_taken_port_by_port_on_every_node", an_address_is_taken_port_by_port),
@@ -138,6 +139,29 @@ fn clients_keep_their_address(sandbox: &Sandbox) -> Result<()> {
                         .is_some_and(|failure| failure.kind == bpf_tests::pod::FailureKind::TimedOut)
                 });
                 ensure!(silent, "{target} has no local endpoint and must drop: {dropped:?}");
+            }
+        }
+        Ok(())
+    })
+}
+
+/// One socket asks both in turn, and each answer comes from whom it asked: clients from outside by a NodePort, pods by the
+/// cluster IP.
+fn one_port_talks_to_both(sandbox: &Sandbox) -> Result<()> {
+    Outside::test(sandbox, "  externalTrafficPolicy: Local\n", &["a1"], |outside| {
+        let protocol = Protocol::DnsOneSocket;
+        for family in Family::BOTH {
+            let node_port = SocketAddr::new(outside.node("a", family), 30053);
+            let cluster_ip = checks::target(&outside.web, protocol, family);
+            let backend = checks::pod_target(outside.cluster.pod("a1"), protocol, family);
+            for (client, service) in [("c1", node_port), ("b1", cluster_ip)] {
+                let ask = Ask::new(protocol, service).also(&[backend]).count(REQUESTS).strict();
+                let outcomes = outside.cluster.pod(client).ask(&ask)?;
+                ensure!(outcomes.len() == REQUESTS as usize, "{client}, {service}: {outcomes:?}");
+                for (outcome, target) in outcomes.iter().zip([service, backend].iter().cycle()) {
+                    let answer = outcome.answer().with_context(|| format!("{client}: {outcome:?}"))?;
+                    ensure!(answer.server == *target, "{client} asked {target}: {answer:?}");
+                }
             }
         }
         Ok(())

@@ -222,7 +222,9 @@ fn associations(ends: &Ends) -> Vec<Case> {
 /// headers (IPv6), and eight bytes behind it.
 fn port_unreachable(frame: &Frame, units: usize) -> Outcome {
     let v4 = frame.src.ip().is_ipv4();
-    let (length, (kind, code)) = if v4 { (28 + 8 * units, (3, 3)) } else { (48 + 24 * units, (1, 4)) };
+    let (header, (kind, code)) = if v4 { (20 + 8 * units, (3, 3)) } else { (40 + 24 * units, (1, 4)) };
+    // Of SCTP all that is before the first chunk.
+    let length = header + if frame.proto() == ferroflow_common::addr::Proto::SCTP { 12 } else { 8 };
     let quote = frame.build()[14..14 + length].to_vec();
     to_pod(&Frame::icmp(frame.dst, frame.src, kind, code).payload(&quote).turned())
 }

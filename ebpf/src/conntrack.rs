@@ -135,8 +135,9 @@ fn chooses_again<F: Family, T: Services>(tables: &T, headers: &Headers<F>, entry
     }
 }
 
+/// Whether the flow's backend has stopped serving.
 #[inline(always)]
-fn gone<T: Services>(tables: &T, entry: &Entry) -> bool {
+pub(crate) fn gone<T: Services>(tables: &T, entry: &Entry) -> bool {
     if entry.flags & Entry::PLAIN != 0 {
         return false;
     }
@@ -416,7 +417,7 @@ mod tests {
         rule_31_a_datagram_flow_moves_at_once_and_leaves_nothing,
         an_idle_flow_expires,
         a_busy_flow_is_written_seldom_and_in_both_directions,
-        a_tuple_of_two_frontends_gets_another_source_port,
+        rule_27_a_tuple_of_two_frontends_gets_another_source_port,
         source_ports_run_out,
         a_tuple_is_taken_over_when_its_flow_is_over,
         a_flow_whose_tuple_was_taken_leaves_the_other_alone,
@@ -633,7 +634,7 @@ mod tests {
         }
     }
 
-    fn a_tuple_of_two_frontends_gets_another_source_port<F: Names>() {
+    fn rule_27_a_tuple_of_two_frontends_gets_another_source_port<F: Names>() {
         for proto in [Proto::TCP, Proto::UDP] {
             let mut net = Net::new::<F>(proto);
             let backend = net.only(1);

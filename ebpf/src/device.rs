@@ -11,6 +11,7 @@ use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::route;
 use crate::service::{self, Origin, Outcome, Way};
+use crate::shadow;
 use crate::steps::Steps;
 use crate::tables::Tables;
 
@@ -59,6 +60,9 @@ where
     let mut key = lb::key::<F>(&headers.tuple);
     if lb::is_service(tables.frontend(&key)) || lb::is_service(lb::node_port(tables, &mut key)) {
         return Ok(if service::is_kernels(tables, &headers) { Outcome::STACK } else { Outcome::OPENS });
+    }
+    if let Some(index) = shadow::shadowed::<F, T>(tables, &headers) {
+        return Ok(Outcome::shadowing(index));
     }
     service::stray(tables, &mut key)
 }

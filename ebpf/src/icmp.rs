@@ -319,7 +319,9 @@ fn requote_sctp<F: Errors, P: Packet>(
         return Some(ends);
     }
     let difference = u32::from_le(old_ports) ^ u32::from_le_bytes(ports);
-    let change = crc32c::change(difference, inner.end.saturating_sub(quote.l4));
+    // The compiler knows by now how much that is at the most; the verifier of older kernels has to see it.
+    let length = packet.forget(inner.end.saturating_sub(quote.l4));
+    let change = crc32c::change(difference, length);
     let new = u32::from_le(old) ^ change;
     packet.write(quote.l4 + SCTP_CHECK, &new.to_le_bytes()).ok()?;
     Some(ends.less_word(old).word(new.to_le()))

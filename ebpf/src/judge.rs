@@ -634,7 +634,7 @@ mod tests {
         fake.settings = Some(Settings::NONE);
         fake.lookups.take();
         assert!(between::<F>(1, 4, 80).leave(&fake).is_ok());
-        assert_eq!(fake.lookups.take().hash, 3, "a flow, a frontend, a pod");
+        assert_eq!(fake.lookups.take().hash, 4, "a flow, a frontend, a flow that it would shadow, a pod");
         assert!(from_far.enter_pod(&fake, Origin::Inward).is_ok());
         assert_eq!(fake.lookups.take().hash, 1, "a flow");
     }

@@ -56,6 +56,7 @@ pub mod policy;
 pub mod reject;
 pub mod route;
 pub mod service;
+pub mod shadow;
 pub mod socket;
 pub mod source;
 pub mod steps;

@@ -113,7 +113,7 @@ mod tests {
         }
     }
 
-    fn requests<F: Names>(client: Socket, node: Socket) -> [(Frame, usize); 3] {
+    fn requests(client: Socket, node: Socket) -> [(Frame, usize); 3] {
         let large = [7; 1400];
         let sctp = Frame::sctp(client, node, chunk::INIT).payload(&large);
         let tcp = Frame::tcp(client, node, Flags::SYN).payload(&large);
@@ -132,7 +132,7 @@ mod tests {
         for room in [1300, 0] {
             for (index, proto) in [Proto::TCP, Proto::UDP, Proto::SCTP].into_iter().enumerate() {
                 let net = Net::new::<F>(proto);
-                let (request, quoted) = &requests::<F>(net.client, net.node)[index];
+                let (request, quoted) = &requests(net.client, net.node)[index];
                 let told = net.told::<F>(net.sent_on(request), room);
                 let expected = if room == 0 { F::LEAST_MTU } else { room };
                 assert_eq!(told.0, error::<F>(request, net.node.0, *quoted, expected).build(), "{proto:?}");

@@ -12,6 +12,7 @@ use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::route;
 use crate::service::{self, Origin, Outcome, Way};
+use crate::shadow;
 use crate::steps::Steps;
 use crate::tables::Tables;
 
@@ -103,6 +104,9 @@ where
     if lb::is_service(tables.frontend(&key)) {
         return Ok(if service::is_kernels(tables, &headers) { Outcome::STACK } else { Outcome::OPENS });
     }
+    if let Some(index) = shadow::shadowed::<F, T>(tables, &headers) {
+        return Ok(Outcome::shadowing(index));
+    }
     // Most packets are for a pod of this node or of another; only what is for neither may be for a NodePort.
     let verdict = route::route::<F, T>(tables, &key.addr);
     if verdict == Verdict::Stack {
@@ -137,6 +141,7 @@ where
     match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
         // Only policies know it, yet.
         Flow::Known(to) if to.is_plain() && origin == Origin::Exit => return Ok(Outcome::OPENS),
+        Flow::Known(to) if shadow::is_translated::<F, T>(tables, &headers, &to) => {}
         Flow::Known(to) => nat::rewrite(packet, &headers, &to)?,
         Flow::Halved => return Ok(Outcome::HALVED),
         Flow::Unknown if origin.is_at_pod() && judge::concerns::<F, T>(tables, &headers.tuple, origin) => {

@@ -15,6 +15,7 @@ use crate::masquerade::{self, Exits};
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Headers, Parse};
 use crate::reject::{self, Answer};
+use crate::shadow;
 use crate::source;
 use crate::steps::Steps;
 use crate::tables::{Services, Tables};
@@ -113,12 +114,14 @@ const TURNED: u32 = 12;
 /// With 1 where the packet is an answer.
 const ADMITTED: u32 = 13;
 const PORTLESS: u32 = 14;
-/// With a backend's index, and any of the two bits below.
+/// With a backend's index, and any of the bits below.
 const CHOSEN: u32 = 16;
 /// The backend is to see the node's address instead of the client's.
 const MASQUERADED: u32 = 1;
 /// The backend counts its connections.
 const COUNTED: u32 = 2;
+/// The client talks to the backend through a service, too: see [`crate::shadow`].
+const SHADOWING: u32 = 4;
 
 impl Outcome {
     pub(crate) const STACK: Self = Self::new(STACK, 0);
@@ -173,6 +176,12 @@ impl Outcome {
     #[inline(always)]
     pub(crate) const fn backend(self) -> u32 {
         self.0 as u32
+    }
+
+    /// What [`track`] takes: the backend with this index, to which the client talks through a service, too.
+    #[inline(always)]
+    pub(crate) const fn shadowing(index: u32) -> Self {
+        Self::new(CHOSEN | SHADOWING, index)
     }
 
     #[inline(always)]
@@ -270,14 +279,14 @@ where
     let way = Way(packet.forget(way.0));
     if outcome == Outcome::OPENS {
         outcome = tables.choose(packet, origin);
-        if outcome.is_chosen() && judge::is_in_session(tables) {
-            outcome = tables.judge(packet, outcome, origin);
-        }
-        if outcome.is_chosen() {
-            outcome = tables.track_flow(packet, outcome);
-        }
+    }
+    if outcome.is_chosen() && judge::is_in_session(tables) {
+        outcome = tables.judge(packet, outcome, origin);
     } else if origin.is_at_pod() && outcome == Outcome::GUARDED {
         outcome = judge::admit::<F, P, T>(packet, tables, origin);
+    }
+    if outcome.is_chosen() {
+        outcome = tables.track_flow(packet, outcome);
     }
     if outcome == Outcome::TRACKED {
         outcome = tables.known(packet, origin, way);
@@ -517,6 +526,9 @@ where
     })?;
     if kind & COUNTED != 0 {
         tables.connect(index);
+    }
+    if kind & SHADOWING != 0 {
+        shadow::mark(tables, &headers.tuple);
     }
     Ok(Outcome::TRACKED)
 }

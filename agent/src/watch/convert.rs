@@ -563,7 +563,7 @@ mod tests {
     }
 
     #[test]
-    fn rule_1_conditions_that_are_not_said() {
+    fn rules_1_and_11_conditions_that_are_not_said() {
         for (conditions, expected) in [
             (json!(null), Condition::Ready),
             (json!({}), Condition::Ready),

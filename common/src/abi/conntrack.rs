@@ -48,7 +48,7 @@ pub struct Entry {
     pub kind: u8,
     /// The bits of [`crate::tcp::State`].
     pub state: u8,
-    /// [`Entry::OWN_SOURCE`], [`Entry::PLAIN`] and [`Entry::MASQUERADED`].
+    /// [`Entry::OWN_SOURCE`], [`Entry::PLAIN`], [`Entry::MASQUERADED`] and [`Entry::SHADOWING`].
     pub flags: u8,
     pub reserved: u8,
     pub service: u32,
@@ -74,4 +74,7 @@ impl Entry {
     /// A pod's flow to the world. Its packets are rewritten where they leave the node, and no sooner: until then the
     /// stack routes them as the pod's.
     pub const MASQUERADED: u8 = 4;
+    /// The client talks to the backend through a service and by its own address, from one port: once translated, packets of
+    /// one flow have the tuple of the other. Those of a pod are translated where the pod sends them, and then not again.
+    pub const SHADOWING: u8 = 8;
 }

@@ -275,6 +275,13 @@ impl Tracked for Row {
         entry.state = state;
         entry.expires = expires;
     }
+
+    #[inline(always)]
+    fn store_flags(&self, flags: u8) {
+        // SAFETY: as above.
+        let entry = unsafe { &mut *self.0 };
+        entry.flags = flags;
+    }
 }
 
 /// Which connection table a family's flows are in.

@@ -265,6 +265,10 @@ impl Tracked for Row {
         self.refreshed.set(self.refreshed.get() + 1);
         self.entry.set(Entry { state, expires, ..self.entry.get() });
     }
+
+    fn store_flags(&self, flags: u8) {
+        self.entry.set(Entry { flags, ..self.entry.get() });
+    }
 }
 
 impl Services for Fake {

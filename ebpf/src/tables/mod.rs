@@ -56,6 +56,7 @@ pub trait Services {
 pub trait Tracked {
     fn load(&self) -> Entry;
     fn store_state(&self, state: u8, expires: u32);
+    fn store_flags(&self, flags: u8);
 }
 
 /// Why the connection table took no entry.
