@@ -194,7 +194,11 @@ async fn attach_pods(
     let options = cni::server::Options {
         socket: config.socket.clone(),
         state_dir: config.state_dir.clone(),
-        conflist: Conflist { dir: config.conf_dir.clone(), name: config.conf_name.clone() },
+        conflist: Conflist {
+            dir: config.conf_dir.clone(),
+            name: config.conf_name.clone(),
+            bin_dir: config.bin_dir.clone(),
+        },
     };
     let (server, attached) = cni::server::Server::start(options, Arc::new(net::veth::Kernel), orders).await?;
     for place in &attached {

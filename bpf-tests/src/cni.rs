@@ -65,7 +65,8 @@ impl Runtime {
         let path = |name: &str| self.dir.join(name).display().to_string();
         let args =
             ["--cni", "--cni-socket", &path("cni.sock"), "--state-dir", &path("state"), "--cni-conf-dir"];
-        args.iter().map(|&arg| arg.to_owned()).chain([path("net.d")]).collect()
+        let dirs = [path("net.d"), "--cni-bin-dir".into(), path("bin")];
+        args.iter().map(|&arg| arg.to_owned()).chain(dirs).collect()
     }
 
     /// Where the agent listens for the plugin.

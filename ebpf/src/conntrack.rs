@@ -185,16 +185,16 @@ fn leads_to<F: Family>(entry: &Entry, tuple: &Tuple<F::Bytes>) -> bool {
 ///
 /// A client that is its own backend is masqueraded by the frontend's address: a pod takes no packets from its own
 /// (rule 26 b). Where two flows would share the tuple towards a backend (two frontends, one client port), the later one
-/// gets another source port.
+/// is to be opened from another source port.
 ///
 /// # Errors
-/// [`DropReason::TupleCollision`] where no source port was found free, [`DropReason::ConntrackInsert`],
+/// [`DropReason::TupleCollision`] where the source port is not free, [`DropReason::ConntrackInsert`],
 /// [`DropReason::NoBackend`].
 #[inline(always)]
 pub fn open<F: Family, T: Tables<F>>(
     tables: &T,
     headers: &Headers<F>,
-    index: u32,
+    (index, source_port): (u32, SourcePort),
     masquerade: Option<F::Bytes>,
     is_taken: impl Fn(&Aligned<Tuple<F::Bytes>>) -> bool,
 ) -> Result<(), DropReason> {
@@ -202,11 +202,12 @@ pub fn open<F: Family, T: Tables<F>>(
     let backend = tables.backend(index).ok_or(DropReason::NoBackend)?;
     // The node takes nothing from its own address, and what its own processes answer passes it anyway.
     let masquerade = masquerade.filter(|_| tables.node_address(&backend.addr).is_none());
+    let random = masquerade.is_some() || source_port == SourcePort::Random;
     let mut reply_tuple = Aligned(Tuple {
         src: F::bytes(&backend.addr),
         dst: masquerade.unwrap_or(tuple.src),
         src_port: backend.port,
-        dst_port: if masquerade.is_some() { random_port(tables.random()) } else { tuple.src_port },
+        dst_port: if random { random_port(tables.random()) } else { tuple.src_port },
         proto: tuple.proto,
         reserved: [0; 3],
     });
@@ -233,8 +234,8 @@ pub fn open<F: Family, T: Tables<F>>(
     enter(tables, headers, (reply_tuple, entry), flags, |tuple| masqueraded && is_taken(tuple))
 }
 
-/// Enters both directions of a new flow: the reply's, under another client port where this one is another flow's or
-/// taken, and the packet's own, which has these flags.
+/// Enters both directions of a new flow: the reply's, unless its tuple is another flow's or taken, and the packet's own,
+/// which has these flags.
 ///
 /// # Errors
 /// [`DropReason::TupleCollision`], [`DropReason::ConntrackInsert`].
@@ -243,11 +244,11 @@ pub fn enter<F: Family, T: Tables<F>>(
     tables: &T,
     headers: &Headers<F>,
     // The stack is short: one tuple and one entry, which are the reply's first and the forward one's then.
-    (mut reply_tuple, mut entry): (Aligned<Tuple<F::Bytes>>, Entry),
+    (reply_tuple, mut entry): (Aligned<Tuple<F::Bytes>>, Entry),
     flags: u8,
     is_taken: impl Fn(&Aligned<Tuple<F::Bytes>>) -> bool,
 ) -> Result<(), DropReason> {
-    claim(tables, headers, &mut reply_tuple, &entry, (PORT_TRIES, is_taken))?;
+    claim(tables, headers, &reply_tuple, &entry, is_taken)?;
     entry.src = F::addr(reply_tuple.dst);
     entry.dst = F::addr(reply_tuple.src);
     entry.src_port = reply_tuple.dst_port;
@@ -295,7 +296,7 @@ pub fn open_plain<F: Family, T: Tables<F>>(
         generation: 0,
         expires: tables.now().wrapping_add(State::NEW.lifetime(tuple.proto)),
     };
-    let mut turned = Aligned(Tuple {
+    let turned = Aligned(Tuple {
         src: tuple.dst,
         dst: tuple.src,
         src_port: tuple.dst_port,
@@ -303,7 +304,7 @@ pub fn open_plain<F: Family, T: Tables<F>>(
         proto: tuple.proto,
         reserved: [0; 3],
     });
-    claim(tables, headers, &mut turned, &entry, (1, |_: &_| false))?;
+    claim(tables, headers, &turned, &entry, |_| false)?;
     entry.src = F::addr(tuple.src);
     entry.dst = F::addr(tuple.dst);
     entry.src_port = tuple.src_port;
@@ -332,36 +333,40 @@ fn own_source<T: Services>(tables: &T, addr: &Addr) -> u8 {
     if tables.node_address(addr).is_some() { Entry::OWN_SOURCE } else { 0 }
 }
 
-/// Enters the reply's tuple, under another client port where this one is another flow's or taken and there is more than one
-/// try.
+/// Enters the reply's tuple, unless it is another flow's or taken. One try: the programs' verifier would follow every
+/// further one as if it were code of its own, so it is the caller that tries again.
 #[inline(always)]
 fn claim<F: Family, T: Tables<F>>(
     tables: &T,
     headers: &Headers<F>,
-    reply_tuple: &mut Aligned<Tuple<F::Bytes>>,
+    reply_tuple: &Aligned<Tuple<F::Bytes>>,
     reply: &Entry,
-    (tries, is_taken): (u32, impl Fn(&Aligned<Tuple<F::Bytes>>) -> bool),
+    is_taken: impl Fn(&Aligned<Tuple<F::Bytes>>) -> bool,
 ) -> Result<(), DropReason> {
-    for _ in 0..tries {
-        if is_taken(reply_tuple) {
-            reply_tuple.0.dst_port = random_port(tables.random());
-            continue;
-        }
-        let mut entered = tables.track(reply_tuple, reply, OnConflict::Fail);
-        if entered == Err(InsertError::Exists) && replaceable(tables, headers, reply_tuple) {
-            entered = tables.track(reply_tuple, reply, OnConflict::Replace);
-        }
-        match entered {
-            Ok(()) => return Ok(()),
-            Err(InsertError::Refused) => return Err(DropReason::ConntrackInsert),
-            Err(InsertError::Exists) => reply_tuple.0.dst_port = random_port(tables.random()),
-        }
+    if is_taken(reply_tuple) {
+        return Err(DropReason::TupleCollision);
     }
-    Err(DropReason::TupleCollision)
+    let mut entered = tables.track(reply_tuple, reply, OnConflict::Fail);
+    if entered == Err(InsertError::Exists) && replaceable(tables, headers, reply_tuple) {
+        entered = tables.track(reply_tuple, reply, OnConflict::Replace);
+    }
+    match entered {
+        Ok(()) => Ok(()),
+        Err(InsertError::Refused) => Err(DropReason::ConntrackInsert),
+        Err(InsertError::Exists) => Err(DropReason::TupleCollision),
+    }
 }
 
 /// How many source ports a new flow tries: with half of a backend's ports taken all fail once in 256 times.
-const PORT_TRIES: u32 = 8;
+pub const PORT_TRIES: u32 = 8;
+
+/// A new flow's source port towards its backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourcePort {
+    /// The client's, unless it is masqueraded.
+    Kept,
+    Random,
+}
 
 /// A source port that no socket chooses by itself: below `net.ipv4.ip_local_port_range`, and below NodePorts. Random
 /// throughout (rule 27), so that two CPUs seldom want the same.

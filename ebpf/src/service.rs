@@ -6,7 +6,7 @@ use ferroflow_common::addr::Proto;
 use ferroflow_common::family::Family;
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack::{self, Halves, Opener};
+use crate::conntrack::{self, Halves, Opener, PORT_TRIES, SourcePort};
 use crate::fragment::Part;
 use crate::icmp::{Errors, Quote};
 use crate::judge;
@@ -122,6 +122,8 @@ const MASQUERADED: u32 = 1;
 const COUNTED: u32 = 2;
 /// The client talks to the backend through a service, too: see [`crate::shadow`].
 const SHADOWING: u32 = 4;
+/// The client's own source port is another flow's.
+const ELSEWHERE: u32 = 8;
 
 impl Outcome {
     pub(crate) const STACK: Self = Self::new(STACK, 0);
@@ -221,6 +223,18 @@ impl Outcome {
         (self.0 >> 32) as u32 & CHOSEN != 0
     }
 
+    /// A choice, to be tracked from another source port.
+    #[inline(always)]
+    const fn elsewhere(self) -> Self {
+        Self(self.0 | (ELSEWHERE as u64) << 32)
+    }
+
+    /// The source port that was tried is not free.
+    #[inline(always)]
+    fn is_collision(self) -> bool {
+        self == Self::new(DROPPED, DropReason::TupleCollision as u32)
+    }
+
     #[inline(always)]
     pub(crate) const fn is_dropped(self) -> bool {
         (self.0 >> 32) as u32 == DROPPED
@@ -286,7 +300,14 @@ where
         outcome = judge::admit::<F, P, T>(packet, tables, origin);
     }
     if outcome.is_chosen() {
-        outcome = tables.track_flow(packet, outcome);
+        let mut chosen = outcome;
+        for _ in 0..PORT_TRIES {
+            outcome = tables.track_flow(packet, chosen);
+            if !outcome.is_collision() {
+                break;
+            }
+            chosen = chosen.elsewhere();
+        }
     }
     if outcome == Outcome::TRACKED {
         outcome = tables.known(packet, origin, way);
@@ -336,7 +357,12 @@ where
     let way = Way(packet.forget(way.0));
     if origin == Origin::Exit && outcome == Outcome::OPENS && masquerade::leads_out::<F, P, T>(packet, tables)
     {
-        outcome = tables.masquerade_flow(packet);
+        for _ in 0..PORT_TRIES {
+            outcome = tables.masquerade_flow(packet);
+            if !outcome.is_collision() {
+                break;
+            }
+        }
         if outcome == Outcome::TRACKED {
             outcome = tables.known(packet, origin, Way::FIRST_FRAGMENT);
         }
@@ -521,7 +547,8 @@ where
         }
         masquerade = Some(own);
     }
-    conntrack::open(tables, &headers, index, masquerade, |tuple| {
+    let source_port = if kind & ELSEWHERE != 0 { SourcePort::Random } else { SourcePort::Kept };
+    conntrack::open(tables, &headers, (index, source_port), masquerade, |tuple| {
         masquerade::is_taken::<F, P, T>(tables, packet, tuple)
     })?;
     if kind & COUNTED != 0 {

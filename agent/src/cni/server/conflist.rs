@@ -15,6 +15,8 @@ use crate::durable;
 pub struct Conflist {
     pub dir: PathBuf,
     pub name: String,
+    /// Where the runtime has its plugins.
+    pub bin_dir: PathBuf,
 }
 
 /// What runtimes know that do not know `cniVersions`: containerd 1.6, CRI-O 1.23.
@@ -45,19 +47,27 @@ impl Conflist {
     }
 }
 
-/// It declares no capability: what a runtime has for one goes to the plugin that does.
+/// Forwards hostPorts to pods: a reference plugin (containernetworking), which most nodes have. A runtime fails to attach
+/// a pod where the file names a plugin that is not there.
+const PORTMAP: &str = "portmap";
+
+/// Our own plugin declares no capability: what a runtime has for one goes to the plugin that does.
 fn text(options: &Options) -> String {
     let versions: Vec<_> =
         Version::ALL.iter().filter(|version| **version >= OLDEST).map(|version| version.as_str()).collect();
+    let mut plugins = vec![json!({
+        "type": plugin::NAME,
+        "socket": options.socket,
+        "stateDir": options.state_dir,
+    })];
+    if options.conflist.bin_dir.join(PORTMAP).is_file() {
+        plugins.push(json!({ "type": PORTMAP, "capabilities": { "portMappings": true } }));
+    }
     let list = json!({
         "cniVersion": OLDEST.as_str(),
         "cniVersions": versions,
         "name": NETWORK,
-        "plugins": [{
-            "type": plugin::NAME,
-            "socket": options.socket,
-            "stateDir": options.state_dir,
-        }],
+        "plugins": plugins,
     });
     format!("{list:#}\n")
 }
@@ -69,7 +79,12 @@ mod tests {
     #[test]
     fn rule_61_the_file_is_whole_and_written_only_when_it_differs() {
         let dir = tempfile::tempdir().unwrap();
-        let conflist = Conflist { dir: dir.path().join("net.d"), name: "05-ferroflow.conflist".into() };
+        let bin_dir = dir.path().join("bin");
+        let conflist = Conflist {
+            dir: dir.path().join("net.d"),
+            name: "05-ferroflow.conflist".into(),
+            bin_dir: bin_dir.clone(),
+        };
         let options = Options {
             socket: "/run/a.sock".into(),
             state_dir: "/var/lib/a".into(),
@@ -77,8 +92,10 @@ mod tests {
         };
         conflist.write(&options).unwrap();
         let written = fs::metadata(conflist.path()).unwrap().modified().unwrap();
-        let found: serde_json::Value =
-            serde_json::from_str(&fs::read_to_string(conflist.path()).unwrap()).unwrap();
+        let read = || -> serde_json::Value {
+            serde_json::from_str(&fs::read_to_string(conflist.path()).unwrap()).unwrap()
+        };
+        let found = read();
         assert_eq!(found["name"], "ferroflow");
         assert_eq!(found["cniVersion"], "1.0.0");
         assert_eq!(found["cniVersions"], json!(["1.0.0", "1.1.0"]));
@@ -90,5 +107,13 @@ mod tests {
         conflist.write(&moved).unwrap();
         assert!(fs::read_to_string(conflist.path()).unwrap().contains("/run/b.sock"));
         assert_eq!(fs::read_dir(&conflist.dir).unwrap().count(), 1);
+        assert_eq!(found["plugins"].as_array().map(Vec::len), Some(1));
+
+        fs::create_dir(&bin_dir).unwrap();
+        fs::write(bin_dir.join("portmap"), "").unwrap();
+        conflist.write(&moved).unwrap();
+        let plugins = read()["plugins"].clone();
+        assert_eq!(plugins[1], json!({ "type": "portmap", "capabilities": { "portMappings": true } }));
+        assert_eq!(plugins.as_array().map(Vec::len), Some(2));
     }
 }
