@@ -49,7 +49,7 @@ pub struct Api {
     follower: Option<Follower>,
 }
 
-const SYNC_LIMIT: Duration = Duration::from_secs(10);
+const SYNC_LIMIT: Duration = Duration::from_secs(30);
 const VERB_LIMIT: Duration = Duration::from_secs(10);
 
 impl Agent {

@@ -17,19 +17,19 @@ use ferroflow_ebpf::tables::fake::{Fake, Lookups};
 /// The way, hash tables, arrays.
 const COSTS: &str = "\
 what                                          hash  array
-pod to local pod                                 3      1
-pod to remote pod                                4      1
+pod to local pod                                 3      2
+pod to remote pod                                4      3
 known flow to a local backend                    2      0
 known flow to a remote backend                   2      0
 known flow, answer of a local backend            2      0
 known flow, answer from another node             2      0
-new flow to a local backend                      8      5
-new flow, affinity                              10      6
-new flow that keeps its backend                 10      5
+new flow to a local backend                      8      6
+new flow, affinity                              10      7
+new flow that keeps its backend                 10      6
 no endpoints                                     3      0
-new flow of a NodePort, masqueraded             13      5
+new flow of a NodePort, masqueraded             16      6
 known flow of a NodePort                         2      0
-from outside, for no service                     3      1
+from outside, for no service                     4      1
 from the stack to a pod                          1      0
 ";
 

@@ -471,6 +471,8 @@ fn rule_54_a_new_pod_is_guarded_from_its_first_packet(sandbox: &Sandbox) -> Resu
         let rule =
             json!({"from": [{"podSelector": app("client")}], "ports": [{"port": 8000, "protocol": "TCP"}]});
         objects.apply(&policy("shop", "policy", json!({"podSelector": app("new"), "ingress": [rule], "egress": [], "policyTypes": ["Ingress", "Egress"]})))?;
+        // Nobody has pods that it selects: where this one is in force, it has been read.
+        objects.apply(&policy("shop", "read", json!({"podSelector": app("db"), "ingress": []})))?;
         objects.agree()?;
         let netns = Netns::new("new")?;
         let _answering = Answering::start(&netns, &PORTS)?;

@@ -167,10 +167,10 @@ impl Oracle {
     }
 
     /// A packet for no service port.
-    fn without_service(&self, observed: &Observed<'_>) -> Result<(), Judgement> {
+    fn without_service(&mut self, observed: &Observed<'_>) -> Result<(), Judgement> {
         let (packet, dst) = (&observed.sent.packet, observed.sent.packet.dst);
         if To::of(&self.cluster, dst) != To::Wire || !self.cluster.in_service_range(dst) {
-            return self.goes(packet, observed);
+            return self.beside_a_service(packet, observed);
         }
         // Rule 19.
         if self.cluster.is_cluster_ip(dst) {
@@ -178,6 +178,34 @@ impl Oracle {
         } else {
             dropped(observed.seen)
         }
+    }
+
+    /// A client that talks to a backend through a service, too, from the same port, gets another one there (rule 34). Which,
+    /// and from when on, is not foretold.
+    fn beside_a_service(&mut self, packet: &Packet, observed: &Observed<'_>) -> Result<(), Judgement> {
+        let Some(ports) = packet.ports() else { return self.goes(packet, observed) };
+        let (client, backend) = ((packet.src, ports.src), (packet.dst, ports.dst));
+        if !self.back.contains_key(&(packet.proto(), backend, client)) {
+            return self.goes(packet, observed);
+        }
+        let seen_as = match observed.seen {
+            Seen::Went(_, went) => went.ports().map(|ports| (packet.src, ports.src)),
+            Seen::Dropped => None,
+        };
+        let seen = seen_as.unwrap_or(client);
+        self.goes(&packet.between(seen, backend), observed)?;
+        self.flows.push(Flow {
+            client,
+            frontend: backend,
+            backend,
+            seen,
+            proto: packet.proto(),
+            port_name: String::new(),
+            life: 0,
+            state: State::default(),
+            last: observed.now,
+        });
+        Err(Judgement::Unsure("which port a client has that talks to a backend in both ways"))
     }
 
     /// The first packet of a flow, or one whose flow chooses again.
@@ -392,11 +420,6 @@ impl Oracle {
         }
         let mut quoted = about.between(before.0, before.1).build()[ETHERNET..].to_vec();
         quoted.truncate(payload.len());
-        // Of SCTP it stays the one that was quoted: it covers what an error leaves out, and nobody looks at it.
-        let check = about.build().len() - ETHERNET - about.transport_length() + 8;
-        if let (SCTP, Some(at)) = (about.proto(), payload.get(check..payload.len().min(check + 4))) {
-            quoted[check..check + at.len()].copy_from_slice(at);
-        }
         if let Body::Icmp { payload, .. } = &mut error.body {
             *payload = quoted;
         }
