@@ -143,31 +143,8 @@ impl World {
                 if old == now { Vec::new() } else { vec![Touched::Node] }
             }
             Change::Namespace(name, namespace) => self.apply_namespace(name, namespace),
-            Change::NetworkPolicy(name, policy) => {
-                let old = match policy.clone() {
-                    Some(policy) => self.policies.insert(name.clone(), policy),
-                    None => self.policies.remove(&name),
-                };
-                if old == policy {
-                    return Vec::new();
-                }
-                let strangers = self.tenants.iter().filter(|(_, it)| it.pod.namespace == name.namespace);
-                let touched = strangers.map(|(addr, _)| Touched::Endpoint(*addr));
-                touched.chain([Touched::NetworkPolicy(name.clone())]).collect()
-            }
-            Change::LocalRoute(addr, ifindex) => {
-                let old = set(&mut self.local_routes, addr, ifindex);
-                // The interface went with the pod's namespace, and nobody has said so yet.
-                let mut touched = Vec::new();
-                if ifindex.is_none() && old.is_some() && self.attachment(addr) == old {
-                    self.attachments.remove(&addr);
-                    touched = self.apply_tenant(addr, None);
-                }
-                if old != ifindex {
-                    touched.push(Touched::Endpoint(addr));
-                }
-                touched
-            }
+            Change::NetworkPolicy(name, policy) => self.apply_policy(name, policy),
+            Change::LocalRoute(addr, ifindex) => self.apply_local_route(addr, ifindex),
             Change::Attachment(addr, ifindex) => {
                 let old = set(&mut self.attachments, addr, ifindex);
                 if old == ifindex { Vec::new() } else { vec![Touched::Endpoint(addr)] }
@@ -189,6 +166,33 @@ impl World {
                 Vec::new()
             }
         }
+    }
+
+    fn apply_policy(&mut self, name: Name, policy: Option<NetworkPolicy>) -> Vec<Touched> {
+        let old = match policy.clone() {
+            Some(policy) => self.policies.insert(name.clone(), policy),
+            None => self.policies.remove(&name),
+        };
+        if old == policy {
+            return Vec::new();
+        }
+        let strangers = self.tenants.iter().filter(|(_, it)| it.pod.namespace == name.namespace);
+        let touched = strangers.map(|(addr, _)| Touched::Endpoint(*addr));
+        touched.chain([Touched::NetworkPolicy(name.clone())]).collect()
+    }
+
+    fn apply_local_route(&mut self, addr: Addr, ifindex: Option<u32>) -> Vec<Touched> {
+        let old = set(&mut self.local_routes, addr, ifindex);
+        // The interface went with the pod's namespace, and nobody has said so yet.
+        let mut touched = Vec::new();
+        if ifindex.is_none() && old.is_some() && self.attachment(addr) == old {
+            self.attachments.remove(&addr);
+            touched = self.apply_tenant(addr, None);
+        }
+        if old != ifindex {
+            touched.push(Touched::Endpoint(addr));
+        }
+        touched
     }
 
     pub fn service(&self, name: &Name) -> Option<&Backing> {
