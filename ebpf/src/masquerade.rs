@@ -30,8 +30,9 @@ use crate::lb;
 use crate::nat::{self, Ends as _, Rewrite};
 use crate::packet::{L3, Packet, Reshape};
 use crate::parse::{self, Fragment, Headers, Network};
+use crate::pod;
 use crate::route;
-use crate::service::{self, Origin, Outcome};
+use crate::service::{Origin, Outcome};
 use crate::steps::Steps;
 use crate::tables::{Aligned, Services, Tables};
 
@@ -57,11 +58,7 @@ where
     P: Reshape,
     T: Steps<V4, P> + Steps<V6, P>,
 {
-    match packet.ethertype() {
-        V4::ETHERTYPE => service::routed::<V4, P, T>(packet, tables, Origin::Exit),
-        V6::ETHERTYPE => service::routed::<V6, P, T>(packet, tables, Origin::Exit),
-        _ => Ok(Verdict::Stack),
-    }
+    pod::routed(packet, tables, Origin::Exit)
 }
 
 /// Whether the packet is a pod's of this node, to the world.
@@ -243,11 +240,11 @@ mod tests {
     use ferroflow_common::tcp::chunk;
 
     use super::*;
+    use crate::device;
     use crate::frame::{Frame, Names, Part, Socket, Transport, both_families, verify};
     use crate::noise::Noise;
     use crate::packet::Bytes;
     use crate::tables::fake::Fake;
-    use crate::{device, pod};
 
     both_families!(
         a_pod_is_the_node_to_the_world_and_gets_its_answers,

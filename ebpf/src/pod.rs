@@ -60,8 +60,12 @@ where
     routed(packet, tables, origin)
 }
 
+/// A packet that the node's stack has routed, by its family.
+///
+/// # Errors
+/// Why the packet is dropped.
 #[inline(always)]
-fn routed<P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Verdict, DropReason>
+pub(crate) fn routed<P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Verdict, DropReason>
 where
     P: Reshape,
     T: Steps<V4, P> + Steps<V6, P>,

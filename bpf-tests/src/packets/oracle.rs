@@ -192,7 +192,8 @@ impl Oracle {
             Seen::Went(_, went) => went.ports().map(|ports| (packet.src, ports.src)),
             Seen::Dropped => None,
         };
-        let seen = seen_as.unwrap_or(client);
+        let chosen = seen_as.filter(|(_, port)| CHOSEN_PORTS.contains(port));
+        let seen = chosen.unwrap_or(client);
         self.goes(&packet.between(seen, backend), observed)?;
         self.flows.push(Flow {
             client,
