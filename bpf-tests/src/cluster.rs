@@ -29,7 +29,7 @@ use crate::{
     cni::{self, Container, Runtime},
     ethtool,
     manifests::Directory,
-    netns::{End, Inside, Mac, Netns, Prefix, Route},
+    netns::{End, Inside, Mac, Netns, Prefix, Route, Tunnel},
     pod::{Outcome, Progress, Ready},
     run,
     sandbox::{Place, Sandbox},
@@ -84,6 +84,9 @@ pub struct Pod {
 const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 const PODS_PER_NODE: u8 = 2;
+/// What VXLAN over IPv6 leaves of 1500 bytes; over IPv4 it would be 20 more.
+const TUNNEL_MTU: u32 = 1430;
+const NODE_PREFIX: &str = "node-";
 
 impl Cluster {
     /// Nodes of these names (`a` becomes `node-a` with pods `a1` and `a2`), their pods serving.
@@ -96,14 +99,26 @@ impl Cluster {
         for node in &cluster.nodes {
             node.route_to(&cluster.nodes)?;
         }
-        for (node, name) in cluster.nodes.iter_mut().zip(nodes) {
-            for number in 1..=pods {
-                let pod = Pod::new(node, format!("{name}{number}"), number, &cluster.processes)
-                    .with_context(|| format!("make pod {name}{number}"))?;
-                node.pods.push(pod);
-            }
-        }
-        cluster.serve()?;
+        cluster.fill(pods)?;
+        Ok(cluster)
+    }
+
+    /// As [`Cluster::new`], of two nodes, but each packet to the other one's IPv4 pods goes through the kernel's tunnel.
+    pub fn tunnelled(sandbox: &Sandbox, nodes: [&str; 2]) -> Result<Self> {
+        let mut cluster = Self::unrouted(sandbox, &nodes)?;
+        let [first, second] = [&cluster.nodes[0], &cluster.nodes[1]];
+        first.tunnel_to(second)?;
+        second.tunnel_to(first)?;
+        cluster.fill(PODS_PER_NODE)?;
+        cluster.leave_room_for_tunnels()?;
+        Ok(cluster)
+    }
+
+    /// As [`Cluster::tunnelled`], but the agents have to make the tunnel.
+    pub fn to_be_tunnelled(sandbox: &Sandbox, nodes: [&str; 2]) -> Result<Self> {
+        let mut cluster = Self::unrouted(sandbox, &nodes)?;
+        cluster.fill(PODS_PER_NODE)?;
+        cluster.leave_room_for_tunnels()?;
         Ok(cluster)
     }
 
@@ -198,6 +213,29 @@ impl Cluster {
         }
     }
 
+    /// Gives every node so many pods, serving.
+    fn fill(&mut self, pods: u8) -> Result<()> {
+        for node in &mut self.nodes {
+            for number in 1..=pods {
+                let name = format!("{}{number}", node.name.trim_start_matches(NODE_PREFIX));
+                let pod = Pod::new(node, name.clone(), number, &self.processes)
+                    .with_context(|| format!("make pod {name}"))?;
+                node.pods.push(pod);
+            }
+        }
+        self.serve()
+    }
+
+    /// As a network plugin does for its pods.
+    fn leave_room_for_tunnels(&self) -> Result<()> {
+        for (node, pod) in self.nodes.iter().flat_map(|node| node.pods.iter().map(move |pod| (node, pod))) {
+            pod.netns.run(|inside| inside.mtu("eth0", TUNNEL_MTU))??;
+            let interface = pod.interface.clone();
+            node.netns.run(move |inside| inside.mtu(&interface, TUNNEL_MTU))??;
+        }
+        Ok(())
+    }
+
     /// Starts all servers, then waits for all.
     fn serve(&self) -> Result<()> {
         self.pods().try_for_each(Pod::start_server)?;
@@ -282,6 +320,30 @@ impl Node {
         switch.run(move |inside| inside.enslave(&port.name, "br0"))??;
         let addresses = [Prefix { addr: self.v4.into(), len: 24 }, Prefix { addr: self.v6.into(), len: 64 }];
         self.netns.run(move |inside| addresses.into_iter().try_for_each(|a| inside.address("eth0", a)))?
+    }
+
+    /// A tunnel of the kernel's own to the pods of another node, as flannel makes it: the other end's address and
+    /// link-layer address are known beforehand.
+    fn tunnel_to(&self, other: &Self) -> Result<()> {
+        let name = "vxlan0";
+        let end = |node: &Self| Ipv4Addr::new(10, 244, node.number, 0);
+        let (here, there, far) = (end(self), end(other), mac(other.number, 0, 3));
+        let (local, remote, to) = (self.v4, other.v4, other.pod_cidr_v4());
+        let tunnel = Tunnel {
+            name: name.into(),
+            mac: mac(self.number, 0, 3),
+            vni: 77,
+            port: 8472,
+            local,
+            remote,
+            mtu: TUNNEL_MTU,
+        };
+        self.netns.run(move |inside| {
+            inside.vxlan(&tunnel)?;
+            inside.address(name, Prefix { addr: here.into(), len: 32 })?;
+            inside.neighbour(name, there.into(), far)?;
+            inside.route(Route { to, via: Some(there.into()), dev: name })
+        })?
     }
 
     /// Routes to the pods of all other nodes.
@@ -480,7 +542,7 @@ fn pod_v6(node: u8, host: u16) -> Ipv6Addr {
 }
 
 fn node_name(short: &str) -> String {
-    format!("node-{short}")
+    format!("{NODE_PREFIX}{short}")
 }
 
 /// Locally administered, readable in a packet dump.

@@ -23,7 +23,7 @@ use nix::{
     unistd::gettid,
 };
 use rtnetlink::{
-    Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan, RouteMessageBuilder,
     packet_route::{
         link::{InfoData, InfoVeth},
         route::{RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType},
@@ -62,6 +62,19 @@ pub struct End {
 pub struct Prefix {
     pub addr: IpAddr,
     pub len: u8,
+}
+
+/// A tunnel of the kernel's own to one other node.
+#[derive(Clone, Debug)]
+pub struct Tunnel {
+    pub name: String,
+    pub mac: Mac,
+    pub vni: u32,
+    pub port: u16,
+    pub local: Ipv4Addr,
+    pub remote: Ipv4Addr,
+    /// Of the packets inside.
+    pub mtu: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -213,6 +226,27 @@ impl Inside {
     pub fn bridge(&self, name: &str) -> Result<()> {
         let message = LinkBridge::new(name).build();
         self.request(self.netlink.link().add(message).execute()).with_context(|| format!("add bridge {name}"))
+    }
+
+    /// A VXLAN device that is up.
+    pub fn vxlan(&self, tunnel: &Tunnel) -> Result<()> {
+        let message = LinkMessageBuilder::<LinkVxlan>::new(&tunnel.name)
+            .id(tunnel.vni)
+            .port(tunnel.port)
+            .local(tunnel.local)
+            .remote(tunnel.remote)
+            .learning(false)
+            .address(tunnel.mac.to_vec())
+            .mtu(tunnel.mtu)
+            .up()
+            .build();
+        self.request(self.netlink.link().add(message).execute()).with_context(|| format!("add {tunnel:?}"))
+    }
+
+    pub fn mtu(&self, dev: &str, mtu: u32) -> Result<()> {
+        let message = LinkUnspec::new_with_index(index(dev)?).mtu(mtu).build();
+        self.request(self.netlink.link().set(message).execute())
+            .with_context(|| format!("set the MTU of {dev}"))
     }
 
     pub fn enslave(&self, dev: &str, bridge: &str) -> Result<()> {

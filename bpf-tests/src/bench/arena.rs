@@ -4,6 +4,7 @@ use std::{
     io::{self, Write as _},
     net::SocketAddr,
     process::{Command, Stdio},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -36,6 +37,9 @@ pub(super) enum Means {
     FerroflowPackets,
     Nftables,
     Iptables,
+    /// The kernel's own tunnel between the nodes, and nothing else.
+    Vxlan,
+    FerroflowVxlan,
 }
 
 /// A cluster of two nodes under one kind of means. Fields are dropped in this order.
@@ -48,6 +52,9 @@ pub(super) struct Arena {
 }
 
 /// The pods of every cluster.
+/// Rules that are not in the kernel after so long are not measured.
+pub(super) const LOADING_LIMIT: Duration = Duration::from_mins(5);
+const LOADING_STEP: Duration = Duration::from_millis(2);
 const PODS: &str = "10.244.0.0/16";
 pub(super) const CLIENT: &str = "a1";
 pub(super) const NEAR: &str = "a2";
@@ -55,8 +62,18 @@ pub(super) const FAR: &str = "b1";
 
 impl Arena {
     /// Servers in the measured pods, and nothing else yet. Servers and clients run on `cpu`.
-    pub(super) fn new(sandbox: &Sandbox, cpu: usize) -> Result<Self> {
-        let cluster = Cluster::new(sandbox, &["a", "b"])?;
+    pub(super) fn new(sandbox: &Sandbox, means: Means, cpu: usize) -> Result<Self> {
+        let nodes = ["a", "b"];
+        let cluster = match means {
+            Means::Vxlan => Cluster::tunnelled(sandbox, nodes)?,
+            Means::FerroflowVxlan => Cluster::to_be_tunnelled(sandbox, nodes)?,
+            Means::Plain
+            | Means::PlainAgain
+            | Means::Ferroflow
+            | Means::FerroflowPackets
+            | Means::Nftables
+            | Means::Iptables => Cluster::new(sandbox, &nodes)?,
+        };
         let servers = [NEAR, FAR].map(|pod| {
             let args =
                 ["load", "serve", "--cpu", &cpu.to_string(), &FIRST_PORT.to_string(), &ENDPOINTS.to_string()];
@@ -96,18 +113,22 @@ impl Arena {
         (FIRST_PORT..FIRST_PORT + ENDPOINTS).map(|port| (ip, port).into()).collect()
     }
 
-    /// kube-proxy's rules on the client's node; returns how long it took. The other node needs them where traffic goes
-    /// there.
-    pub(super) fn apply(&self, rules: Rules, scale: &Scale, nodes: Nodes) -> Result<Duration> {
+    /// kube-proxy's rules on the client's node; returns how long it took, `None` where that was too long. The other node
+    /// needs them where traffic goes there.
+    pub(super) fn apply(&self, rules: Rules, scale: &Scale, nodes: Nodes) -> Result<Option<Duration>> {
         let text = rules.text(scale);
         let (first, rest) = self.cluster.nodes().split_first().context("no node")?;
         let start = Instant::now();
-        rules.restore(first, &text)?;
-        let took = start.elapsed();
-        if nodes == Nodes::All {
-            rest.iter().try_for_each(|node| rules.restore(node, &text))?;
+        if !rules.restore(first, &text)? {
+            return Ok(None);
         }
-        Ok(took)
+        let took = start.elapsed();
+        for node in rest.iter().filter(|_| nodes == Nodes::All) {
+            if !rules.restore(node, &text)? {
+                return Ok(None);
+            }
+        }
+        Ok(Some(took))
     }
 }
 
@@ -151,17 +172,31 @@ impl Rules {
         }
     }
 
-    fn restore(self, node: &Node, text: &str) -> Result<()> {
+    /// Whether it was done within [`LOADING_LIMIT`].
+    fn restore(self, node: &Node, text: &str) -> Result<bool> {
         let (program, args) = self.command();
         let mut command = Command::new(program);
         command.args(args).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = node.netns.spawn(command)?;
+        let errors = child.stderr.take().context("its errors go elsewhere")?;
+        let errors = thread::spawn(|| io::read_to_string(errors));
         let written = child.stdin.take().map(|mut input| input.write_all(text.as_bytes()));
-        let output = child.wait_with_output()?;
-        if !output.status.success() {
-            let error = String::from_utf8_lossy(&output.stderr);
-            bail!("{program} on {}: {}", node.name, error.lines().next().unwrap_or("failed without a word"));
+        let limit = Instant::now() + LOADING_LIMIT;
+        let status = loop {
+            if let Some(status) = child.try_wait()? {
+                break status;
+            }
+            if Instant::now() > limit {
+                child.kill().and_then(|()| child.wait()).with_context(|| format!("end {program}"))?;
+                return Ok(false);
+            }
+            thread::sleep(LOADING_STEP);
+        };
+        let errors = errors.join().ok().and_then(Result::ok).unwrap_or_default();
+        if !status.success() {
+            bail!("{program} on {}: {}", node.name, errors.lines().next().unwrap_or("failed without a word"));
         }
-        written.unwrap_or(Ok(())).with_context(|| format!("write rules to {program}"))
+        written.unwrap_or(Ok(())).with_context(|| format!("write rules to {program}"))?;
+        Ok(true)
     }
 }

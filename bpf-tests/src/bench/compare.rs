@@ -1,4 +1,5 @@
-//! What goes from pod to pod, against plain routing: each run of something stands between two runs of the baseline.
+//! What goes from pod to pod, against plain routing, or in a tunnel against the kernel's: each run of something stands
+//! between two runs of the baseline.
 
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
@@ -54,6 +55,8 @@ enum Scope {
     Everything,
     /// It differs from others only in how a connection opens.
     ShortOnSameNode,
+    /// Tunnels, which are between nodes only.
+    BetweenNodes,
 }
 
 #[rustfmt::skip]
@@ -67,6 +70,9 @@ const WAYS: &[Way] = &[
     Way { name: "pod-ip/ferroflow", means: Means::Ferroflow, to: To::Pod, scope: Scope::Everything },
     Way { name: "pod-ip/nftables", means: Means::Nftables, to: To::Pod, scope: Scope::ShortOnSameNode },
     Way { name: "pod-ip/iptables", means: Means::Iptables, to: To::Pod, scope: Scope::ShortOnSameNode },
+    Way { name: "pod-ip/vxlan", means: Means::Vxlan, to: To::Pod, scope: Scope::BetweenNodes },
+    Way { name: "pod-ip/ferroflow-vxlan", means: Means::FerroflowVxlan, to: To::Pod, scope: Scope::BetweenNodes },
+    Way { name: "cluster-ip/ferroflow-vxlan", means: Means::FerroflowVxlan, to: To::Service, scope: Scope::BetweenNodes },
 ];
 
 /// One number of a sample.
@@ -132,6 +138,19 @@ impl Place {
 }
 
 impl Way {
+    fn applies(&self, kind: Kind, place: Place) -> bool {
+        match self.scope {
+            Scope::Everything => true,
+            Scope::ShortOnSameNode => (kind, place) == (Kind::Short, Place::SameNode),
+            Scope::BetweenNodes => place == Place::BetweenNodes,
+        }
+    }
+
+    /// What it is compared with.
+    fn baseline(&self) -> Means {
+        if self.means == Means::FerroflowVxlan { Means::Vxlan } else { Means::Plain }
+    }
+
     fn targets(&self, arena: &Arena, scale: &Scale, place: Place) -> Vec<SocketAddr> {
         match (self.to, place) {
             (To::Pod, _) => arena.pod_targets(place.pod()),
@@ -151,16 +170,17 @@ pub(super) fn compare(
     report: &mut Report,
 ) -> Result<()> {
     let services = scale.services().len();
-    let applies =
-        |way: &&Way| way.scope == Scope::Everything || (kind, place) == (Kind::Short, Place::SameNode);
     let mut runs: Vec<Runs<'_>> = Vec::new();
-    for way in WAYS.iter().filter(applies) {
-        match (arenas.ready.get(&way.means), arenas.missing.get(&way.means)) {
-            (Some(arena), _) => {
+    for way in WAYS.iter().filter(|way| way.applies(kind, place)) {
+        let lacking = [way.means, way.baseline()].into_iter().find(|it| !arenas.ready.contains_key(it));
+        match (arenas.ready.get(&way.means), lacking) {
+            (Some(arena), None) => {
                 let targets = way.targets(arena, scale, place);
-                runs.push(Runs { way, arena, targets, samples: Vec::new(), plain: Vec::new(), failed: None });
+                let (samples, baseline) = (Vec::new(), Vec::new());
+                runs.push(Runs { way, arena, targets, samples, baseline, failed: None });
             }
-            (None, why) => {
+            (_, lacking) => {
+                let why = lacking.and_then(|means| arenas.missing.get(&means));
                 let why = why.map_or("its cluster could not be made", String::as_str);
                 for reading in readings(kind) {
                     report.skip(&format!("{}/{}/{}", reading.name, place.name(), way.name), services, why)?;
@@ -168,8 +188,12 @@ pub(super) fn compare(
             }
         }
     }
-    let plain = arenas.ready.get(&Means::Plain).context("there is no plain cluster")?;
-    take_turns(plain, (kind, place), effort, &mut runs)?;
+    for means in [Means::Plain, Means::Vxlan] {
+        let compared: Vec<_> = runs.iter_mut().filter(|run| run.way.baseline() == means).collect();
+        if let Some(baseline) = arenas.ready.get(&means).filter(|_| !compared.is_empty()) {
+            take_turns(baseline, (kind, place), effort, compared)?;
+        }
+    }
     for reading in readings(kind) {
         for run in &runs {
             let name = format!("{}/{}/{}", reading.name, place.name(), run.way.name);
@@ -189,14 +213,14 @@ struct Runs<'a> {
     targets: Vec<SocketAddr>,
     samples: Vec<Sample>,
     /// Before and after each sample.
-    plain: Vec<[Sample; 2]>,
+    baseline: Vec<[Sample; 2]>,
     failed: Option<anyhow::Error>,
 }
 
 impl Runs<'_> {
     fn measured(&self, reading: &Reading) -> Measured {
         let values: Vec<f64> = self.samples.iter().map(reading.of).collect();
-        let pairs = || self.plain.iter().map(|pair| pair.each_ref().map(reading.of));
+        let pairs = || self.baseline.iter().map(|pair| pair.each_ref().map(reading.of));
         let ratios = values.iter().zip(pairs()).map(|(value, pair)| stats::ratio(*value, pair));
         let ratios = match reading.better {
             Better::More => ratios.collect(),
@@ -207,13 +231,13 @@ impl Runs<'_> {
 }
 
 fn take_turns(
-    plain: &Arena,
+    arena: &Arena,
     (kind, place): (Kind, Place),
     Effort { pairs, time }: Effort,
-    runs: &mut [Runs<'_>],
+    mut runs: Vec<&mut Runs<'_>>,
 ) -> Result<()> {
-    let targets = plain.pod_targets(place.pod());
-    let baseline = || plain.load(kind, &targets, time).context("plain routing");
+    let targets = arena.pod_targets(place.pod());
+    let baseline = || arena.load(kind, &targets, time).context("the baseline");
     // The first run after all the setting up is slow.
     baseline()?;
     let mut before = baseline()?;
@@ -227,7 +251,7 @@ fn take_turns(
                 }
             }
             let after = baseline()?;
-            run.plain.push([before, after]);
+            run.baseline.push([before, after]);
             before = after;
         }
     }

@@ -8,6 +8,9 @@
 //!                                                       ▼
 //!                         figure (JSON, table, budgets) ── plot (SVG)
 //! ```
+//! Servers, clients and the kernel between them share one CPU: a rate says how much work a connection or a byte is, and
+//! the ratio of two streams is that of their CPU time per byte. Packets in VXLAN are compared with the kernel's own VXLAN.
+//!
 //! Absolute numbers are of this machine, under its load: only ratios within one run compare. `pod-ip/plain-again` is
 //! plain routing against itself: what it differs from 1 is noise.
 
@@ -33,7 +36,7 @@ use clap::Parser;
 use nix::unistd::geteuid;
 
 use self::{
-    arena::{Arena, FAR, Means, NEAR, Nodes, Rules},
+    arena::{Arena, FAR, LOADING_LIMIT, Means, NEAR, Nodes, Rules},
     compare::{Arenas, Effort, Place},
     figure::Report,
     scale::Scale,
@@ -151,13 +154,14 @@ fn measure(sandbox: &Sandbox, plan: &Plan, (size, what): (usize, What), report: 
         |done: &str| eprintln!("bench: {size} services: {done} ({:.0} s)", start.elapsed().as_secs_f64());
     // Programs, servers and clients share the last CPU; interrupts are mostly on the first.
     let cpu = thread::available_parallelism()?.get() - 1;
-    let plain = Arena::new(sandbox, cpu).context("make the plain cluster")?;
+    let plain = Arena::new(sandbox, Means::Plain, cpu).context("make the plain cluster")?;
     let scale = Scale::new(size, plain.cluster.pod(NEAR).v4, plain.cluster.pod(FAR).v4);
     let mut arenas = Arenas::default();
     arenas.ready.insert(Means::Plain, plain);
-    for means in
-        [Means::PlainAgain, Means::Ferroflow, Means::FerroflowPackets, Means::Nftables, Means::Iptables]
-    {
+    let tunnels: &[_] = if what == What::Everything { &[Means::Vxlan, Means::FerroflowVxlan] } else { &[] };
+    let all =
+        [Means::PlainAgain, Means::Ferroflow, Means::FerroflowPackets, Means::Nftables, Means::Iptables];
+    for means in all.into_iter().chain(tunnels.iter().copied()) {
         match set_up(sandbox, means, &scale, &Setting { cpu, changes: plan.changes, what }, report) {
             Ok(Ok(arena)) => _ = arenas.ready.insert(means, arena),
             Ok(Err(missing)) => _ = arenas.missing.insert(means, missing),
@@ -187,7 +191,7 @@ fn measure(sandbox: &Sandbox, plan: &Plan, (size, what): (usize, What), report: 
 fn measure_alone(sandbox: &Sandbox, plan: &Plan, size: usize, report: &mut Report) -> Result<()> {
     let start = Instant::now();
     let cpu = thread::available_parallelism()?.get() - 1;
-    let mut arena = Arena::new(sandbox, cpu)?;
+    let mut arena = Arena::new(sandbox, Means::Ferroflow, cpu)?;
     let scale = Scale::new(size, arena.cluster.pod(NEAR).v4, arena.cluster.pod(FAR).v4);
     scale.write(&arena.cluster)?;
     if let Err(error) = measure_control(sandbox, &mut arena, (&scale, plan.changes), report) {
@@ -215,17 +219,27 @@ fn set_up(
     let rules = match means {
         Means::Nftables => Some(Rules::Nftables),
         Means::Iptables => Some(Rules::Iptables),
-        Means::Plain | Means::PlainAgain | Means::Ferroflow | Means::FerroflowPackets => None,
+        Means::Plain
+        | Means::PlainAgain
+        | Means::Ferroflow
+        | Means::FerroflowPackets
+        | Means::Vxlan
+        | Means::FerroflowVxlan => None,
     };
     if let Some(Err(missing)) = rules.map(Rules::version) {
         return Ok(Err(missing));
     }
-    let mut arena = Arena::new(sandbox, setting.cpu)?;
+    let mut arena = Arena::new(sandbox, means, setting.cpu)?;
     if let Some(rules) = rules {
         let name = if rules == Rules::Nftables { "nftables" } else { "iptables" };
         let nodes = if setting.what == What::Everything { Nodes::All } else { Nodes::First };
-        let took = arena.apply(rules, scale, nodes)?.as_secs_f64();
-        report.add_value(&format!("programming/rules/{name}"), size, (took, "s"))?;
+        let figure = format!("programming/rules/{name}");
+        let Some(took) = arena.apply(rules, scale, nodes)? else {
+            let why = format!("its rules are not loaded after {} s", LOADING_LIMIT.as_secs());
+            report.skip(&figure, size, &why)?;
+            return Ok(Err(why));
+        };
+        report.add_value(&figure, size, (took.as_secs_f64(), "s"))?;
     }
     let room = scale.max_endpoints().to_string();
     match means {
@@ -238,7 +252,11 @@ fn set_up(
             scale.write(&arena.cluster)?;
             start_agents(&mut arena, &["--socket-lb", "off", "--max-endpoints", &room])?;
         }
-        Means::Plain | Means::PlainAgain | Means::Nftables | Means::Iptables => {}
+        Means::FerroflowVxlan => {
+            scale.write(&arena.cluster)?;
+            start_agents(&mut arena, &["--routing", "vxlan", "--max-endpoints", &room])?;
+        }
+        Means::Plain | Means::PlainAgain | Means::Nftables | Means::Iptables | Means::Vxlan => {}
     }
     Ok(Ok(arena))
 }
