@@ -114,11 +114,10 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// As [`Cluster::tunnelled`], but the agents have to make the tunnel.
-    pub fn to_be_tunnelled(sandbox: &Sandbox, nodes: [&str; 2]) -> Result<Self> {
-        let mut cluster = Self::unrouted(sandbox, &nodes)?;
+    /// As [`Cluster::new`], but the agents have to connect the pods of different nodes.
+    pub fn unconnected(sandbox: &Sandbox, nodes: &[&str]) -> Result<Self> {
+        let mut cluster = Self::unrouted(sandbox, nodes)?;
         cluster.fill(PODS_PER_NODE)?;
-        cluster.leave_room_for_tunnels()?;
         Ok(cluster)
     }
 
@@ -227,7 +226,7 @@ impl Cluster {
     }
 
     /// As a network plugin does for its pods.
-    fn leave_room_for_tunnels(&self) -> Result<()> {
+    pub fn leave_room_for_tunnels(&self) -> Result<()> {
         for (node, pod) in self.nodes.iter().flat_map(|node| node.pods.iter().map(move |pod| (node, pod))) {
             pod.netns.run(|inside| inside.mtu("eth0", TUNNEL_MTU))??;
             let interface = pod.interface.clone();

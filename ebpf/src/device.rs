@@ -5,6 +5,7 @@ use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
 use crate::conntrack::{self, Flow};
+use crate::judge;
 use crate::lb;
 use crate::nat::{self, Ends};
 use crate::packet::{Packet, Reshape};
@@ -32,7 +33,8 @@ where
     }
 }
 
-/// A packet of a flow that is known, or of no service: the stack's, which knows where the node's pods are.
+/// A packet of a flow that is known, or of no service: what comes from a pod of another node goes to its pod, all else to
+/// the stack.
 ///
 /// # Errors
 /// Why the packet is dropped.
@@ -47,9 +49,9 @@ where
     let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Outcome::RARE) };
     match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
         Flow::Known(to) => {
-            // The stack's, as before it was known: the program at the pod's interface finds it, too.
+            // As before it was known.
             if to.is_plain() {
-                return Ok(Outcome::STACK);
+                return Ok(Outcome::goes(route::inwards::<F, T>(tables, &headers.tuple)));
             }
             nat::rewrite(packet, &headers, &to)?;
             return Ok(Outcome::goes(route::rewritten::<F, T>(tables, &to)));
@@ -58,11 +60,20 @@ where
         Flow::Unknown => {}
     }
     let mut key = lb::key::<F>(&headers.tuple);
-    if lb::is_service(tables.frontend(&key)) || lb::is_service(lb::node_port(tables, &mut key)) {
+    if lb::is_service(tables.frontend(&key)) {
         return Ok(if service::is_kernels(tables, &headers) { Outcome::STACK } else { Outcome::OPENS });
     }
     if let Some(index) = shadow::shadowed::<F, T>(tables, &headers) {
         return Ok(Outcome::shadowing(index));
+    }
+    let verdict = route::inwards::<F, T>(tables, &headers.tuple);
+    if verdict != Verdict::Stack {
+        // What policies have a say in is asked about where the stack hands it to the pod.
+        let waits = judge::concerns::<F, T>(tables, &headers.tuple, Origin::Outside);
+        return Ok(if waits { Outcome::STACK } else { Outcome::goes(verdict) });
+    }
+    if lb::is_service(lb::node_port(tables, &mut key)) {
+        return Ok(if service::is_kernels(tables, &headers) { Outcome::STACK } else { Outcome::OPENS });
     }
     service::stray(tables, &mut key)
 }
@@ -70,7 +81,8 @@ where
 #[cfg(test)]
 mod tests {
     use ferroflow_common::abi::lb::{Frontend, FrontendKey, ServiceClient};
-    use ferroflow_common::abi::node::NodeAddress;
+    use ferroflow_common::abi::node::{NodeAddress, Settings};
+    use ferroflow_common::abi::policy::EndpointPolicy;
     use ferroflow_common::addr::{Addr, Proto};
     use ferroflow_common::tcp::Flags;
 
@@ -85,6 +97,7 @@ mod tests {
         rule_22_source_ranges_come_first,
         what_is_for_no_service_is_the_stacks,
         without_an_address_of_the_family_nobody_is_masqueraded,
+        what_comes_from_a_pod_of_another_node_goes_to_its_pod,
     );
 
     const SYN: u8 = Flags::SYN;
@@ -170,6 +183,24 @@ mod tests {
             let frame = Frame::tcp(net.client, to, SYN);
             assert_eq!(frame.arrive(&net.fake), Ok((Verdict::Stack, frame.build())));
         }
+    }
+
+    fn what_comes_from_a_pod_of_another_node_goes_to_its_pod<F: Names>() {
+        let mut fake = Fake::default();
+        fake.local(F::pod(1), 11);
+        let frame = Frame::tcp((F::pod(3), 4000), (F::pod(1), 8080), SYN);
+        let stack = Ok((Verdict::Stack, frame.build()));
+        assert_eq!(frame.arrive(&fake), stack, "there is no route of ours back");
+        fake.elsewhere.push(F::pod(3));
+        assert_eq!(frame.arrive(&fake), Ok((Verdict::Pod { ifindex: 11 }, frame.build())));
+        let nobodys = frame.clone().sent_to((F::pod(2), 8080));
+        assert_eq!(nobodys.arrive(&fake), Ok((Verdict::Stack, nobodys.build())));
+        fake.settings = Some(Settings { flags: Settings::MIGRATING, ..Settings::NONE });
+        assert_eq!(frame.arrive(&fake), stack);
+        fake.settings = Some(Settings { flags: Settings::POLICIES, ..Settings::NONE });
+        fake.endpoints.get_mut(&F::pod(1)).unwrap().policy.ingress = EndpointPolicy::CLOSED;
+        assert_eq!(frame.arrive(&fake), stack, "policies are asked at the pod's interface");
+        assert!(fake.tracked().is_empty());
     }
 
     fn without_an_address_of_the_family_nobody_is_masqueraded<F: Names>() {

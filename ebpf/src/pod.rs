@@ -112,7 +112,7 @@ where
         return Ok(Outcome::shadowing(index));
     }
     // Most packets are for a pod of this node or of another; only what is for neither may be for a NodePort.
-    let verdict = route::route::<F, T>(tables, &key.addr);
+    let verdict = route::onto::<F, T>(tables, &key.addr);
     if verdict == Verdict::Stack {
         if lb::is_service(lb::node_port(tables, &mut key)) {
             return Ok(if service::is_kernels(tables, &headers) { Outcome::STACK } else { Outcome::OPENS });
@@ -172,6 +172,7 @@ mod tests {
     both_families!(
         a_service_is_reached_and_answers_as_itself,
         a_remote_backend_is_the_stacks_and_its_answer_enters,
+        what_another_nodes_pod_gets_goes_past_the_stack,
         a_pod_address_is_no_service,
         rule_14_and_15_without_endpoints,
         rule_19_a_port_that_a_cluster_ip_has_not_is_refused_and_an_address_that_is_none_dropped,
@@ -230,6 +231,24 @@ mod tests {
             assert_eq!(back, Ok((Verdict::Stack, frame.answer(SYN | ACK).build())));
             let stranger = frame.answer(ACK).sent_from((F::pod(3), port + 1));
             assert_eq!(stranger.enter(&fake), Ok((Verdict::Stack, stranger.build())));
+        }
+    }
+
+    fn what_another_nodes_pod_gets_goes_past_the_stack<F: Names>() {
+        for (frame, port) in flows::<F>() {
+            let mut fake = only(F::pod(3));
+            fake.elsewhere.push(F::pod(3));
+            let backend: Socket = (F::pod(3), port);
+            for _ in 0..2 {
+                let there = frame.clone().sent_to(backend);
+                assert_eq!(frame.leave(&fake), Ok((Verdict::Forward, there.build())));
+            }
+            let direct = frame.clone().sent_to((F::pod(3), port + 1));
+            assert_eq!(direct.leave(&fake), Ok((Verdict::Forward, direct.build())));
+            let world = frame.clone().sent_to((F::vip(99), 443));
+            assert_eq!(world.leave(&fake), Ok((Verdict::Stack, world.build())));
+            fake.settings = Some(Settings { flags: Settings::MIGRATING, ..Settings::NONE });
+            assert_eq!(direct.leave(&fake), Ok((Verdict::Stack, direct.build())), "kube-proxy may know it");
         }
     }
 

@@ -1,12 +1,12 @@
 //! Where a packet goes once its addresses are final.
 
-use ferroflow_common::abi::conntrack::Entry;
+use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::Family;
 use ferroflow_common::verdict::Verdict;
 
 use crate::nat::Rewrite;
-use crate::service::Origin;
+use crate::service::{self, Origin};
 use crate::tables::Tables;
 
 /// A local pod directly, everything else by the kernel's routes.
@@ -18,6 +18,24 @@ pub fn route<F: Family, T: Tables<F>>(tables: &T, dst: &Addr) -> Verdict {
     }
 }
 
+/// The same, for what a pod sends: to a pod of another node past the stack.
+#[inline(always)]
+pub fn onto<F: Family, T: Tables<F>>(tables: &T, dst: &Addr) -> Verdict {
+    let verdict = route::<F, T>(tables, dst);
+    if verdict == Verdict::Stack && tables.is_elsewhere(dst) { Verdict::Forward } else { verdict }
+}
+
+/// The same, for what comes from outside: from a pod of another node to its pod past the stack, all else as it comes, as
+/// does everything while rules of kube-proxy may have a part in it.
+#[inline(always)]
+pub fn inwards<F: Family, T: Tables<F>>(tables: &T, tuple: &Tuple<F::Bytes>) -> Verdict {
+    let verdict = route::<F, T>(tables, &F::addr(tuple.dst));
+    if verdict == Verdict::Stack || !tables.is_elsewhere(&F::addr(tuple.src)) || service::migrating(tables) {
+        return Verdict::Stack;
+    }
+    verdict
+}
+
 /// The same for a packet that was rewritten, which the stack may not accept any more.
 #[inline(always)]
 pub fn rewritten<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite) -> Verdict {
@@ -25,7 +43,7 @@ pub fn rewritten<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite) -> Verdict {
     if to.flags & Entry::MASQUERADED != 0 {
         return Verdict::Stack;
     }
-    let verdict = route::<F, T>(tables, to.dst());
+    let verdict = onto::<F, T>(tables, to.dst());
     let own_source = to.flags & Entry::OWN_SOURCE != 0;
     if own_source && verdict == Verdict::Stack { Verdict::Forward } else { verdict }
 }

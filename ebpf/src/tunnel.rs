@@ -1,14 +1,20 @@
 //! What goes out of the tunnel's device: which node has its destination.
 
-use ferroflow_common::abi::tunnel::{SENDER_MAC, Tunnel};
+use ferroflow_common::abi::tunnel::{DEVICE_MAC, SENDER_MAC, Tunnel};
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::DropReason;
 
 use crate::packet::{L3, Packet};
 
-/// Where the sender stands in the Ethernet header.
-const SENDER: u32 = 6;
+/// To the device at the other end, and where that stands in the Ethernet header.
+const ENDS: [u8; 12] = ends();
+const ENDS_OFF: u32 = 0;
+
+const fn ends() -> [u8; 12] {
+    let ([t0, t1, t2, t3, t4, t5], [f0, f1, f2, f3, f4, f5]) = (DEVICE_MAC, SENDER_MAC);
+    [t0, t1, t2, t3, t4, t5, f0, f1, f2, f3, f4, f5]
+}
 
 /// The nodes by the ranges of their pods.
 pub trait Tunnels {
@@ -30,7 +36,7 @@ pub fn leaving<P: Packet, T: Tunnels>(packet: &mut P, tunnels: &T) -> Result<Tun
         _ => None,
     };
     let tunnel = to.and_then(|to| tunnels.tunnel(&to)).ok_or(DropReason::NoTunnel)?;
-    packet.write(SENDER, &SENDER_MAC)?;
+    packet.write(ENDS_OFF, &ENDS)?;
     Ok(tunnel)
 }
 
@@ -62,12 +68,8 @@ mod tests {
     fn the_node_that_has_the_destination_gets_the_packet<F: Names>() {
         let (before, mut packet) = (frame::<F>(), frame::<F>());
         assert_eq!(leaving(&mut packet, &One(F::pod(3))), Ok(THERE));
-        assert_eq!(packet.0[6..12], SENDER_MAC);
-        assert_eq!(
-            (&packet.0[..6], &packet.0[12..]),
-            (&before.0[..6], &before.0[12..]),
-            "nothing else changes"
-        );
+        assert_eq!((&packet.0[..6], &packet.0[6..12]), (&DEVICE_MAC[..], &SENDER_MAC[..]));
+        assert_eq!(packet.0[12..], before.0[12..], "nothing else changes");
     }
 
     fn what_nobody_has_is_dropped_by_name<F: Names>() {

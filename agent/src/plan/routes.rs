@@ -26,7 +26,7 @@ pub enum Routing {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PlannedRoutes {
     pub routes: Routes,
-    /// The addresses of the nodes that packets are carried to.
+    /// The addresses of the nodes that packets to them go to.
     pub ends: BTreeMap<Prefix, Addr>,
     /// Ranges without a route.
     pub problems: Vec<RouteProblem>,
@@ -71,13 +71,13 @@ pub fn routes(world: &World, routing: Routing) -> PlannedRoutes {
         for &cidr in &node.pod_cidrs {
             let usable = usable(world, (name, node), cidr, &planned.routes);
             let way = usable.and_then(|()| match routing {
-                Routing::None | Routing::Native => Ok((native(world, (name, node), cidr)?, None)),
-                Routing::Vxlan => carried(world, (name, node), cidr).map(|(way, end)| (way, Some(end))),
+                Routing::None | Routing::Native => native(world, (name, node), cidr),
+                Routing::Vxlan => carried(world, (name, node), cidr),
             });
             match way {
                 Ok((way, end)) => {
                     planned.routes.insert(cidr, way);
-                    planned.ends.extend(end.map(|end| (cidr, end)));
+                    planned.ends.insert(cidr, end);
                 }
                 Err(problem) => planned.problems.push(problem),
             }
@@ -86,15 +86,10 @@ pub fn routes(world: &World, routing: Routing) -> PlannedRoutes {
     planned
 }
 
-/// What the tunnel's programs are told, of all nodes.
+/// What the programs are told of the pods of all nodes that there are routes to.
 pub fn tunnels(world: &World, routing: Routing, vni: u32) -> BTreeMap<Prefix, Tunnel> {
-    match routing {
-        Routing::None | Routing::Native => BTreeMap::new(),
-        Routing::Vxlan => {
-            let ends = routes(world, routing).ends.into_iter();
-            ends.map(|(cidr, node)| (cidr, Tunnel { node, vni })).collect()
-        }
-    }
+    let ends = routes(world, routing).ends.into_iter();
+    ends.map(|(cidr, node)| (cidr, Tunnel { node, vni })).collect()
 }
 
 /// How many bytes of a packet the tunnel takes: Ethernet, VXLAN, UDP and IP (RFC 7348 section 5).
@@ -136,13 +131,13 @@ fn usable(
     Ok(())
 }
 
-fn native(world: &World, (name, node): (&str, &Node), cidr: Prefix) -> Result<Way, RouteProblem> {
+fn native(world: &World, (name, node): (&str, &Node), cidr: Prefix) -> Result<(Way, Addr), RouteProblem> {
     let family = cidr.family();
     let Some(gateway) = node.primary(family) else {
         return Err(RouteProblem::NoAddress { node: name.into(), cidr, family });
     };
     match link(world, &gateway) {
-        Some(ifindex) => Ok(Way::Via { gateway, ifindex }),
+        Some(ifindex) => Ok((Way::Via { gateway, ifindex }, gateway)),
         None => Err(RouteProblem::OffLink { node: name.into(), cidr, gateway }),
     }
 }
@@ -243,7 +238,7 @@ mod tests {
         let rows = tunnels(&world, Routing::Vxlan, 7);
         let there = Tunnel { node: addr("192.168.50.2"), vni: 7 };
         assert_eq!(rows.get(&prefix("fd00:10:244:2::/64")), Some(&there));
-        assert_eq!((rows.len(), tunnels(&world, Routing::Native, 7).len(), overhead(&world)), (4, 0, 50));
+        assert_eq!((rows.len(), tunnels(&world, Routing::Native, 7).len(), overhead(&world)), (4, 4, 50));
         // Not on a link of this node, and of one family alone.
         set(&mut world, "b", &["fd99::2"], &["10.244.2.0/24"]);
         let planned = vxlan(&world);

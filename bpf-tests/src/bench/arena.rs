@@ -66,13 +66,15 @@ impl Arena {
         let nodes = ["a", "b"];
         let cluster = match means {
             Means::Vxlan => Cluster::tunnelled(sandbox, nodes)?,
-            Means::FerroflowVxlan => Cluster::to_be_tunnelled(sandbox, nodes)?,
-            Means::Plain
-            | Means::PlainAgain
-            | Means::Ferroflow
-            | Means::FerroflowPackets
-            | Means::Nftables
-            | Means::Iptables => Cluster::new(sandbox, &nodes)?,
+            Means::Ferroflow | Means::FerroflowPackets => Cluster::unconnected(sandbox, &nodes)?,
+            Means::FerroflowVxlan => {
+                let cluster = Cluster::unconnected(sandbox, &nodes)?;
+                cluster.leave_room_for_tunnels()?;
+                cluster
+            }
+            Means::Plain | Means::PlainAgain | Means::Nftables | Means::Iptables => {
+                Cluster::new(sandbox, &nodes)?
+            }
         };
         let servers = [NEAR, FAR].map(|pod| {
             let args =

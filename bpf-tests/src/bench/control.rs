@@ -61,7 +61,7 @@ pub(super) fn life(arena: &mut Arena, scale: &Scale, changes: u8) -> Result<Life
     let tables = node.bpffs.join("maps");
     let start = Instant::now();
     let room = scale.max_endpoints().to_string();
-    arena.agents.push(Agent::start(node, &["--max-endpoints", &room])?);
+    arena.agents.push(Agent::start(node, &["--routing", "native", "--max-endpoints", &room])?);
     let agent = arena.agents.last().context("no agent")?;
     wait_in_sync(agent, &tables)?;
     let cold_start = start.elapsed();

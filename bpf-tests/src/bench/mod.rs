@@ -246,11 +246,12 @@ fn set_up(
         Means::Ferroflow => {
             scale.write(&arena.cluster)?;
             measure_control(sandbox, &mut arena, (scale, setting.changes), report)?;
-            start_agents(&mut arena, &["--max-endpoints", &room])?;
+            start_agents(&mut arena, &["--routing", "native", "--max-endpoints", &room])?;
         }
         Means::FerroflowPackets => {
             scale.write(&arena.cluster)?;
-            start_agents(&mut arena, &["--socket-lb", "off", "--max-endpoints", &room])?;
+            let args = ["--routing", "native", "--socket-lb", "off", "--max-endpoints", &room];
+            start_agents(&mut arena, &args)?;
         }
         Means::FerroflowVxlan => {
             scale.write(&arena.cluster)?;

@@ -1,10 +1,11 @@
-//! Where the pods of other nodes are, as far as packets are carried to them in VXLAN (RFC 7348).
+//! Where the pods of other nodes are, as far as this node has routes of its own to them: by the link, or in VXLAN
+//! (RFC 7348).
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::addr::Addr;
 
-/// Who carries packets on to a range of pods.
+/// Whose a range of pods is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Tunnel {

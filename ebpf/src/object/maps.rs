@@ -161,6 +161,11 @@ impl Services for Kernel {
     }
 
     #[inline(always)]
+    fn is_elsewhere(&self, addr: &Addr) -> bool {
+        TUNNELS.get(&Key::new(RangeKey::EVERY_BIT, *addr)).is_some()
+    }
+
+    #[inline(always)]
     fn settings(&self) -> u32 {
         SETTINGS.get(0).map_or(0, |settings| settings.flags)
     }

@@ -4,7 +4,7 @@ use core::mem::offset_of;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::Global;
-use aya_ebpf::bindings::{__sk_buff, BPF_F_NO_PREALLOC, bpf_sock, bpf_sock_tuple};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_NO_PREALLOC, TC_ACT_UNSPEC, bpf_sock, bpf_sock_tuple};
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::btf_maps::{HashMap, LpmTrie};
 use aya_ebpf::helpers::generated::{bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release};
@@ -36,6 +36,9 @@ static UNMASQUERADED: LpmTrie<Addr, Unmasqueraded, 65_536> = LpmTrie::new();
 #[classifier]
 pub(crate) fn device_egress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
+    if skb.is_finished() {
+        return TC_ACT_UNSPEC;
+    }
     let verdict = masquerade::leaving(&mut skb, &Kernel);
     action(&skb, verdict)
 }

@@ -12,6 +12,7 @@ use aya_ebpf::helpers::generated::{
     bpf_clone_redirect, bpf_csum_diff, bpf_csum_update, bpf_skb_load_bytes, bpf_skb_store_bytes,
 };
 use aya_ebpf::programs::TcContext;
+use ferroflow_common::abi::tunnel::DEVICE_MAC;
 use ferroflow_common::csum::Sum;
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::DropReason;
@@ -33,6 +34,7 @@ impl Exit {
     pub(crate) const NOWHERE: Self = Self(0);
     const BY: u64 = 1 << 32;
     const NARROW: u64 = 2 << 32;
+    const TUNNEL: u64 = 4 << 32;
 
     #[inline(always)]
     const fn by(ifindex: u32) -> Self {
@@ -53,12 +55,22 @@ impl Exit {
         (self.0 & Self::BY != 0).then_some(self.0 as u32)
     }
 
+    /// That is the tunnel's, which asks for no neighbours.
+    #[inline(always)]
+    pub(crate) fn is_tunnel(self) -> bool {
+        self.0 & Self::TUNNEL != 0
+    }
+
     /// How much the way has room for, where that is less; 0 where the kernel does not say.
     #[inline(always)]
     pub(crate) fn room(self) -> Option<u32> {
         (self.0 & Self::NARROW != 0).then_some(self.0 as u32)
     }
 }
+
+/// A number of the traffic control's own classifiers (`skb->tc_index`), which the kernel keeps from one hook to the next; of
+/// the sixteen bits those use the low ones.
+const FINISHED: u32 = 0xfe40;
 
 /// The multiples of four that a sum's length less four may be.
 const SUM_MASK: u32 = SUM_MAX - 4;
@@ -90,6 +102,10 @@ impl Skb {
     fn ask(&self, mut query: Query, length: u16) -> Exit {
         // SAFETY: the context is the program's own.
         match unsafe { query.ask(self.0.as_ptr()) } {
+            // The kernel knows it from the first packet to the address on.
+            Found::Known if query.addresses()[..6] == DEVICE_MAC => {
+                Exit(Exit::by(query.device()).0 | Exit::TUNNEL)
+            }
             // A neighbour that is not known is asked for when the packet is sent.
             Found::Known | Found::Unknown => Exit::by(query.device()),
             Found::Narrow => Exit::narrow(query.room(), length),
@@ -104,6 +120,26 @@ impl Skb {
     pub(crate) fn is_own(&self) -> bool {
         // SAFETY: the context is the program's own `__sk_buff`.
         unsafe { (*self.0.as_ptr().cast::<__sk_buff>()).ingress_ifindex == 0 }
+    }
+
+    /// Tells the program at the device that the packet leaves by that it has nothing more to do.
+    #[inline(always)]
+    pub(crate) fn finish(&self) {
+        // SAFETY: the context is the program's own `__sk_buff`, whose field may be written in TC programs.
+        unsafe { (*self.0.as_ptr().cast::<__sk_buff>()).tc_index = FINISHED };
+    }
+
+    /// Whether a program has said so; which is said once.
+    #[inline(always)]
+    pub(crate) fn is_finished(&self) -> bool {
+        let skb = self.0.as_ptr().cast::<__sk_buff>();
+        // SAFETY: as above.
+        let is_finished = unsafe { (*skb).tc_index } == FINISHED;
+        if is_finished {
+            // SAFETY: as above.
+            unsafe { (*skb).tc_index = 0 };
+        }
+        is_finished
     }
 
     /// Copies the packet and gives its length; `None` where that is more than there is room for.

@@ -36,6 +36,8 @@ impl Senders<Skb> for Kernel {
 #[classifier]
 pub(crate) fn pod_egress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
+    // Pods do not say what is finished.
+    let _of_a_pod = skb.is_finished();
     let verdict = pod::leaving(&mut skb, &Kernel);
     action(&skb, verdict)
 }
@@ -81,6 +83,11 @@ pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
 fn forward(skb: &Skb) -> i32 {
     let exit = skb.exit();
     if let Some(ifindex) = exit.device() {
+        skb.finish();
+        if exit.is_tunnel() {
+            // SAFETY: the helper takes numbers and checks them.
+            return (unsafe { bpf_redirect(ifindex, 0) }) as i32;
+        }
         // SAFETY: the helper takes numbers and checks them; without parameters the next hop is looked up by the packet's
         // own destination.
         return (unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) }) as i32;

@@ -19,7 +19,8 @@ use crate::tc::{action, shot};
 #[classifier]
 pub(crate) fn tunnel_egress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
-    match pod::entering(&mut skb, &Kernel) {
+    let verdict = if skb.is_finished() { Ok(Verdict::Stack) } else { pod::entering(&mut skb, &Kernel) };
+    match verdict {
         Ok(Verdict::Stack) => match encapsulate(&mut skb) {
             Ok(()) => TC_ACT_UNSPEC,
             Err(reason) => shot(reason),

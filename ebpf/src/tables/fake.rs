@@ -40,6 +40,8 @@ pub struct Fake {
     pub slots: Vec<u32>,
     pub backends: Vec<Backend>,
     pub endpoints: HashMap<Addr, Endpoint>,
+    /// Pods of other nodes to which there are routes, one by one.
+    pub elsewhere: Vec<Addr>,
     pub conntrack: RefCell<BTreeMap<Tuple<[u8; 16]>, Row>>,
     pub datagrams: RefCell<BTreeMap<DatagramKey, Datagram>>,
     pub held: RefCell<BTreeMap<DatagramKey, Vec<u8>>>,
@@ -285,6 +287,11 @@ impl Services for Fake {
     fn is_service_address(&self, addr: &Addr) -> bool {
         self.count_array();
         self.settings.is_some_and(|settings| settings.is_service_address(addr))
+    }
+
+    fn is_elsewhere(&self, addr: &Addr) -> bool {
+        self.count_hash();
+        self.elsewhere.contains(addr)
     }
 
     fn settings(&self) -> u32 {

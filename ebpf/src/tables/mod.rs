@@ -35,6 +35,9 @@ pub trait Services {
     fn node_address(&self, addr: &Addr) -> Option<NodeAddress>;
     /// Whether the address is in a range of cluster IPs (rule 19).
     fn is_service_address(&self, addr: &Addr) -> bool;
+    /// Whether the address is of a range of another node's pods to which this node has a route of its own: packets to and
+    /// from there go past the stack, in both directions or in none, or its packet filter takes flows for broken.
+    fn is_elsewhere(&self, addr: &Addr) -> bool;
     /// The bits of [`Settings::flags`](ferroflow_common::abi::node::Settings::flags).
     fn settings(&self) -> u32;
     /// Whether a range that the service admits has the client (rule 22).
