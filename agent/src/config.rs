@@ -211,15 +211,6 @@ pub struct Cni {
     #[arg(long = "cni-conf-name", env = "FERROFLOW_CNI_CONF_NAME", value_name = "NAME",
         default_value = "05-ferroflow.conflist", value_parser = conf_name)]
     pub conf_name: String,
-
-    /// Directory of the network plugins: where `portmap` is there, the configuration names it for hostPorts
-    #[arg(
-        long = "cni-bin-dir",
-        env = "FERROFLOW_CNI_BIN_DIR",
-        value_name = "DIR",
-        default_value = "/opt/cni/bin"
-    )]
-    pub bin_dir: PathBuf,
 }
 
 /// How the Kubernetes API is reached; without any of these as the pod's service account says.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use aya_log::EbpfLogger;
 use ferroflow_common::abi::state::AgentState;
-use ferroflow_common::addr::Port;
+use ferroflow_common::addr::{Port, Proto};
 use futures_util::FutureExt as _;
 use futures_util::future::{self, BoxFuture};
 use tokio::signal::unix::{SignalKind, signal};
@@ -20,7 +20,7 @@ use crate::clock;
 use crate::cni;
 use crate::cni::server::StartError;
 use crate::cni::server::conflist::Conflist;
-use crate::cni::server::order::{Order, Place, Readiness, View};
+use crate::cni::server::order::{Order, Place, Readiness, Refused, View};
 use crate::config;
 use crate::datapath::{self, Datapath, DatapathError, Interface, Sources};
 use crate::events::{Note, Reason, Recorder};
@@ -28,11 +28,12 @@ use crate::gc;
 use crate::health::{self, Health, Keeper, proxy::Progress};
 use crate::heap;
 use crate::ipam;
+use crate::ipam::host_port::Transport;
 use crate::kube_proxy;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
-use crate::model::{Change, KubeProxy, Name, Tenant, World};
+use crate::model::{At, Change, Family, HostPort, HostPorts, KubeProxy, Name, Tenant, World};
 use crate::net::routes::{Goal, Laid, Surplus};
 use crate::net::tunnel::TunnelDevice;
 use crate::net::{self, Moved, NetError, NetEvent};
@@ -40,7 +41,7 @@ use crate::observe::{self, Metrics};
 use crate::patrol::Patrol;
 use crate::plan;
 use crate::plan::routes::Routing;
-use crate::reconcile::{self, Limits, Reconciler};
+use crate::reconcile::{self, Limits, Missing, Reconciler};
 use crate::scrape::Gauges;
 use crate::stale;
 use crate::watch::file::{FileSource, Timing};
@@ -194,11 +195,7 @@ async fn attach_pods(
     let options = cni::server::Options {
         socket: config.socket.clone(),
         state_dir: config.state_dir.clone(),
-        conflist: Conflist {
-            dir: config.conf_dir.clone(),
-            name: config.conf_name.clone(),
-            bin_dir: config.bin_dir.clone(),
-        },
+        conflist: Conflist { dir: config.conf_dir.clone(), name: config.conf_name.clone() },
     };
     let (server, attached) = cni::server::Server::start(options, Arc::new(net::veth::Kernel), orders).await?;
     for place in &attached {
@@ -217,6 +214,25 @@ fn settle(reconciler: &mut Reconciler<KernelMaps>, place: &Place) {
         reconciler.handle(Change::Attachment(addr, Some(place.ifindex)), Instant::now());
         reconciler.handle(Change::Tenant(addr, tenant.clone()), Instant::now());
     }
+    if !place.host_ports.is_empty() {
+        let ports = place.host_ports.iter().map(host_port).collect();
+        let ports = HostPorts::new(place.addresses.clone().into(), ports);
+        reconciler.handle(Change::HostPorts(place.interface.clone(), Some(ports)), Instant::now());
+    }
+}
+
+fn host_port(port: &ipam::host_port::HostPort) -> HostPort {
+    let at = match port.host_ip {
+        None => At::Every,
+        Some(addr) if addr.is_unspecified() => At::EveryOf(Family::of(&addr.into())),
+        Some(addr) => At::One(addr.into()),
+    };
+    let proto = match port.protocol {
+        Transport::Tcp => Proto::TCP,
+        Transport::Udp => Proto::UDP,
+        Transport::Sctp => Proto::SCTP,
+    };
+    HostPort::new(at, proto, Port::new(port.host_port), Port::new(port.container_port))
 }
 
 /// Says what there is, and what changes, until nobody listens; with an API also posts what is noted.
@@ -299,7 +315,7 @@ struct Daemon {
     routes: Routes,
     surplus: Surplus,
     /// Pods whose rows and programs are being made, and who waits for it.
-    unserved: Vec<(Place, oneshot::Sender<()>)>,
+    unserved: Vec<(Place, oneshot::Sender<Result<(), Refused>>)>,
     recorder: Recorder,
     metrics: Metrics,
     gauges: Gauges,
@@ -560,7 +576,8 @@ impl Daemon {
                 self.unserved.push((place, served));
             }
             Order::IsServed { place, answer } => drop(answer.send(self.is_served(&place))),
-            Order::Withdraw { addresses } => {
+            Order::Withdraw { interface, addresses } => {
+                self.reconciler.handle(Change::HostPorts(interface, None), Instant::now());
                 for addr in addresses {
                     self.reconciler.handle(Change::Attachment(addr, None), Instant::now());
                     self.reconciler.handle(Change::Tenant(addr, None), Instant::now());
@@ -589,7 +606,7 @@ impl Daemon {
 
     /// Every address has its row, with the policies of the pod, and the interface its programs; otherwise what is missing.
     fn is_served(&self, place: &Place) -> Result<(), Box<str>> {
-        let Place { addresses, ifindex, tenant } = place;
+        let Place { addresses, ifindex, interface, tenant, host_ports: _ } = place;
         if !self.attachments.renewed.contains(&(Interface::Pod, *ifindex)) {
             return Err(format!("the programs are not at interface {ifindex}").into());
         }
@@ -610,18 +627,35 @@ impl Daemon {
                 return Err(format!("the policies of {addr} are not in the tables").into());
             }
         }
-        Ok(())
+        match self.reconciler.missing_host_ports(interface) {
+            None => Ok(()),
+            Some(Missing::Waiting) => {
+                Err(format!("the hostPorts of {interface} are not in the tables").into())
+            }
+            Some(Missing::Refused(why)) => Err(why.into()),
+        }
+    }
+
+    /// Why it will not be served as it was asked.
+    fn refusal(&self, place: &Place) -> Option<Refused> {
+        match self.reconciler.missing_host_ports(&place.interface) {
+            None | Some(Missing::Waiting) => None,
+            Some(Missing::Refused(why)) => Some(Refused(why.into())),
+        }
     }
 
     fn tell_served(&mut self) {
-        let (served, unserved) = std::mem::take(&mut self.unserved)
-            .into_iter()
-            .partition(|(place, _)| self.is_served(place).is_ok());
-        self.unserved = unserved;
-        self.unserved.retain(|(_, waiting)| !waiting.is_closed());
-        for (_place, waiting) in served {
+        for (place, waiting) in std::mem::take(&mut self.unserved) {
+            let answer = match self.refusal(&place) {
+                Some(refused) => Err(refused),
+                None if self.is_served(&place).is_ok() => Ok(()),
+                None => {
+                    self.unserved.extend((!waiting.is_closed()).then_some((place, waiting)));
+                    continue;
+                }
+            };
             // Who gave up has undone it.
-            let _gone = waiting.send(());
+            let _gone = waiting.send(answer);
         }
     }
 

@@ -23,6 +23,7 @@ use ferroflow::{
     datapath::{Datapath, Interface},
 };
 use nix::net::if_::if_nametoindex;
+use serde_json::{Value, json};
 
 use crate::{
     cgroup,
@@ -195,10 +196,21 @@ impl Cluster {
 
     /// A pod of a node that its network plugin attaches, serving. The container's id is the pod's name.
     pub fn attach(&mut self, node: &str, name: &str, runtime: &Runtime) -> Result<()> {
+        self.attach_with(node, name, runtime, json!({}))
+    }
+
+    /// The same with further fields of the plugin's configuration.
+    pub fn attach_with(&mut self, node: &str, name: &str, runtime: &Runtime, more: Value) -> Result<()> {
         let processes = &self.processes;
         let node = self.nodes.iter_mut().find(|it| it.name == node_name(node));
         let node = node.with_context(|| format!("{name} is of no node"))?;
-        let pod = Pod::attached(node, name, runtime, processes).with_context(|| format!("attach {name}"))?;
+        let netns = Netns::new(name)?;
+        let path = netns.path()?;
+        let container = Container { id: name, netns: cni::path(&path)? };
+        let result = runtime.command("ADD", container, more).and_then(|answer| answer.result());
+        let result = result.with_context(|| format!("attach {name}"))?;
+        let pod =
+            Pod::attached(node, netns, &result, processes.child(format!("{}/{name}", node.name))?, name)?;
         pod.start_server()?;
         pod.wait_server()?;
         node.pods.push(pod);
@@ -445,19 +457,17 @@ impl Pod {
         Ok(pod)
     }
 
-    fn attached(node: &Node, name: &str, runtime: &Runtime, processes: &cgroup::Tree) -> Result<Self> {
-        let netns = Netns::new(name)?;
-        let path = netns.path()?;
-        let result = runtime.add(Container { id: name, netns: cni::path(&path)? })?;
-        let mut addresses = cni::addresses(&result).into_iter();
+    /// What the result of ADD says of it.
+    fn attached(node: &Node, netns: Netns, result: &Value, cgroup: PathBuf, name: &str) -> Result<Self> {
+        let mut addresses = cni::addresses(result).into_iter();
         let mut next = || addresses.next().context("one address of each family");
         Ok(Self {
             v4: next()?.parse().context("the IPv4 address")?,
             v6: next()?.parse().context("the IPv6 address")?,
             node: node.name.clone(),
-            interface: cni::host_interface(&result)?.to_owned(),
+            interface: cni::host_interface(result)?.to_owned(),
             netns,
-            cgroup: processes.child(format!("{}/{name}", node.name))?,
+            cgroup,
             server: Mutex::new(None),
             name: name.to_owned(),
         })

@@ -65,8 +65,7 @@ impl Runtime {
         let path = |name: &str| self.dir.join(name).display().to_string();
         let args =
             ["--cni", "--cni-socket", &path("cni.sock"), "--state-dir", &path("state"), "--cni-conf-dir"];
-        let dirs = [path("net.d"), "--cni-bin-dir".into(), path("bin")];
-        args.iter().map(|&arg| arg.to_owned()).chain(dirs).collect()
+        args.iter().map(|&arg| arg.to_owned()).chain([path("net.d")]).collect()
     }
 
     /// Where the agent listens for the plugin.

@@ -83,7 +83,7 @@ mod tests {
     use ferroflow_common::abi::lb::{Frontend, FrontendKey, ServiceClient};
     use ferroflow_common::abi::node::{NodeAddress, Settings};
     use ferroflow_common::abi::policy::EndpointPolicy;
-    use ferroflow_common::addr::{Addr, Proto};
+    use ferroflow_common::addr::{Addr, Port, Proto};
     use ferroflow_common::tcp::Flags;
 
     use super::*;
@@ -96,6 +96,8 @@ mod tests {
         rule_26_a_backend_that_is_the_node_itself_sees_the_client,
         rule_22_source_ranges_come_first,
         what_is_for_no_service_is_the_stacks,
+        a_port_of_the_host_keeps_its_clients_and_is_at_every_address,
+        rule_28_no_packet_finds_a_port_of_a_loopback_address,
         without_an_address_of_the_family_nobody_is_masqueraded,
         what_comes_from_a_pod_of_another_node_goes_to_its_pod,
     );
@@ -201,6 +203,27 @@ mod tests {
         fake.endpoints.get_mut(&F::pod(1)).unwrap().policy.ingress = EndpointPolicy::CLOSED;
         assert_eq!(frame.arrive(&fake), stack, "policies are asked at the pod's interface");
         assert!(fake.tracked().is_empty());
+    }
+
+    fn a_port_of_the_host_keeps_its_clients_and_is_at_every_address<F: Names>() {
+        let mut net = Net::new::<F>(F::pod(1), Frontend::KEEP_CLIENT | Frontend::HOST_PORT);
+        net.fake.node.insert(net.node, NodeAddress { flags: 0 });
+        let there = net.arrives(SYN, Verdict::Pod { ifindex: 11 });
+        assert_eq!((there.src, there.src_port), net.client);
+        let answer = (Verdict::Forward, net.request(SYN).answer(SYN | ACK).build());
+        assert_eq!(there.answer(SYN | ACK).leave(&net.fake), Ok(answer));
+    }
+
+    fn rule_28_no_packet_finds_a_port_of_a_loopback_address<F: Names>() {
+        let mut net = Net::new::<F>(F::pod(1), 0);
+        let loopback = if net.node.is_v4() { "127.0.0.1" } else { "::1" };
+        let addr = Addr::from(loopback.parse::<core::net::IpAddr>().unwrap());
+        let key = FrontendKey { addr, port: Port::new(81), proto: Proto::TCP, scope: FrontendKey::OWN };
+        let row = *net.fake.service(addr, 81, Proto::TCP, &[net.backend]);
+        net.fake.frontends.remove(&FrontendKey { scope: FrontendKey::EXTERNAL, ..key });
+        net.fake.frontends.insert(key, row);
+        let frame = Frame::tcp(net.client, (addr, 81), SYN);
+        assert_eq!(frame.arrive(&net.fake), Ok((Verdict::Stack, frame.build())), "which drops it");
     }
 
     fn without_an_address_of_the_family_nobody_is_masqueraded<F: Names>() {

@@ -36,13 +36,14 @@ pub fn is_service(row: Option<Frontend>) -> bool {
     row.is_some_and(|frontend| frontend.service != 0)
 }
 
-/// The NodePort that a packet to one of this node's own addresses is for (rules 17, 24, 25); the key is then its.
+/// The NodePort that a packet to one of this node's own addresses is for (rules 17, 24, 25), or the port of the host, which
+/// is at all of them; the key is then its.
 #[inline(always)]
 pub fn node_port<T: Services>(tables: &T, key: &mut FrontendKey) -> Option<Frontend> {
-    if tables.node_address(&key.addr)?.flags & NodeAddress::NODE_PORTS == 0 {
-        return None;
-    }
-    node_row(tables, key)
+    let address = tables.node_address(&key.addr)?;
+    let frontend = node_row(tables, key)?;
+    let serves = address.flags & NodeAddress::NODE_PORTS != 0 || frontend.flags & Frontend::HOST_PORT != 0;
+    serves.then_some(frontend)
 }
 
 /// The NodePort on an address that is known to serve them; the key is then its.
@@ -358,5 +359,8 @@ mod tests {
         let found = |addr| node_port(&fake, &mut FrontendKey { addr, ..web() });
         assert_eq!(found(own), Some(expected));
         assert_eq!((found(unchosen), found(other)), (None, None));
+        fake.service(FrontendKey::NODE_V4, 80, Proto::TCP, &PODS).flags = Frontend::HOST_PORT;
+        let found = |addr| node_port(&fake, &mut FrontendKey { addr, ..web() }).is_some();
+        assert!(found(own) && found(unchosen) && !found(other), "a port of the host is at all its addresses");
     }
 }

@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | a ClusterIP, a load balancer's or an external address | a backend, of all (rule 16) |
 //! | a NodePort on an own address that serves them, or on a loopback address (rule 28) | the same |
+//! | a port of the host that leads to a pod, on an own address or on a loopback address | that pod |
 //! | a NodePort on another node, or another port of such an address (rules 17 and 21) | what it named |
 //! | a service without endpoints, another port of a ClusterIP | a refusal at once (rules 14 and 19) |
 //! | an address of the service range that is nobody's | an error at once (rule 19) |
@@ -160,6 +161,11 @@ fn key(peer: &Peer) -> FrontendKey {
 #[inline(always)]
 fn host_frontend<T: Services>(tables: &T, key: &mut FrontendKey) -> Option<Frontend> {
     if key.addr.is_loopback() || key.addr.is_unspecified() {
+        key.scope = FrontendKey::OWN;
+        if let Some(frontend) = tables.frontend(key) {
+            return Some(frontend);
+        }
+        key.scope = FrontendKey::EXTERNAL;
         return lb::node_row(tables, key);
     }
     match tables.frontend(key) {
@@ -228,6 +234,7 @@ mod tests {
         rule_21_other_ports_of_a_service_address_are_left_alone,
         rule_22_ranges_admit_the_host_by_its_own_address,
         rule_28_the_loopback_serves_node_ports_to_the_host_only,
+        rule_28_a_port_of_a_loopback_address_is_the_hosts_alone,
         rule_28_what_is_bound_to_the_loopback_is_left_alone,
         rule_29_all_processes_of_the_host_are_one_client,
         rules_31_to_33_a_datagram_socket_moves_when_its_backend_stops_serving,
@@ -268,6 +275,29 @@ mod tests {
             backend.flags |= Backend::CLUSTER;
         }
         fake
+    }
+
+    fn rule_28_a_port_of_a_loopback_address_is_the_hosts_alone<F: Names>() {
+        let mut fake = tables::<F>();
+        let [loopback, _] = loopbacks::<F>();
+        let row = *fake.service(loopback, NODE_PORT, Proto::TCP, &[(F::pod(3), 8080)]);
+        let key = FrontendKey {
+            addr: loopback,
+            port: Port::new(NODE_PORT),
+            proto: Proto::TCP,
+            scope: FrontendKey::EXTERNAL,
+        };
+        fake.frontends.remove(&key);
+        fake.frontends.insert(FrontendKey { scope: FrontendKey::OWN, ..key }, row);
+        assert_eq!(
+            backend(&fake, host_to::<F>(&fake, loopback, NODE_PORT)),
+            F::pod(3),
+            "before the NodePort"
+        );
+        assert_eq!(backend(&fake, host_to::<F>(&fake, own::<F>(), NODE_PORT)), F::pod(1), "another address");
+        assert_eq!(pod_to(&fake, loopback, NODE_PORT), Decision::LEAVE, "a pod's loopback is its own");
+        let udp = Peer { proto: Proto::UDP, ..tcp(loopback, NODE_PORT) };
+        assert_eq!(host(&fake, &udp, unspecified::<F>(), None, 0), Decision::LEAVE);
     }
 
     fn tcp(addr: Addr, port: u16) -> Peer {

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::types::CniError;
+use crate::ipam::host_port::HostPort;
 use crate::ipam::{Owner, Tenant};
 
 /// Where the agent listens by default: root alone may connect.
@@ -49,6 +50,8 @@ pub struct Attachment {
     /// The pod that it is for. `None` of a plugin of an older version, and where the runtime does not say it.
     #[serde(default)]
     pub tenant: Option<Tenant>,
+    #[serde(default)]
+    pub host_ports: Vec<HostPort>,
 }
 
 /// An attachment that is to go. Also the form of a file in the spool.

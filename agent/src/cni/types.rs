@@ -56,6 +56,8 @@ impl Code {
     pub const EXHAUSTED: Self = Self(101);
     /// CHECK found something other than ADD left.
     pub const DIFFERENT: Self = Self(102);
+    /// A port of the host leads elsewhere.
+    pub const PORT_TAKEN: Self = Self(103);
 }
 
 /// Why a command failed; `msg` says what, `details` how to go on.
@@ -127,8 +129,8 @@ pub struct RuntimeConfig {
 pub struct PortMapping {
     /// 0 is none.
     #[serde(default)]
-    pub host_port: u16,
-    pub container_port: u16,
+    pub host_port: i64,
+    pub container_port: i64,
     #[serde(default)]
     pub protocol: Option<String>,
     #[serde(default, rename = "hostIP")]

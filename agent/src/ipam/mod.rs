@@ -7,6 +7,7 @@
 //! What must hold: two containers never have one address, across restarts, crashes and reboots; an address that was
 //! released is given again as late as possible, since connections to whom had it before may still be on their way.
 
+pub mod host_port;
 pub mod ledger;
 pub mod pool;
 pub mod range;
@@ -18,6 +19,7 @@ use ferroflow_common::addr::Addr;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{Family, Prefix};
+use host_port::HostPort;
 
 /// An attachment as the CNI specification identifies one: no two exist at a time.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -47,6 +49,9 @@ pub struct Lease {
     /// Whose it is; `None` where the runtime does not say it, or no runtime of Kubernetes asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<Tenant>,
+    /// Ports of the host that lead to it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_ports: Vec<HostPort>,
 }
 
 /// Where addresses may be taken from at present.

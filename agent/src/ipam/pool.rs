@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ferroflow_common::addr::Addr;
 use serde::{Deserialize, Serialize};
 
+use super::host_port::HostPort;
 use super::range::Usable;
 use super::{IpamError, Lease, Owner, Space, Tenant};
 use crate::model::{Family, Prefix};
@@ -62,18 +63,32 @@ impl Pool {
         }
         self.cursors.retain(|known, _| space.ranges.iter().any(|range| range.to_string() == *known));
         let addresses = picks.iter().map(|pick| pick.addr).collect();
-        let lease = Lease { network: network.into(), addresses, tenant: None };
+        let lease = Lease { network: network.into(), addresses, tenant: None, host_ports: Vec::new() };
         self.release(owner);
         self.used.extend(&lease.addresses);
         self.leases.insert(owner.clone(), lease.clone());
         Ok(lease)
     }
 
-    /// Notes whose pod the owner's addresses are.
-    pub fn let_to(&mut self, owner: &Owner, tenant: Option<Tenant>) {
-        if let Some(lease) = self.leases.get_mut(owner) {
-            lease.tenant = tenant;
-        }
+    /// Notes whose pod the owner's addresses are, and the ports of the host that lead to it; the whole lease, if the owner
+    /// has one.
+    pub fn let_to(
+        &mut self,
+        owner: &Owner,
+        tenant: Option<Tenant>,
+        host_ports: Vec<HostPort>,
+    ) -> Option<&Lease> {
+        let lease = self.leases.get_mut(owner)?;
+        (lease.tenant, lease.host_ports) = (tenant, host_ports);
+        Some(lease)
+    }
+
+    /// One of these ports of the host that another than the owner has, and that one.
+    pub fn taken<'a>(&'a self, owner: &Owner, ports: &'a [HostPort]) -> Option<(&'a HostPort, &'a Owner)> {
+        let others = self.leases.iter().filter(|(other, _)| *other != owner);
+        others
+            .flat_map(|(other, lease)| lease.host_ports.iter().map(move |port| (port, other)))
+            .find_map(|(theirs, other)| Some((ports.iter().find(|port| port.collides(theirs))?, other)))
     }
 
     /// What the owner had, which it has no longer.
@@ -281,7 +296,12 @@ mod tests {
     fn a_record_that_gives_an_address_twice_is_refused() {
         let held = |number| Held {
             owner: owner(number),
-            lease: Lease { network: "n".into(), addresses: vec!["10.0.0.2".parse().unwrap()], tenant: None },
+            lease: Lease {
+                network: "n".into(),
+                addresses: vec!["10.0.0.2".parse().unwrap()],
+                tenant: None,
+                host_ports: Vec::new(),
+            },
         };
         let record = Record { leases: vec![held(1), held(2)], resting: Vec::new(), cursors: BTreeMap::new() };
         assert_eq!(Pool::restore(record), Err("10.0.0.2".parse().unwrap()));

@@ -1,6 +1,7 @@
 //! The cluster as this node needs it: lean types with only the fields that are used, and the [`World`] that holds
 //! them. Pure: no Kubernetes objects, no I/O, no clock.
 
+pub mod host_port;
 pub mod id;
 pub mod label;
 pub mod namespace;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 use ferroflow_common::addr::Addr;
 
+pub use host_port::{At, HostPort, HostPorts};
 pub use id::{Kind, ObjectId, Withheld};
 pub use label::Labels;
 pub use namespace::Namespace;
@@ -78,6 +80,8 @@ pub enum Change {
     Attachment(Addr, Option<u32>),
     /// The pod that it was given to.
     Tenant(Addr, Option<Tenant>),
+    /// The ports of the host that lead to the pod behind an interface that this agent made.
+    HostPorts(Box<str>, Option<HostPorts>),
 }
 
 /// The service proxy that a node had before, as far as the kernel still has its rules.

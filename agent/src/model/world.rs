@@ -9,8 +9,8 @@ use ferroflow_common::addr::Addr;
 use super::label::{Labels, Pool};
 use super::share::Shared;
 use super::{
-    Change, EndpointSlice, Kind, KubeProxy, Name, NamedPort, Namespace, Network, NetworkPolicy, Node, Pod,
-    Prefix, Service, SlicePort, Tenant,
+    Change, EndpointSlice, HostPorts, Kind, KubeProxy, Name, NamedPort, Namespace, Network, NetworkPolicy,
+    Node, Pod, Prefix, Service, SlicePort, Tenant,
 };
 
 /// Everything that is known of the cluster. [`World::apply`] is the only way to change it.
@@ -42,6 +42,7 @@ pub struct World {
     topology: u64,
     attachments: BTreeMap<Addr, u32>,
     tenants: BTreeMap<Addr, Tenant>,
+    host_ports: BTreeMap<Name, HostPorts>,
 }
 
 /// A Service and its slices, each of which may come first. Slices are kept apart, because an endpoint that moves
@@ -95,6 +96,7 @@ pub enum Touched {
     Node,
     /// All tables of policies. It comes before the pods that policies apply to.
     Policies,
+    /// A Service, or the ports of the host of one attachment ([`HostPorts::name`]).
     Service(Name),
     /// The local pod that has this address, or had it.
     Endpoint(Addr),
@@ -108,6 +110,7 @@ pub enum Touched {
 impl fmt::Display for Touched {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Service(name) if HostPorts::are(name) => write!(f, "hostPorts of {}", name.name),
             Self::Service(name) => write!(f, "Service {name}"),
             Self::Endpoint(addr) => write!(f, "local pod {addr}"),
             Self::Node => write!(f, "this node's addresses"),
@@ -150,11 +153,8 @@ impl World {
                 if old == ifindex { Vec::new() } else { vec![Touched::Endpoint(addr)] }
             }
             Change::Tenant(addr, tenant) => self.apply_tenant(addr, tenant),
-            Change::LocalAddress(addr, ifindex) => {
-                let changed = set(&mut self.local_addresses, addr, ifindex) != ifindex;
-                self.topology += u64::from(changed);
-                if changed { vec![Touched::Node] } else { Vec::new() }
-            }
+            Change::HostPorts(interface, ports) => self.apply_host_ports(&interface, ports),
+            Change::LocalAddress(addr, ifindex) => self.apply_local_address(addr, ifindex),
             Change::Uplink { ifindex, leads } => {
                 let changed =
                     if leads { self.uplinks.insert(ifindex) } else { self.uplinks.remove(&ifindex) };
@@ -166,6 +166,27 @@ impl World {
                 Vec::new()
             }
         }
+    }
+
+    fn apply_host_ports(&mut self, interface: &str, ports: Option<HostPorts>) -> Vec<Touched> {
+        let name = HostPorts::name(interface);
+        let old = match ports.clone() {
+            Some(ports) => self.host_ports.insert(name.clone(), ports),
+            None => self.host_ports.remove(&name),
+        };
+        if old == ports { Vec::new() } else { vec![Touched::Service(name)] }
+    }
+
+    fn apply_local_address(&mut self, addr: Addr, ifindex: Option<u32>) -> Vec<Touched> {
+        let old = set(&mut self.local_addresses, addr, ifindex);
+        if old == ifindex {
+            return Vec::new();
+        }
+        self.topology += 1;
+        let moved = old.is_some() != ifindex.is_some();
+        let there = self.host_ports.iter().filter(|(_, ports)| moved && ports.name_address(addr));
+        let there = there.map(|(name, _)| Touched::Service(name.clone()));
+        there.chain([Touched::Node]).collect()
     }
 
     fn apply_policy(&mut self, name: Name, policy: Option<NetworkPolicy>) -> Vec<Touched> {
@@ -197,6 +218,11 @@ impl World {
 
     pub fn service(&self, name: &Name) -> Option<&Backing> {
         self.services.get(name)
+    }
+
+    /// The ports of the host of one attachment.
+    pub fn host_ports(&self, name: &Name) -> Option<&HostPorts> {
+        self.host_ports.get(name)
     }
 
     /// The Services that exist, in the order of their names.

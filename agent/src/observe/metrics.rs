@@ -97,7 +97,8 @@ impl Metrics {
             | Change::LocalSubnet(..)
             | Change::Uplink { .. }
             | Change::Attachment(..)
-            | Change::Tenant(..) => {}
+            | Change::Tenant(..)
+            | Change::HostPorts(..) => {}
         }
         self.last_queued.set(seconds(now));
     }

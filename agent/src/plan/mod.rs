@@ -6,6 +6,7 @@
 pub mod backends;
 pub mod endpoints;
 pub mod frontends;
+pub mod host_ports;
 pub mod ids;
 pub mod maglev;
 pub mod masquerade;
@@ -21,7 +22,7 @@ use ferroflow_common::addr::Proto;
 
 use crate::model::service::{Service, ServicePort, TrafficPolicy};
 use crate::model::world::{Backing, World};
-use crate::model::{Family, Name, Prefix};
+use crate::model::{Family, HostPorts, Name, Prefix};
 
 pub use backends::Planned;
 pub use frontends::PlannedFrontend;
@@ -106,6 +107,9 @@ pub enum PlanError {
 /// # Errors
 /// Where the Service cannot be laid out.
 pub fn service<'a>(world: &'a World, name: &Name, config: &Config) -> Result<Desired<'a>, PlanError> {
+    if let Some(ports) = world.host_ports(name) {
+        return host_ports::rows(world, name, ports);
+    }
     let Some(backing) = world.service(name) else { return Ok(Vec::new()) };
     let Some(service) = &backing.service else { return Ok(Vec::new()) };
     let ports = service.ports.iter().map(|port| port_rows(world, (name, service, port), backing, config));
@@ -117,10 +121,39 @@ pub fn service<'a>(world: &'a World, name: &Name, config: &Config) -> Result<Des
     Ok(desired)
 }
 
-/// Whether the Service has this frontend.
-pub fn wants(service: &Service, key: &FrontendKey, config: &Config) -> bool {
-    frontends::cluster_ips(service).any(|it| it.key == *key)
-        || service.ports.iter().any(|port| frontends::has(service, port, config, key))
+/// Who asks for frontends.
+#[derive(Clone, Copy, Debug)]
+pub enum Asker<'a> {
+    Service(&'a Service),
+    HostPorts(&'a HostPorts),
+}
+
+impl<'a> Asker<'a> {
+    /// `None` where nobody is called so.
+    pub fn of(world: &'a World, name: &Name) -> Option<Self> {
+        let service = || world.service(name)?.service.as_ref().map(Self::Service);
+        world.host_ports(name).map(Self::HostPorts).or_else(service)
+    }
+
+    /// Whether it has this frontend.
+    pub fn wants(self, world: &World, key: &FrontendKey, config: &Config) -> bool {
+        match self {
+            Self::Service(service) => {
+                frontends::cluster_ips(service).any(|it| it.key == *key)
+                    || service.ports.iter().any(|port| frontends::has(service, port, config, key))
+            }
+            Self::HostPorts(ports) => host_ports::have(world, ports, key),
+        }
+    }
+
+    /// Of those that want the same frontend, the one with the lowest rank has it: a Service, which has its port on every
+    /// node, before a port of this host.
+    pub fn rank<'n>(self, name: &'n Name) -> (bool, (i64, &'n Name)) {
+        match self {
+            Self::Service(service) => (false, service.rank(name)),
+            Self::HostPorts(_) => (true, (0, name)),
+        }
+    }
 }
 
 /// The id's name in the tables: `namespace/name:port`, without the colon where the port has no name.
@@ -300,7 +333,8 @@ mod tests {
             [PlannedFrontend { key, flags: Frontend::REJECT }],
             "rule 21: no other address"
         );
-        assert!(wants(&object, &key, &Config::default()));
+        let world = world(&name, object.clone());
+        assert!(Asker::of(&world, &name).unwrap().wants(&world, &key, &Config::default()));
         object.ports = Box::default();
         assert_eq!(rows(&object), []);
     }

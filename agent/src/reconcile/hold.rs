@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::addr::Addr;
 
-use crate::model::{Name, Touched, Withheld, World};
+use crate::model::{HostPorts, Name, Touched, Withheld, World};
 
 #[derive(Debug, Default)]
 pub(super) struct Hold {
@@ -74,6 +74,8 @@ impl Hold {
             // The host says what it has, not a document.
             Touched::Node | Touched::Pod(_) | Touched::Namespace(_) | Touched::NetworkPolicy(_) => false,
             Touched::Policies => self.holds_policies(),
+            // The agent itself knows all ports of the host.
+            Touched::Service(name) if HostPorts::are(name) => false,
             Touched::Service(name) => self.services.contains(name) && self.keeps_service(world, name),
             Touched::Endpoint(addr) => {
                 let row = rows.get(addr).map(|row| row.ifindex);

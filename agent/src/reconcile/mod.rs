@@ -27,7 +27,7 @@ use ferroflow_common::addr::Addr;
 
 use crate::events::{Note, Reason};
 use crate::maps::{MapError, Maps};
-use crate::model::{Change, Kind, Name, ObjectId, Touched, Withheld, World};
+use crate::model::{Change, HostPorts, Kind, Name, ObjectId, Touched, Withheld, World};
 use crate::plan::policy::Concern;
 use crate::plan::{self, endpoints};
 use policy::PolicyError;
@@ -60,6 +60,15 @@ pub struct Reconciler<M> {
     failures: u64,
     /// For the users of the objects; not taken yet.
     notes: BTreeSet<Note>,
+}
+
+/// Why something is not in the tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missing<'a> {
+    /// It has not been looked at since it changed.
+    Waiting,
+    /// With the reason.
+    Refused(&'a str),
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -185,6 +194,16 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
+    /// Why the ports of the host of an attachment are not in the tables; `None` where they are.
+    pub fn missing_host_ports(&self, interface: &str) -> Option<Missing<'_>> {
+        let key = Touched::Service(HostPorts::name(interface));
+        let failed = self.queue.failing().find(|(failing, _)| **failing == key);
+        match failed {
+            Some((_, error)) => Some(Missing::Refused(error)),
+            None => self.queue.has(&key).then_some(Missing::Waiting),
+        }
+    }
+
     /// Whether the tables say of a Service what its objects say.
     pub fn is_programmed(&self, service: &Name) -> bool {
         let key = Touched::Service(service.clone());
@@ -286,6 +305,9 @@ enum KeyError {
 /// Of a Service; the rest is nobody's object.
 fn note(key: &Touched, error: &KeyError) -> Option<Note> {
     let (Touched::Service(name), KeyError::Service(error)) = (key, error) else { return None };
+    if HostPorts::are(name) {
+        return None;
+    }
     let reason = match error {
         ServiceError::Conflict { .. } => Reason::ServiceConflict,
         ServiceError::Plan(_)

@@ -11,10 +11,10 @@ use ferroflow_common::abi::node::Settings;
 use super::diff::{Step, steps};
 use super::tables::{PortState, Tables, Work, range_of};
 use crate::maps::{ArrayTable as _, Backends, MapError, Maps, Slots};
-use crate::model::{Family, Name, Prefix, Touched, World};
+use crate::model::{Family, HostPorts, Name, Prefix, Touched, World};
 use crate::plan::ids::Exhausted;
 use crate::plan::ranges::Range;
-use crate::plan::{self, Desired, PlanError, Planned, PlannedFrontend, PortRows, slots};
+use crate::plan::{self, Asker, Desired, PlanError, Planned, PlannedFrontend, PortRows, slots};
 
 /// Why a Service is not, or not in full, what it should be. It stays what it was.
 #[derive(Debug, thiserror::Error)]
@@ -26,10 +26,12 @@ pub(super) enum ServiceError {
     #[error(transparent)]
     Map(#[from] MapError),
     #[error(
-        "{} belongs to Service {owner}, which goes first (the older, or the first by name): change one of them",
-        Place(.key)
+        "{} belongs to {}, which goes first ({}): change one of them",
+        Place(.key),
+        Owner(.owner),
+        if HostPorts::are(.name) { "any Service does" } else { "the older, or the first by name" }
     )]
-    Conflict { key: FrontendKey, owner: Name },
+    Conflict { name: Name, key: FrontendKey, owner: Name },
     #[error(
         "the programs know {} ranges of cluster IPs and these are too many: {}; what is for no service there passes \
          (merge ranges of --service-cidr and of ServiceCIDR objects)",
@@ -46,6 +48,18 @@ impl fmt::Display for Listed<'_> {
         self.0.iter().enumerate().try_for_each(|(index, range)| {
             if index == 0 { write!(f, "{range}") } else { write!(f, ", {range}") }
         })
+    }
+}
+
+struct Owner<'a>(&'a Name);
+
+impl fmt::Display for Owner<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if HostPorts::are(self.0) {
+            write!(f, "a hostPort of the pod behind {}", self.0.name)
+        } else {
+            write!(f, "Service {}", self.0)
+        }
     }
 }
 
@@ -121,14 +135,17 @@ impl<M: Maps> Tables<M> {
         for rows in desired {
             rows.frontends.retain(|it| {
                 // Both rows of a frontend go to the same Service.
-                let key = FrontendKey { scope: FrontendKey::EXTERNAL, ..it.key };
+                let key = match it.key.scope {
+                    FrontendKey::INTERNAL => FrontendKey { scope: FrontendKey::EXTERNAL, ..it.key },
+                    _ => it.key,
+                };
                 let owner = self.frontends.get(&key).and_then(|row| self.owners.get(&row.service));
                 let owner = owner.filter(|owner| *owner != name && self.goes_first(world, owner, name, &key));
                 // A port says more than the address that it has in common.
                 if let Some(owner) = owner
                     && (conflict.is_ok() || !key.is_cluster_ip())
                 {
-                    conflict = Err(ServiceError::Conflict { key, owner: owner.clone() });
+                    conflict = Err(ServiceError::Conflict { name: name.clone(), key, owner: owner.clone() });
                 }
                 owner.is_none()
             });
@@ -138,9 +155,8 @@ impl<M: Maps> Tables<M> {
 
     /// Whether the owner of a frontend keeps it against the Service `name`.
     fn goes_first(&self, world: &World, owner: &Name, name: &Name, key: &FrontendKey) -> bool {
-        let service = |name| world.service(name).and_then(|backing| backing.service.as_ref());
-        match (service(owner), service(name)) {
-            (Some(has), Some(asks)) => plan::wants(has, key, &self.plan) && has.rank(owner) < asks.rank(name),
+        match (Asker::of(world, owner), Asker::of(world, name)) {
+            (Some(has), Some(asks)) => has.wants(world, key, &self.plan) && has.rank(owner) < asks.rank(name),
             (None, Some(_)) => self.hold.keeps(world, &self.endpoints, &Touched::Service(owner.clone())),
             (_, None) => true,
         }

@@ -83,6 +83,7 @@ impl Model {
             | Change::Uplink { .. }
             | Change::Attachment(..)
             | Change::Tenant(..)
+            | Change::HostPorts(..)
             | Change::KubeProxy(..) => panic!("not of a source"),
         }
     }

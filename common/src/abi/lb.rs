@@ -16,7 +16,7 @@ pub struct FrontendKey {
     pub addr: Addr,
     pub port: Port,
     pub proto: Proto,
-    /// [`FrontendKey::EXTERNAL`] or [`FrontendKey::INTERNAL`].
+    /// [`FrontendKey::EXTERNAL`], [`FrontendKey::INTERNAL`] or [`FrontendKey::OWN`].
     pub scope: u8,
 }
 
@@ -26,6 +26,9 @@ impl FrontendKey {
     /// The row for traffic from this node's own pods and from its host, where that goes elsewhere (rule 16). It
     /// exists where the external row says [`Frontend::INTERNAL_ROW`], and is written before that.
     pub const INTERNAL: u8 = 1;
+    /// A port of a loopback address: sockets of the host alone look it up. A packet that claims to be for a loopback
+    /// address of the host finds nothing (CVE-2020-8558).
+    pub const OWN: u8 = 2;
 
     /// Stands for the node's IPv4 addresses.
     pub const NODE_V4: Addr = Addr::v4([0; 4]);
@@ -79,6 +82,9 @@ impl Frontend {
     pub const LOCAL: u32 = 64;
     /// Of two slots by chance the backend with fewer open connections, as `connections` has them, gets a new one.
     pub const LEAST_CONNECTION: u32 = 128;
+    /// A port of this host that leads to one of its pods. Where it has no address of its own it is at every address of
+    /// the host, whichever of them serve NodePorts.
+    pub const HOST_PORT: u32 = 256;
 
     /// Whether a backend that a client remembers is still one of those that this frontend chooses among; its
     /// generation is for the caller to compare (rule 29).

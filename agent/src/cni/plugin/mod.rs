@@ -2,6 +2,7 @@
 //! for it. It holds no state, and touches nothing but the socket and, for DEL without an agent, the spool.
 
 mod environment;
+mod runtime;
 mod socket;
 
 use std::ffi::OsString;
@@ -267,9 +268,8 @@ impl Exchange {
             let msg = format!("mtu {mtu} is not between {MTU_LEAST} and {MTU_MOST}");
             return Err(CniError::new(Code::INVALID_CONFIG, msg));
         }
-        if let Some(runtime) = &self.config.runtime_config {
-            unsupported(runtime)?;
-        }
+        let asked = self.config.runtime_config.clone().unwrap_or_default();
+        unsupported(&asked)?;
         let Environment { netns, .. } = &self.environment;
         Ok(Attachment {
             owner: self.environment.owner(),
@@ -277,6 +277,7 @@ impl Exchange {
             network,
             mtu: self.config.mtu,
             tenant: self.environment.tenant.clone(),
+            host_ports: runtime::host_ports(&asked)?,
         })
     }
 
@@ -307,25 +308,16 @@ const MTU_LEAST: u32 = 576;
 const MTU_MOST: u32 = 65_535;
 
 /// The runtime asks for what a configuration declares as a capability of this plugin; silence would be a pod without
-/// its port.
+/// its limit.
 fn unsupported(runtime: &RuntimeConfig) -> Result<(), CniError> {
-    let refuse = |field: &str, value: String, plugin: &str| {
-        Err(CniError::new(
+    match &runtime.bandwidth {
+        Some(limit) if limit.ingress_rate != 0 || limit.egress_rate != 0 => Err(CniError::new(
             Code::UNSUPPORTED_FIELD,
-            format!("runtimeConfig.{field} is not supported: {value}"),
+            format!("runtimeConfig.bandwidth is not supported: {limit:?}"),
         )
         .details(format!(
-            "declare the capability `{field}` at the `{plugin}` plugin, after {NAME} in the list of plugins"
-        )))
-    };
-    let mut mappings = runtime.port_mappings.iter().flatten();
-    if let Some(mapping) = mappings.find(|mapping| mapping.host_port != 0) {
-        return refuse("portMappings", format!("{mapping:?}"), "portmap");
-    }
-    match &runtime.bandwidth {
-        Some(limit) if limit.ingress_rate != 0 || limit.egress_rate != 0 => {
-            refuse("bandwidth", format!("{limit:?}"), "bandwidth")
-        }
+            "declare the capability `bandwidth` at the `bandwidth` plugin, after {NAME} in the list of plugins"
+        ))),
         _ => Ok(()),
     }
 }

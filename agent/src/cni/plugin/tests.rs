@@ -151,10 +151,12 @@ fn rule_60_each_fault_of_a_configuration_has_its_code() {
         (
             config(
                 "runtimeConfig",
-                Some(json!({ "portMappings": [{ "hostPort": 80, "containerPort": 80 }] })),
+                Some(
+                    json!({ "portMappings": [{ "hostPort": 80, "containerPort": 80, "protocol": "icmp" }] }),
+                ),
             ),
-            Code::UNSUPPORTED_FIELD,
-            "portMappings",
+            Code::INVALID_CONFIG,
+            "runtimeConfig.portMappings[0].protocol",
         ),
         (
             config("runtimeConfig", Some(json!({ "bandwidth": { "ingressRate": 8000 } }))),
@@ -189,6 +191,21 @@ fn rule_61_what_a_runtime_adds_and_nobody_asked_for_is_ignored() {
     for ipam in [json!({}), json!({ "type": "ferroflow" }), Value::Null] {
         assert!(ask("ADD", &config("ipam", Some(ipam)), works).1.is_ok());
     }
+}
+
+#[test]
+fn rule_61_mappings_of_ports_are_told_to_the_agent() {
+    fn sees(socket: &Path, request: &Request) -> Result<Reply, socket::Unreachable> {
+        let Request::Add(attachment) = request else { panic!("{request:?}") };
+        let said: Vec<_> = attachment.host_ports.iter().map(ToString::to_string).collect();
+        assert_eq!(said, ["hostPort 8080/tcp", "hostPort 8080/udp of 127.0.0.1"]);
+        works(socket, request)
+    }
+    let mappings = json!({ "portMappings": [
+        { "hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": "" },
+        { "hostPort": 8080, "containerPort": 53, "protocol": "udp", "hostIP": "127.0.0.1" },
+    ] });
+    assert!(ask("ADD", &config("runtimeConfig", Some(mappings)), sees).1.is_ok());
 }
 
 #[test]

@@ -16,11 +16,13 @@ use tokio::sync::{Semaphore, oneshot};
 
 use super::busy::Busy;
 use super::die::{self, Step};
-use super::order::{Order, Place, Readiness, View};
+use super::order::{Order, Place, Readiness, Refused, View};
 use crate::cni::protocol::{Attached, Attachment, Removal};
 use crate::cni::spool;
 use crate::cni::types::{CniError, Code};
+use crate::ipam::host_port::HostPort;
 use crate::ipam::ledger::{Ledger, LedgerError};
+use crate::ipam::pool::Pool;
 use crate::ipam::{IpamError, Lease, Owner, Space};
 use crate::model::Family;
 use crate::net::pod::{Mtu, Netlink, PodError, PodLink, Wired, host_interface};
@@ -74,14 +76,14 @@ impl Attachments {
             return Err(exists(&attachment.owner.ifname, "this attachment was added before"));
         }
         let space = Space { ranges: &view.ranges, reserved: &view.reserved };
-        let lease = ledger.change(|pool| {
-            let lease = pool.allocate(owner, &attachment.network, space)?;
-            pool.let_to(owner, attachment.tenant.clone());
-            Ok(Lease { tenant: attachment.tenant.clone(), ..lease })
-        });
-        let lease = lease.await;
+        let taken = |pool: &Pool| pool.taken(owner, &attachment.host_ports).is_some();
+        if ledger.look(taken) {
+            // Of a pod that is gone, perhaps.
+            self.sweep().await;
+        }
+        let lease = ledger.change(|pool| lease(pool, attachment, space)).await;
         let lease = match lease {
-            Ok(lease) => lease.map_err(|error| no_address(&error, Code::EXHAUSTED))?,
+            Ok(lease) => lease?,
             // What is not on disk was not given.
             Err(error) => return Err(self.undo(owner, unwritten(&error)).await),
         };
@@ -110,10 +112,17 @@ impl Attachments {
             let msg = format!("{} has {addr}, and prevResult does not say so", owner.ifname);
             return Err(CniError::new(Code::DIFFERENT, msg));
         }
+        if lease.host_ports != attachment.host_ports {
+            let said =
+                |ports: &[HostPort]| ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let (has, asked) = (said(&lease.host_ports), said(&attachment.host_ports));
+            let msg = format!("{} has the ports of the host [{has}], not [{asked}]", owner.ifname);
+            return Err(CniError::new(Code::DIFFERENT, msg));
+        }
         let link = link(attachment, &lease, Mtu::Of(Vec::new()));
         let wired =
             self.with_netlink(move |netlink| netlink.check(&link)).await.map_err(|error| wiring(&error))?;
-        let place = place(&lease, wired.ifindex);
+        let place = place(owner, &lease, wired.ifindex);
         self.ask(|answer| Order::IsServed { place, answer }).await?.map_err(|missing| {
             let msg = format!("{} is not served: {missing}", owner.ifname);
             CniError::new(Code::DIFFERENT, msg).details("see the log of the agent")
@@ -159,7 +168,7 @@ impl Attachments {
             ledger.look(|pool| pool.leases().map(|(owner, lease)| (owner.clone(), lease.clone())).collect());
         let behind = leases
             .iter()
-            .filter_map(|(owner, lease)| Some(place(lease, *interfaces.get(&host_interface(owner))?)));
+            .filter_map(|(owner, lease)| Some(place(owner, lease, *interfaces.get(&host_interface(owner))?)));
         Ok(behind.collect())
     }
 
@@ -208,7 +217,7 @@ impl Attachments {
             let Some(&ifindex) = astray.get(&link.host.name) else { continue };
             // Who is being attached or removed has no route yet, or no longer.
             let Some(_claim) = self.busy.claim(owner) else { continue };
-            let (name, place) = (link.host.name.clone(), place(lease, ifindex));
+            let (name, place) = (link.host.name.clone(), place(owner, lease, ifindex));
             let mended = self.with_netlink(move |netlink| {
                 // It may have been attached since.
                 let astray = netlink.astray(std::slice::from_ref(&link))?;
@@ -243,7 +252,7 @@ impl Attachments {
         die::behind(Step::Wired);
         tracing::debug!(interface = %host.name, took = ?start.elapsed(), "wired");
         let start = Instant::now();
-        self.serve(place(lease, ifindex)).await?;
+        self.serve(place(&attachment.owner, lease, ifindex)).await?;
         die::behind(Step::Served);
         tracing::debug!(interface = %host.name, took = ?start.elapsed(), "served");
         Ok(Attached {
@@ -260,7 +269,7 @@ impl Attachments {
         let asked = place.clone();
         let serving = self.ask(|served| Order::Serve { place, served });
         if let Ok(served) = tokio::time::timeout(SERVE_LIMIT, serving).await {
-            return served;
+            return served?.map_err(|Refused(why)| CniError::new(Code::PORT_TAKEN, why));
         }
         let missing = self.ask(|answer| Order::IsServed { place: asked, answer }).await?;
         missing.map_err(|missing| {
@@ -288,7 +297,7 @@ impl Attachments {
         let ledger = self.ledger()?;
         if let Some(lease) = ledger.look(|pool| pool.lease(owner).cloned()) {
             let addresses = lease.addresses.into_iter().map(Addr::from).collect();
-            self.order(Order::Withdraw { addresses })?;
+            self.order(Order::Withdraw { interface: host_interface(owner), addresses })?;
             ledger.change(|pool| pool.release(owner)).await.map_err(|error| unwritten(&error))?;
         }
         die::behind(Step::Released);
@@ -356,9 +365,28 @@ fn link(attachment: &Attachment, lease: &Lease, mtu: Mtu) -> PodLink {
     PodLink::new(&attachment.owner, attachment.netns.clone(), lease.addresses.clone(), mtu)
 }
 
-fn place(lease: &Lease, ifindex: u32) -> Place {
+/// What an attachment is given.
+fn lease(pool: &mut Pool, attachment: &Attachment, space: Space<'_>) -> Result<Lease> {
+    let Attachment { owner, network, tenant, host_ports, .. } = attachment;
+    if let Some((port, other)) = pool.taken(owner, host_ports) {
+        let msg = format!("{port} is taken: it leads to container {} of this node", other.container_id);
+        return Err(CniError::new(Code::PORT_TAKEN, msg)
+            .details("remove that one, or choose another hostPort or hostIP"));
+    }
+    let lease = pool.allocate(owner, network, space).map_err(|error| no_address(&error, Code::EXHAUSTED))?;
+    if let Some(port) = host_ports.iter().find(|port| !port.serves(&lease.addresses)) {
+        pool.release(owner);
+        let msg = format!("runtimeConfig.portMappings: {port}: the pod has no address of this family");
+        return Err(CniError::new(Code::INVALID_CONFIG, msg));
+    }
+    let lease = pool.let_to(owner, tenant.clone(), host_ports.clone()).cloned().unwrap_or(lease);
+    Ok(lease)
+}
+
+fn place(owner: &Owner, lease: &Lease, ifindex: u32) -> Place {
     let addresses = lease.addresses.iter().copied().map(Addr::from).collect();
-    Place { addresses, ifindex, tenant: lease.tenant.clone() }
+    let Lease { tenant, host_ports, .. } = lease.clone();
+    Place { addresses, ifindex, interface: host_interface(owner), tenant, host_ports }
 }
 
 fn exists(ifname: &str, why: &str) -> CniError {

@@ -15,8 +15,6 @@ use crate::durable;
 pub struct Conflist {
     pub dir: PathBuf,
     pub name: String,
-    /// Where the runtime has its plugins.
-    pub bin_dir: PathBuf,
 }
 
 /// What runtimes know that do not know `cniVersions`: containerd 1.6, CRI-O 1.23.
@@ -47,27 +45,22 @@ impl Conflist {
     }
 }
 
-/// Forwards hostPorts to pods: a reference plugin (containernetworking), which most nodes have. A runtime fails to attach
-/// a pod where the file names a plugin that is not there.
-const PORTMAP: &str = "portmap";
-
-/// Our own plugin declares no capability: what a runtime has for one goes to the plugin that does.
+/// What our own plugin does of what runtimes ask for. What a runtime has for a capability goes to the plugins that declare
+/// it.
 fn text(options: &Options) -> String {
     let versions: Vec<_> =
         Version::ALL.iter().filter(|version| **version >= OLDEST).map(|version| version.as_str()).collect();
-    let mut plugins = vec![json!({
+    let plugin = json!({
         "type": plugin::NAME,
         "socket": options.socket,
         "stateDir": options.state_dir,
-    })];
-    if options.conflist.bin_dir.join(PORTMAP).is_file() {
-        plugins.push(json!({ "type": PORTMAP, "capabilities": { "portMappings": true } }));
-    }
+        "capabilities": { "portMappings": true },
+    });
     let list = json!({
         "cniVersion": OLDEST.as_str(),
         "cniVersions": versions,
         "name": NETWORK,
-        "plugins": plugins,
+        "plugins": [plugin],
     });
     format!("{list:#}\n")
 }
@@ -79,12 +72,7 @@ mod tests {
     #[test]
     fn rule_61_the_file_is_whole_and_written_only_when_it_differs() {
         let dir = tempfile::tempdir().unwrap();
-        let bin_dir = dir.path().join("bin");
-        let conflist = Conflist {
-            dir: dir.path().join("net.d"),
-            name: "05-ferroflow.conflist".into(),
-            bin_dir: bin_dir.clone(),
-        };
+        let conflist = Conflist { dir: dir.path().join("net.d"), name: "05-ferroflow.conflist".into() };
         let options = Options {
             socket: "/run/a.sock".into(),
             state_dir: "/var/lib/a".into(),
@@ -108,12 +96,6 @@ mod tests {
         assert!(fs::read_to_string(conflist.path()).unwrap().contains("/run/b.sock"));
         assert_eq!(fs::read_dir(&conflist.dir).unwrap().count(), 1);
         assert_eq!(found["plugins"].as_array().map(Vec::len), Some(1));
-
-        fs::create_dir(&bin_dir).unwrap();
-        fs::write(bin_dir.join("portmap"), "").unwrap();
-        conflist.write(&moved).unwrap();
-        let plugins = read()["plugins"].clone();
-        assert_eq!(plugins[1], json!({ "type": "portmap", "capabilities": { "portMappings": true } }));
-        assert_eq!(plugins.as_array().map(Vec::len), Some(2));
+        assert_eq!(found["plugins"][0]["capabilities"], json!({ "portMappings": true }));
     }
 }

@@ -8,10 +8,11 @@ use ferroflow_common::addr::Addr;
 use tempfile::TempDir;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::order::{Readiness, View};
+use super::order::{Readiness, Refused, View};
 use super::*;
 use crate::cni::protocol::{Attached, Attachment, Removal};
 use crate::cni::spool;
+use crate::ipam::host_port::{HostPort, Transport};
 use crate::ipam::{Lease, Owner, Tenant};
 use crate::model::Prefix;
 use crate::net::fake::Fake;
@@ -80,6 +81,8 @@ impl Node {
 enum Serving {
     AtOnce,
     Never,
+    /// A port of the host is a Service's.
+    Refused,
 }
 
 async fn daemon(
@@ -92,9 +95,12 @@ async fn daemon(
     while let Some(order) = asked.recv().await {
         match order {
             Order::Look(answer) => drop(answer.send(view.clone())),
+            Order::Serve { place: _, served } if serving == Serving::Refused => {
+                let _gone = served.send(Err(Refused("NodePort 80/TCP belongs to Service a/b".into())));
+            }
             Order::Serve { place, served } if serving == Serving::AtOnce => {
                 rows.lock().unwrap().extend(place.addresses.iter().map(|addr| (*addr, place.ifindex)));
-                let _gone = served.send(());
+                let _gone = served.send(Ok(()));
             }
             Order::Serve { place: _, served } => waiting.push(served),
             Order::IsServed { place, answer } => {
@@ -102,7 +108,7 @@ async fn daemon(
                 let served = place.addresses.iter().all(|addr| rows.get(addr) == Some(&place.ifindex));
                 let _gone = answer.send(if served { Ok(()) } else { Err("no row".into()) });
             }
-            Order::Withdraw { addresses } => {
+            Order::Withdraw { interface: _, addresses } => {
                 rows.lock().unwrap().retain(|addr, _| !addresses.contains(addr));
             }
         }
@@ -114,7 +120,18 @@ fn owner(id: &str) -> Owner {
 }
 
 fn attachment(id: &str) -> Attachment {
-    Attachment { owner: owner(id), netns: "/nowhere".into(), network: "net".into(), mtu: None, tenant: None }
+    Attachment {
+        owner: owner(id),
+        netns: "/nowhere".into(),
+        network: "net".into(),
+        mtu: None,
+        tenant: None,
+        host_ports: Vec::new(),
+    }
+}
+
+fn host_port(host_ip: &str, host_port: u16, protocol: Transport) -> HostPort {
+    HostPort { host_ip: host_ip.parse().ok(), host_port, protocol, container_port: 80 }
 }
 
 fn addresses(attached: &Attached) -> Vec<String> {
@@ -307,4 +324,59 @@ async fn many_at_once_have_an_address_each() {
         given.extend(one.await.unwrap().unwrap().addresses);
     }
     assert_eq!((given.len(), node.left()), (200, (100, 100, 200)));
+}
+
+#[tokio::test]
+async fn a_port_of_the_host_leads_to_one_pod_and_is_free_when_that_is_gone() {
+    use Transport::{Tcp, Udp};
+    let node = Node::new(&RANGES);
+    let agent = node.agent();
+    let asks = |id: &str, ports: &[HostPort]| Attachment { host_ports: ports.into(), ..node.pod(id) };
+    let first = asks("a", &[host_port("", 80, Tcp), host_port("127.0.0.1", 81, Tcp)]);
+    let added = agent.add(&first).await.unwrap();
+    for taken in [host_port("", 80, Tcp), host_port("::", 80, Tcp), host_port("127.0.0.1", 81, Tcp)] {
+        let error = agent.add(&asks("b", std::slice::from_ref(&taken))).await.unwrap_err();
+        assert_eq!(error.code, Code::PORT_TAKEN);
+        assert!(error.msg.contains(&taken.to_string()) && error.msg.contains("container a"), "{error}");
+        assert_eq!(node.left(), (1, 1, 2));
+    }
+    let others = [host_port("", 80, Udp), host_port("127.0.0.1", 80, Tcp), host_port("10.0.0.1", 81, Tcp)];
+    agent.add(&asks("c", &others)).await.unwrap();
+    // Another agent knows them.
+    let agent = node.agent();
+    let places = agent.take_over().await.unwrap();
+    assert_eq!(
+        places.iter().map(|place| &*place.host_ports).collect::<Vec<_>>(),
+        [&first.host_ports[..], &others]
+    );
+    assert_eq!(agent.check(&first, &added.addresses).await, Ok(()));
+    let other = Attachment { host_ports: Vec::new(), ..first.clone() };
+    let different = agent.check(&other, &added.addresses).await.unwrap_err();
+    assert!(different.code == Code::DIFFERENT && different.msg.contains("hostPort 80/tcp"), "{different}");
+    agent.del(&owner("a")).await.unwrap();
+    agent.add(&asks("b", &first.host_ports)).await.unwrap();
+    // Its namespace goes without a word.
+    node.netlink.remove_netns(&asks("c", &[]).netns);
+    agent.add(&asks("d", &others)).await.unwrap();
+    assert_eq!(node.left().0, 2);
+}
+
+#[tokio::test]
+async fn a_port_of_the_host_that_cannot_be_served_undoes_the_attachment() {
+    let node = Node { serving: Serving::Refused, ..Node::new(&["10.244.1.0/24"]) };
+    let asks = |port| Attachment { host_ports: vec![port], ..node.pod("a") };
+    let error = node.agent().add(&asks(host_port("", 80, Transport::Tcp))).await.unwrap_err();
+    assert!(error.code == Code::PORT_TAKEN && error.msg.contains("Service a/b"), "{error}");
+    let error = node.agent().add(&asks(host_port("::1", 80, Transport::Tcp))).await.unwrap_err();
+    assert!(error.code == Code::INVALID_CONFIG && error.msg.contains("no address of this family"), "{error}");
+    assert_eq!(node.left(), (0, 0, 0));
+}
+
+#[tokio::test]
+async fn a_ledger_without_ports_of_the_host_is_read() {
+    let node = Node::new(&RANGES);
+    node.agent().add(&node.pod("a")).await.unwrap();
+    let text = fs::read_to_string(node.state.path().join("leases.json")).unwrap();
+    assert!(!text.contains("host_ports") && text.contains("10.244.1.2"), "{text}");
+    assert_eq!(node.leases()[0].1.host_ports, []);
 }

@@ -21,6 +21,7 @@ mod damaged;
 mod exposed;
 mod faults;
 mod held;
+mod host_ports;
 mod isolated;
 mod random;
 mod services;
@@ -122,7 +123,11 @@ fn view(maps: &FakeMaps) -> BTreeMap<String, String> {
         if row.length == 0 && row.flags & Frontend::REJECT != 0 {
             text = "reject".into();
         }
-        let scope = if key.scope == FrontendKey::INTERNAL { " internal" } else { "" };
+        let scope = match key.scope {
+            FrontendKey::INTERNAL => " internal",
+            FrontendKey::OWN => " own",
+            _ => "",
+        };
         view.insert(format!("{}:{}/{}{scope}", key.addr, key.port, key.proto), text);
     }
     view

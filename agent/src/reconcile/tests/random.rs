@@ -412,6 +412,7 @@ fn key(change: &Change) -> String {
         | Change::LocalRoute(..)
         | Change::LocalAddress(..)
         | Change::LocalSubnet(..)
+        | Change::HostPorts(..)
         | Change::Uplink { .. } => unreachable!("not generated"),
     }
 }
