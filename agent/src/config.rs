@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::cni::protocol;
 use crate::kube_proxy::Timeouts;
 use crate::model::Prefix;
+use crate::model::policy::Live;
 use crate::plan::node::NodePortAddresses;
 use crate::plan::routes::Routing;
 use crate::plan::{ExternalIps, MasqueradeScope};
@@ -112,6 +113,11 @@ pub struct Agent {
     #[arg(long = "masquerade-all", env = "FERROFLOW_MASQUERADE_ALL", num_args = 0..=1, require_equals = true, default_value = "false",
         default_missing_value = "true", hide_default_value = true, value_parser = masquerade_all)]
     pub masquerade: MasqueradeScope,
+
+    /// What becomes of established flows that policies do not allow any more, where no policy of the pod says it with the
+    /// annotation `ferroflow.dev/live-flows`
+    #[arg(long, env = "FERROFLOW_LIVE_FLOWS", value_enum, default_value_t = Live::Finish)]
+    pub live_flows: Live,
 
     #[command(flatten)]
     pub timeouts: Timeouts,

@@ -286,6 +286,7 @@ fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
             }
         },
         routing: config.routing,
+        live_flows: config.live_flows,
         vni: config.vxlan_vni,
         ..plan::Config::default()
     };
@@ -476,6 +477,13 @@ impl Daemon {
     }
 
     fn scrape(&self, asked: observe::Asked) {
+        let asked = match asked {
+            observe::Asked::Everything(asked) => asked,
+            // Who asked may have gone.
+            observe::Asked::Pods(name, asked) => {
+                return drop(asked.send(observe::pods::named(self.reconciler.world(), &name)));
+            }
+        };
         let source = (self.state.rejected, self.state.away_since);
         match self.gauges.view(&self.reconciler, self.health.answered(), source) {
             // Who asked may have gone.

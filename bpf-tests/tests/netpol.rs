@@ -36,6 +36,14 @@ fn main() -> ExitCode {
         ),
         ("rule_52_what_is_established_finishes", rule_52_what_is_established_finishes),
         (
+            "rule_52_live_flows_are_cut_where_a_policy_says_so",
+            rule_52_live_flows_are_cut_where_a_policy_says_so,
+        ),
+        (
+            "rule_52_live_flows_are_cut_where_the_agent_says_so",
+            rule_52_live_flows_are_cut_where_the_agent_says_so,
+        ),
+        (
             "rule_54_a_new_pod_is_guarded_from_its_first_packet",
             rule_54_a_new_pod_is_guarded_from_its_first_packet,
         ),
@@ -462,6 +470,68 @@ fn rule_52_what_is_established_finishes(sandbox: &Sandbox) -> Result<()> {
         }
         Ok(())
     })
+}
+
+fn rule_52_live_flows_are_cut_where_a_policy_says_so(sandbox: &Sandbox) -> Result<()> {
+    let annotations = json!({"ferroflow.dev/live-flows": "cut"});
+    World::test(sandbox, &[], |world| cut(world, annotations.clone()))
+}
+
+fn rule_52_live_flows_are_cut_where_the_agent_says_so(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &["--live-flows", "cut"], |world| cut(world, json!({})))
+}
+
+/// Connections from before the first policy, and from before it tightened, to and from a pod of this node and of another.
+fn cut(world: &World, annotations: Value) -> Result<()> {
+    let mut objects = Objects::new(world)?;
+    let policy = |spec: Value| {
+        let mut policy = policy("shop", "policy", spec);
+        policy["metadata"]["annotations"] = annotations.clone();
+        policy
+    };
+    let to_db = |rules: Value| policy(json!({"podSelector": app("db"), "ingress": rules}));
+    let web_only = json!([{"ports": [{"protocol": "TCP", "port": 8000}]}]);
+    objects.agree()?;
+    // From a pod of this node and from one of another to a2, which will be cut; and to b2, which no policy selects.
+    let open = || -> Result<Vec<_>> {
+        let mut streams = Vec::new();
+        for (from, to) in [("a1", "a2"), ("b1", "a2"), ("a1", "b2")] {
+            for family in Family::BOTH {
+                let echo = (world.cluster.pod(to).ip(family), ECHO_PORT).into();
+                streams.push((to, world.cluster.pod(from).stream(echo)?));
+            }
+        }
+        for (_, stream) in &mut streams {
+            stream.wait_until(stretched(SOON), |seen| seen.last().is_some_and(|it| it.verified > 1 << 16))?;
+        }
+        Ok(streams)
+    };
+    for before in [None, Some(to_db(json!([{}])))] {
+        if let Some(before) = &before {
+            objects.apply(before)?;
+            objects.agree()?;
+        }
+        let streams = open()?;
+        objects.apply(&to_db(web_only.clone()))?;
+        for (to, stream) in streams {
+            if to == "a2" {
+                let ended =
+                    |seen: &[bpf_tests::pod::Progress]| seen.last().is_some_and(|it| it.ended.is_some());
+                stream.wait_until(stretched(SOON * 2), ended).context("a flow that is cut goes on")?;
+                let last = stream.stop()?.pop().context("no report")?;
+                ensure!(matches!(last.ended, Some(Err(_))), "{last:?}");
+            } else {
+                let before = stream.seen().last().map_or(0, |it| it.verified);
+                stream.wait_until(stretched(SOON), |seen| {
+                    seen.last().is_some_and(|it| it.verified > before + (1 << 16))
+                })?;
+                let last = stream.stop()?.pop().context("no report")?;
+                ensure!(last.ended == Some(Ok(())), "of another pod: {last:?}");
+            }
+        }
+        objects.agree()?;
+    }
+    Ok(())
 }
 
 /// While somebody of this node and of another knock without end at the address that the pod will have.

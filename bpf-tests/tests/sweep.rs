@@ -90,7 +90,7 @@ fn flow(number: u32, expires: u32) -> (Tuple<[u8; 4]>, Entry) {
         state: 0,
         flags: 0,
         reserved: 0,
-        service: 1,
+        epoch: 0,
         backend: 1 + number % 3 / 2,
         generation: 1,
         expires,

@@ -28,6 +28,8 @@ pub enum Flow<R = Rewrite> {
     Unknown,
     /// The other direction's entry is gone: [`mend`] is to go before.
     Halved,
+    /// Policies have changed since they were asked about it, and are to be asked again: see [`crate::judge`].
+    Stale,
 }
 
 /// Whether a flow whose other direction is gone is to be mended.
@@ -38,17 +40,31 @@ pub enum Halves {
     Mended,
 }
 
+/// Whether a flow about which policies are to be asked again is told from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epoch {
+    Compared,
+    /// They are asked elsewhere on the packet's way.
+    Ignored,
+}
+
 /// How long a busy flow's other direction is not looked for, in seconds. The table evicts what was idle, so what has been
 /// so for longer is looked at in both.
 const UNSEEN: u32 = 60;
 
 /// Looks the packet's flow up, brings its state up to date and says what the packet becomes.
 #[inline(always)]
-pub fn follow<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>, halves: Halves) -> Flow {
-    match followed::<F, T>(tables, headers, halves) {
+pub fn follow<F: Family, T: Tables<F>>(
+    tables: &T,
+    headers: &Headers<F>,
+    halves: Halves,
+    epoch: Epoch,
+) -> Flow {
+    match followed::<F, T>(tables, headers, halves, epoch) {
         Flow::Known(row) => Flow::Known(Rewrite::of(&row.load())),
         Flow::Unknown => Flow::Unknown,
         Flow::Halved => Flow::Halved,
+        Flow::Stale => Flow::Stale,
     }
 }
 
@@ -58,6 +74,7 @@ pub fn followed<F: Family, T: Tables<F>>(
     tables: &T,
     headers: &Headers<F>,
     halves: Halves,
+    epoch: Epoch,
 ) -> Flow<T::Tracked> {
     let Some(tracked) = tables.tracked(&headers.tuple) else { return Flow::Unknown };
     let entry = tracked.load();
@@ -72,6 +89,9 @@ pub fn followed<F: Family, T: Tables<F>>(
         // is what follows (rule 35).
         (Direction::Reply, headers.flags.opens())
     };
+    if !over && epoch == Epoch::Compared && entry.epoch != tables.epoch() {
+        return Flow::Stale;
+    }
     let state = State(entry.state).after(headers.flags, direction);
     let lifetime = state.lifetime(headers.tuple.proto);
     let expires = now.wrapping_add(lifetime);
@@ -115,7 +135,7 @@ pub fn mend<F: Parse, P: Packet, T: Tables<F>>(packet: &P, tables: &T) {
     entry.src_port = tuple.dst_port;
     entry.dst_port = tuple.src_port;
     entry.kind = if entry.kind == Entry::FORWARD { Entry::REPLY } else { Entry::FORWARD };
-    let lasting = entry.flags & (Entry::PLAIN | Entry::MASQUERADED);
+    let lasting = entry.flags & (Entry::PLAIN | Entry::MASQUERADED | Entry::EXEMPT);
     entry.flags = if lasting != 0 { lasting } else { own_source(tables, &entry.src) };
     // Where the table has no room, or another flow has taken the tuple over, this direction goes on alone.
     let _alone = tables.track(&other, &entry, OnConflict::Fail);
@@ -224,7 +244,7 @@ pub fn open<F: Family, T: Tables<F>>(
         state: State::NEW.0,
         flags: own_source(tables, &frontend),
         reserved: 0,
-        service: backend.service,
+        epoch: tables.epoch(),
         backend: index,
         generation: backend.generation,
         expires: tables.now().wrapping_add(State::NEW.lifetime(tuple.proto)),
@@ -263,6 +283,8 @@ pub fn enter<F: Family, T: Tables<F>>(
 pub enum Opener {
     Sender,
     Receiver,
+    /// The sender, which is a process of this node itself.
+    Node,
 }
 
 /// Tracks a flow of no service as it is.
@@ -278,9 +300,10 @@ pub fn open_plain<F: Family, T: Tables<F>>(
 ) -> Result<(), DropReason> {
     let tuple = &headers.tuple;
     let (kind, other) = match opener {
-        Opener::Sender => (Entry::FORWARD, Entry::REPLY),
+        Opener::Sender | Opener::Node => (Entry::FORWARD, Entry::REPLY),
         Opener::Receiver => (Entry::REPLY, Entry::FORWARD),
     };
+    let exempt = if opener == Opener::Node { Entry::EXEMPT } else { 0 };
     // As in `open`: one tuple and one entry, of the other direction first.
     let mut entry = Entry {
         src: F::addr(tuple.dst),
@@ -289,9 +312,9 @@ pub fn open_plain<F: Family, T: Tables<F>>(
         dst_port: tuple.src_port,
         kind: other,
         state: State::NEW.0,
-        flags: Entry::PLAIN,
+        flags: Entry::PLAIN | exempt,
         reserved: 0,
-        service: 0,
+        epoch: tables.epoch(),
         backend: Entry::NO_BACKEND,
         generation: 0,
         expires: tables.now().wrapping_add(State::NEW.lifetime(tuple.proto)),

@@ -4,7 +4,7 @@
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack::{self, Flow};
+use crate::conntrack::{self, Epoch, Flow};
 use crate::judge;
 use crate::lb;
 use crate::nat::{self, Ends};
@@ -47,7 +47,7 @@ where
     T: Tables<F>,
 {
     let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Outcome::RARE) };
-    match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
+    match conntrack::follow::<F, T>(tables, &headers, way.halves(), Epoch::Compared) {
         Flow::Known(to) => {
             // As before it was known.
             if to.is_plain() {
@@ -57,6 +57,7 @@ where
             return Ok(Outcome::goes(route::rewritten::<F, T>(tables, &to)));
         }
         Flow::Halved => return Ok(Outcome::HALVED),
+        Flow::Stale => return Ok(Outcome::STALE),
         Flow::Unknown => {}
     }
     let mut key = lb::key::<F>(&headers.tuple);

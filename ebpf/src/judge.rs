@@ -15,7 +15,8 @@
 //!
 //! A packet in the middle of a connection that is not tracked (the table had no room, or no policy isolated the pod when
 //! it began) passes where policies let it be opened by either end, and while the pod adopts what it had going when its
-//! first policy came (rule 52).
+//! first policy came (rule 52). Where live flows are cut nothing is adopted, and who opened it is told by the ports, if
+//! they tell; what is tracked is asked about again in [`crate::live`].
 //!
 //! What has no ports is judged by what policies say of no port: a rule without ports lets it pass (rule 45). Echoes are
 //! flows by their identifier. Errors about a known flow belong to that flow, whatever policies say of ICMP; neighbour
@@ -29,8 +30,9 @@ use ferroflow_common::family::Family;
 use ferroflow_common::tcp::Flags;
 use ferroflow_common::verdict::DropReason;
 
-use crate::conntrack::{self, Flow, Halves};
+use crate::conntrack::{self, Epoch, Flow, Halves};
 use crate::icmp::Errors;
+use crate::live;
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::policy::{self, Policies, Wanted};
@@ -112,12 +114,14 @@ where
     let mut outcome = tables.portless(packet, origin);
     if outcome == Outcome::GUARDED {
         outcome = admit::<F, P, T>(packet, tables, origin);
+    } else if outcome == Outcome::STALE {
+        outcome = tables.judge(packet, outcome, origin);
     }
     if outcome == Outcome::TRACKED { Outcome::STACK } else { outcome }
 }
 
 /// [`Outcome::STACK`] where a packet without ports is of a flow that is known, or no policies have a say in it; else
-/// [`Outcome::GUARDED`].
+/// [`Outcome::STALE`] or [`Outcome::GUARDED`].
 ///
 /// # Errors
 /// Why the packet is dropped.
@@ -136,8 +140,10 @@ where
     {
         return Ok(Outcome::STACK);
     }
-    if let Flow::Known(_row) = conntrack::followed::<F, T>(tables, &headers, Halves::Mended) {
-        return Ok(Outcome::STACK);
+    match conntrack::followed::<F, T>(tables, &headers, Halves::Mended, Epoch::Compared) {
+        Flow::Known(_row) => return Ok(Outcome::STACK),
+        Flow::Stale => return Ok(Outcome::STALE),
+        Flow::Unknown | Flow::Halved => {}
     }
     let concerned = concerns::<F, T>(tables, &headers.tuple, origin);
     Ok(if concerned { Outcome::GUARDED } else { Outcome::STACK })
@@ -159,7 +165,8 @@ where
 }
 
 /// Asks the policies of both ends. `flow` is the choice of a backend, which is given back; or [`Outcome::GUARDED`], which
-/// becomes an outcome that [`track`] takes or, in the middle of a connection, one that is to be judged again.
+/// becomes an outcome that [`track`] takes or, in the middle of a connection, one that is to be judged again. A flow that is
+/// known, and [`Outcome::STALE`], is asked about as it was opened.
 ///
 /// # Errors
 /// [`DropReason::PolicyEgress`], [`DropReason::PolicyIngress`]; [`DropReason::NoBackend`].
@@ -172,33 +179,50 @@ where
 {
     let headers = parse::flow::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
     let tuple = &headers.tuple;
+    let lives = flow == Outcome::STALE;
     // Rule 49: the node's own processes always may, and are known by the way that the packet comes.
-    if origin == Origin::Own {
-        return Ok(flow.admitted());
+    if origin == Origin::Own && !lives {
+        return Ok(flow.exempt());
     }
+    // First: should policies change meanwhile, a live flow is asked about once more.
+    let epoch = tables.epoch();
     let turned = flow.is_turned();
     let (mut from, mut to) = (F::addr(tuple.src), F::addr(tuple.dst));
     let mut port = tuple.dst_port;
-    if turned {
+    if lives {
+        let Some(ends) = live::ends::<F, T>(tables, tuple) else { return Ok(flow.admitted()) };
+        (from, to, port) = ends;
+    } else if turned {
         (from, to) = (to, from);
         port = tuple.src_port;
     } else if flow.is_chosen() {
         let backend = tables.backend(flow.backend()).ok_or(DropReason::NoBackend)?;
         (to, port) = (backend.addr, backend.port);
     }
-    // A pod and itself, directly or through a service (rule 49).
-    if from.words() == to.words() {
-        return Ok(flow.admitted());
+    let middle = !lives && !flow.is_chosen() && in_the_middle(tuple.proto, headers.flags);
+    let (client, server) =
+        if turned { (tuple.dst_port, tuple.src_port) } else { (tuple.src_port, tuple.dst_port) };
+    let mut asked = if lives { Asked::LIVES } else { Asked::OPENS };
+    if middle && live::are_exchanged(client, server) {
+        asked = Asked::BACKWARDS;
     }
-    let middle = !flow.is_chosen() && in_the_middle(tuple.proto, headers.flags);
     let question = Question {
         wanted: Wanted { proto: tuple.proto, port },
-        leaves: origin == Origin::Pod && !turned,
+        leaves: origin == Origin::Pod && !turned && !lives,
         adopted_at: if middle { tables.now() } else { u32::MAX },
+        // Whichever it is, what follows is followed once.
+        asked: Asked(packet.forget(asked.0)),
     };
-    let verdict = ask::<F, T>(tables, (&from, &to), &question);
+    // A pod and itself, directly or through a service (rule 49).
+    let verdict =
+        if from.words() == to.words() { Ok(()) } else { ask::<F, T>(tables, (&from, &to), &question) };
     match verdict {
-        Ok(()) => Ok(flow.admitted()),
+        Ok(()) => {
+            if lives {
+                live::mark::<F, T>(tables, tuple, epoch);
+            }
+            Ok(flow.admitted())
+        }
         // With the reason for which it is dropped, should it be no answer either.
         Err(reason) if flow == Outcome::GUARDED && middle => Ok(Outcome::turned(reason)),
         Err(reason) => Err(flow.reason_or(reason)),
@@ -219,13 +243,31 @@ struct Question {
     leaves: bool,
     /// When the middle of a connection was seen; the end of time for a packet that opens one.
     adopted_at: u32,
+    asked: Asked,
+}
+
+/// Why a flow is asked about. A number, so that the verifier can forget it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Asked(u32);
+
+impl Asked {
+    /// Nobody knows it.
+    const OPENS: Self = Self(0);
+    /// Nobody knows it, and its ports say that it was the other end that opened it.
+    const BACKWARDS: Self = Self(1);
+    /// It is established: only pods whose live flows are cut have a say.
+    const LIVES: Self = Self(2);
 }
 
 impl Question {
     /// Whether a policy lets it pass that says this.
     #[inline(always)]
     fn passes<T: Judges>(&self, tables: &T, set: u32, row: &EndpointPolicy, peer: &Addr) -> Verdict {
-        if set == EndpointPolicy::OPEN {
+        let cuts = row.live == EndpointPolicy::CUT;
+        if cuts && self.asked == Asked::BACKWARDS {
+            return Verdict::Deny;
+        }
+        if set == EndpointPolicy::OPEN || !cuts && self.asked == Asked::LIVES {
             return Verdict::Allow;
         }
         let class = policy::class_of(tables, peer);
@@ -336,13 +378,13 @@ mod tests {
 
     fn isolate<F: Names>(fake: &mut Fake, pod: u8, ingress: u32, egress: u32) {
         let row = fake.endpoints.get_mut(&F::pod(pod)).unwrap();
-        row.policy = EndpointPolicy { ingress, egress, adopts_until: 0 };
+        row.policy = EndpointPolicy { ingress, egress, adopts_until: 0, live: EndpointPolicy::FINISH };
     }
 
     /// A set that lets this protocol's port through where the other end is of the class, and nothing else.
     fn lay(fake: &mut Fake, set: u32, class: Class, proto: Proto, port: u16) {
         let verdict = Verdict::Allow as u8;
-        let range = PortRange { first: port, last: port, proto, verdict, reserved: [0; 2] };
+        let range = PortRange { first: port, last: port, proto, verdict, cause: 0 };
         fake.policies.lay(set, PolicyKey::OTHERS, Verdict::Deny, &[]);
         fake.policies.lay(set, class, Verdict::Deny, &[range]);
     }
@@ -433,7 +475,7 @@ mod tests {
         isolate::<F>(&mut fake, 2, SET, EndpointPolicy::CLOSED);
         fake.policies.lay(SET, PolicyKey::OTHERS, Verdict::Deny, &[]);
         let open = |port| PortRange { verdict: Verdict::Allow as u8, ..port };
-        let all = PortRange { first: 0, last: 65535, proto: Proto::TCP, verdict: 0, reserved: [0; 2] };
+        let all = PortRange { first: 0, last: 65535, proto: Proto::TCP, verdict: 0, cause: 0 };
         fake.policies.lay(SET, FIRST, Verdict::Deny, &[open(all)]);
         assert_eq!(echo::<F>(1, 2, REQUEST, 7).leave(&fake), INGRESS, "all ports of a protocol are not all");
         let esp = Frame::new((F::pod(1), 0), (F::pod(2), 0), Transport::Other(Proto { number: 50 }));

@@ -44,6 +44,7 @@ pub mod frame;
 pub mod icmp;
 pub mod judge;
 pub mod lb;
+pub mod live;
 pub mod masquerade;
 pub mod mtu;
 pub mod nat;

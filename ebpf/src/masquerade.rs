@@ -24,7 +24,7 @@ use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::tcp::{Flags, State};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack::{self, Flow, Halves};
+use crate::conntrack::{self, Epoch, Flow, Halves};
 use crate::icmp::{self, Errors};
 use crate::lb;
 use crate::nat::{self, Ends as _, Rewrite};
@@ -128,7 +128,7 @@ where
         state: State::NEW.0,
         flags: Entry::MASQUERADED,
         reserved: 0,
-        service: 0,
+        epoch: tables.epoch(),
         backend: Entry::NO_BACKEND,
         generation: 0,
         expires: tables.now().wrapping_add(State::NEW.lifetime(tuple.proto)),
@@ -170,14 +170,14 @@ where
         return Ok(unknown);
     }
     let Some(headers) = echo::<F, P>(packet, network)? else { return Ok(unknown) };
-    match conntrack::follow::<F, T>(tables, &headers, Halves::Mended) {
+    match conntrack::follow::<F, T>(tables, &headers, Halves::Mended, Epoch::Ignored) {
         // Only policies know it, yet.
         Flow::Known(to) if to.is_plain() => Ok(unknown),
         Flow::Known(to) => {
             rewrite_echo(packet, &headers, &to)?;
             Ok(Outcome::goes(route::onwards::<F, T>(tables, &to, origin)))
         }
-        Flow::Unknown | Flow::Halved => Ok(unknown),
+        Flow::Unknown | Flow::Halved | Flow::Stale => Ok(unknown),
     }
 }
 

@@ -203,13 +203,8 @@ pub fn guarded_world() -> Fake {
     fake.settings = Some(Settings { flags: Settings::POLICIES, ..Settings::NONE });
     guard::<V4>(&mut fake);
     guard::<V6>(&mut fake);
-    let range = |proto, first, last, verdict| PortRange {
-        first,
-        last,
-        proto,
-        verdict: verdict as u8,
-        reserved: [0; 2],
-    };
+    let range =
+        |proto, first, last, verdict| PortRange { first, last, proto, verdict: verdict as u8, cause: 0 };
     let policies = &mut fake.policies;
     policies.lay(5, PolicyKey::OTHERS, Verdict::Deny, &[range(Proto::TCP, 80, 8080, Verdict::Allow)]);
     policies.lay(5, 2, Verdict::Allow, &[range(Proto::UDP, 53, 53, Verdict::Deny)]);
@@ -228,7 +223,7 @@ pub fn guarded_world() -> Fake {
 fn guard<F: Names>(fake: &mut Fake) {
     for (pod, ingress, egress) in [(1, 5, 6), (2, 7, EndpointPolicy::OPEN)] {
         if let Some(row) = fake.endpoints.get_mut(&F::pod(pod)) {
-            row.policy = EndpointPolicy { ingress, egress, adopts_until: 0 };
+            row.policy = EndpointPolicy { ingress, egress, adopts_until: 0, live: EndpointPolicy::FINISH };
         }
         fake.policies.classes.insert(F::pod(pod), pod.into());
     }

@@ -4,7 +4,7 @@ use ferroflow_common::abi::conntrack::Entry;
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack::{self, Flow};
+use crate::conntrack::{self, Epoch, Flow};
 use crate::judge;
 use crate::lb;
 use crate::nat::{self, Ends};
@@ -90,7 +90,7 @@ where
     T: Tables<F>,
 {
     let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Outcome::RARE) };
-    match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
+    match conntrack::follow::<F, T>(tables, &headers, way.halves(), Epoch::Compared) {
         // Its source changes where it leaves the node.
         Flow::Known(to) if to.flags & Entry::MASQUERADED != 0 => return Ok(Outcome::STACK),
         Flow::Known(to) => {
@@ -102,6 +102,7 @@ where
             return Ok(Outcome::goes(route::rewritten::<F, T>(tables, &to)));
         }
         Flow::Halved => return Ok(Outcome::HALVED),
+        Flow::Stale => return Ok(Outcome::STALE),
         Flow::Unknown => {}
     }
     let mut key = lb::key::<F>(&headers.tuple);
@@ -142,12 +143,14 @@ where
     T: Tables<F>,
 {
     let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Outcome::RARE) };
-    match conntrack::follow::<F, T>(tables, &headers, way.halves()) {
+    let epoch = if origin.is_at_pod() { Epoch::Compared } else { Epoch::Ignored };
+    match conntrack::follow::<F, T>(tables, &headers, way.halves(), epoch) {
         // Only policies know it, yet.
         Flow::Known(to) if to.is_plain() && origin == Origin::Exit => return Ok(Outcome::OPENS),
         Flow::Known(to) if shadow::is_translated::<F, T>(tables, &headers, &to) => {}
         Flow::Known(to) => nat::rewrite(packet, &headers, &to)?,
         Flow::Halved => return Ok(Outcome::HALVED),
+        Flow::Stale => return Ok(Outcome::STALE),
         Flow::Unknown if origin.is_at_pod() && judge::concerns::<F, T>(tables, &headers.tuple, origin) => {
             return Ok(Outcome::GUARDED);
         }

@@ -4,7 +4,9 @@
 //! The caller knows what policies are not about: replies, a pod's traffic with its own node, which is known by the path
 //! it takes (rule 49), and a pod's traffic with itself.
 
-use ferroflow_common::abi::policy::{Class, EndpointPolicy, PolicyKey, PortRange, Rules, Verdict, WORLD};
+use ferroflow_common::abi::policy::{
+    Cause, Class, EndpointPolicy, PolicyKey, PortRange, Rules, Verdict, WORLD,
+};
 use ferroflow_common::addr::{Addr, Port, Proto};
 
 /// The tables of policies.
@@ -59,18 +61,24 @@ pub fn class_of(tables: &impl Policies, addr: &Addr) -> Class {
 /// lets nothing pass.
 #[inline(always)]
 pub fn allowed(tables: &impl Policies, set: u32, class: Class, wanted: Wanted) -> Verdict {
+    decided(tables, set, class, wanted).0
+}
+
+/// The same, and which rule says so.
+#[inline(always)]
+pub fn decided(tables: &impl Policies, set: u32, class: Class, wanted: Wanted) -> (Verdict, Cause) {
     if set == EndpointPolicy::OPEN {
-        return Verdict::Allow;
+        return (Verdict::Allow, Cause::NONE);
     }
     if set == EndpointPolicy::CLOSED {
-        return Verdict::Deny;
+        return (Verdict::Deny, Cause::NONE);
     }
     let own = if class == WORLD { None } else { tables.rules(&PolicyKey { set, class }) };
     let rules = match own {
         Some(rules) => rules,
         None => match tables.rules(&PolicyKey { set, class: PolicyKey::OTHERS }) {
             Some(rules) => rules,
-            None => return Verdict::Deny,
+            None => return (Verdict::Deny, Cause::NONE),
         },
     };
     verdict(tables, &rules, wanted)
@@ -78,7 +86,7 @@ pub fn allowed(tables: &impl Policies, set: u32, class: Class, wanted: Wanted) -
 
 /// Halves the ranges until one has the port, or none is left.
 #[inline(always)]
-fn verdict(tables: &impl Policies, rules: &Rules, wanted: Wanted) -> Verdict {
+fn verdict(tables: &impl Policies, rules: &Rules, wanted: Wanted) -> (Verdict, Cause) {
     let sought = wanted.place();
     let (mut from, mut length) = (rules.offset, rules.length);
     for _ in 0..PortRange::STEPS {
@@ -87,7 +95,7 @@ fn verdict(tables: &impl Policies, rules: &Rules, wanted: Wanted) -> Verdict {
         }
         let half = length / 2;
         let middle = from.wrapping_add(half);
-        let Some(range) = tables.port_range(middle) else { return Verdict::Deny };
+        let Some(range) = tables.port_range(middle) else { return (Verdict::Deny, Cause::NONE) };
         let unknown = place(range.proto, range.first);
         if sought < place(range.proto, range.first) {
             length = half;
@@ -95,12 +103,12 @@ fn verdict(tables: &impl Policies, rules: &Rules, wanted: Wanted) -> Verdict {
             from = middle.wrapping_add(1);
             length -= half + 1;
         } else {
-            return Verdict::from_row(u32::from(range.verdict));
+            return (Verdict::from_row(u32::from(range.verdict)), Cause(range.cause));
         }
         // Whichever half it is, what follows is followed once.
         (from, length) = (tables.forget(from, unknown), tables.forget(length, unknown));
     }
-    Verdict::from_row(rules.otherwise)
+    (rules.verdict(), rules.cause())
 }
 
 /// Where a port stands among those of all protocols.
@@ -117,7 +125,7 @@ mod tests {
     use crate::tables::fake::FakePolicies;
 
     fn range(proto: Proto, first: u16, last: u16, verdict: Verdict) -> PortRange {
-        PortRange { first, last, proto, verdict: verdict as u8, reserved: [0; 2] }
+        PortRange { first, last, proto, verdict: verdict as u8, cause: 0 }
     }
 
     fn ask(tables: &FakePolicies, class: Class, proto: Proto, port: u16) -> Verdict {

@@ -81,6 +81,12 @@ impl Way {
     pub fn halves(self) -> Halves {
         if self == Self::USUAL { Halves::Wanted } else { Halves::Mended }
     }
+
+    /// Once more, after another step has done what there was to be done.
+    #[inline(always)]
+    const fn settled(self) -> Self {
+        if self.0 == Self::USUAL.0 { Self::MENDED } else { self }
+    }
 }
 
 /// What becomes of a packet.
@@ -111,9 +117,12 @@ const TRACKED: u32 = 10;
 const GUARDED: u32 = 11;
 /// With the reason why the packet may not open a flow.
 const TURNED: u32 = 12;
-/// With 1 where the packet is an answer.
+/// With an [`Opener`]'s number.
 const ADMITTED: u32 = 13;
 const PORTLESS: u32 = 14;
+const STALE: u32 = 15;
+/// Of what was admitted: a process of this node sent it.
+const NODES: u32 = 2;
 /// With a backend's index, and any of the bits below.
 const CHOSEN: u32 = 16;
 /// The backend is to see the node's address instead of the client's.
@@ -137,6 +146,8 @@ impl Outcome {
     pub(crate) const TRACKED: Self = Self::new(TRACKED, 0);
     /// Of no flow that is known and of no service; policies are to be asked.
     pub(crate) const GUARDED: Self = Self::new(GUARDED, 0);
+    /// Of a flow that policies are to be asked about again.
+    pub(crate) const STALE: Self = Self::new(STALE, 0);
     /// It has no ports.
     pub(crate) const PORTLESS: Self = Self::new(PORTLESS, 0);
 
@@ -157,10 +168,22 @@ impl Outcome {
         if self.is_turned() { DropReason::from_number(self.0 as u32) } else { reason }
     }
 
-    /// What was judged, let through: a choice stays that.
+    /// What was judged, let through: a choice stays that, and the flow of what was asked about again is known.
     #[inline(always)]
     pub(crate) const fn admitted(self) -> Self {
-        if self.is_chosen() { self } else { Self::new(ADMITTED, self.is_turned() as u32) }
+        if self.is_chosen() {
+            self
+        } else if self.0 == Self::STALE.0 {
+            Self::TRACKED
+        } else {
+            Self::new(ADMITTED, self.is_turned() as u32)
+        }
+    }
+
+    /// The same for what no policy has a say in.
+    #[inline(always)]
+    pub(crate) const fn exempt(self) -> Self {
+        if self.is_chosen() { self } else { Self::new(ADMITTED, NODES) }
     }
 
     #[inline(always)]
@@ -171,7 +194,11 @@ impl Outcome {
     /// Who opened the flow that was admitted.
     #[inline(always)]
     pub(crate) const fn opener(self) -> Opener {
-        if self.0 as u32 == 0 { Opener::Sender } else { Opener::Receiver }
+        match self.0 as u32 {
+            0 => Opener::Sender,
+            NODES => Opener::Node,
+            _ => Opener::Receiver,
+        }
     }
 
     /// The index of the backend that was chosen.
@@ -251,7 +278,7 @@ impl Outcome {
             REPLY => Ok(Fate::Goes(Verdict::Reply)),
             POD => Ok(Fate::Goes(Verdict::Pod { ifindex: number })),
             TAKEN => Ok(Fate::Goes(Verdict::Taken)),
-            OPENS | RARE | HALVED | REFUSED | TRACKED | GUARDED | TURNED | ADMITTED | PORTLESS => {
+            OPENS | RARE | HALVED | REFUSED | TRACKED | GUARDED | TURNED | ADMITTED | PORTLESS | STALE => {
                 Ok(Fate::Unfinished)
             }
             _ => Err(DropReason::from_number(number)),
@@ -294,7 +321,7 @@ where
     if outcome == Outcome::OPENS {
         outcome = tables.choose(packet, origin);
     }
-    if outcome.is_chosen() && judge::is_in_session(tables) {
+    if outcome == Outcome::STALE || outcome.is_chosen() && judge::is_in_session(tables) {
         outcome = tables.judge(packet, outcome, origin);
     } else if origin.is_at_pod() && outcome == Outcome::GUARDED {
         outcome = judge::admit::<F, P, T>(packet, tables, origin);
@@ -310,7 +337,7 @@ where
         }
     }
     if outcome == Outcome::TRACKED {
-        outcome = tables.known(packet, origin, way);
+        outcome = tables.known(packet, origin, way.settled());
     }
     if outcome == Outcome::REFUSED {
         outcome = tables.refuse(packet);
@@ -351,10 +378,15 @@ where
             outcome = without_ports::<F, P, T>(packet, tables, origin);
         }
     }
+    let way = Way(packet.forget(way.0));
     if origin.is_at_pod() && outcome == Outcome::GUARDED {
         outcome = judge::admit::<F, P, T>(packet, tables, origin);
+    } else if origin.is_at_pod() && outcome == Outcome::STALE {
+        outcome = tables.judge(packet, outcome, origin);
+        if outcome == Outcome::TRACKED {
+            outcome = tables.known(packet, origin, way.settled());
+        }
     }
-    let way = Way(packet.forget(way.0));
     if origin == Origin::Exit && outcome == Outcome::OPENS && masquerade::leads_out::<F, P, T>(packet, tables)
     {
         for _ in 0..PORT_TRIES {

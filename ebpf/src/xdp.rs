@@ -10,7 +10,7 @@ use ferroflow_common::csum::Sum;
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack::{self, Halves};
+use crate::conntrack::{self, Epoch, Halves};
 use crate::nat::{self, Ends, Rewrite};
 use crate::packet::{L3, Packet};
 use crate::parse::{self, Parse};
@@ -84,9 +84,8 @@ where
     if !F::has_hops(packet) {
         return None;
     }
-    let conntrack::Flow::Known(row) = conntrack::followed::<F, T>(tables, &headers, Halves::Wanted) else {
-        return None;
-    };
+    let flow = conntrack::followed::<F, T>(tables, &headers, Halves::Wanted, Epoch::Compared);
+    let conntrack::Flow::Known(row) = flow else { return None };
     let leaves = route::rewritten::<F, T>(tables, &Rewrite::of(&row.load())) == Verdict::Forward;
     leaves.then_some(Flow { row, proto: headers.tuple.proto, l4: headers.l4, end: headers.end })
 }

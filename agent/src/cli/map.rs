@@ -94,7 +94,7 @@ fn flows<F: Family>(rows: &[(Tuple<F::Bytes>, Entry)]) -> Vec<Value> {
             "value": {
                 "src": entry.src.to_string(), "dst": entry.dst.to_string(),
                 "src_port": entry.src_port.host(), "dst_port": entry.dst_port.host(), "kind": entry.kind,
-                "state": entry.state, "service": entry.service, "backend": entry.backend,
+                "state": entry.state, "epoch": entry.epoch, "backend": entry.backend,
                 "generation": entry.generation, "expires": entry.expires,
             },
         })

@@ -3,6 +3,7 @@
 
 mod cleanup;
 mod conntrack;
+mod explain;
 mod map;
 mod node;
 mod policy;
@@ -66,8 +67,8 @@ pub enum ServiceVerb {
 pub enum PolicyVerb {
     /// Every policy set with the pods that have it
     List(Query),
-    /// What becomes of a new flow of a pod, and why
-    Explain(policy::Question),
+    /// What becomes of a new flow between two ends, and which rule of which policy says so
+    Explain(explain::Question),
 }
 
 #[derive(Subcommand, Debug)]
@@ -102,7 +103,7 @@ pub fn run(verb: &Verb) -> Result<(), CliError> {
         Verb::Service(ServiceVerb::List(query)) => (query.output, service::list(&open(query)?)?),
         Verb::Policy(PolicyVerb::List(query)) => (query.output, policy::list(&open(query)?)?),
         Verb::Policy(PolicyVerb::Explain(question)) => {
-            (question.query.output, policy::explain(&open(&question.query)?, question)?)
+            (question.query.output, explain::explain(&open(&question.query)?, question)?)
         }
         Verb::Conntrack(ConntrackVerb::List(query)) => (query.output, conntrack::list(&open(query)?)?),
         Verb::Map(MapVerb::Dump { name, query }) => (query.output, map::dump(&open(query)?, name)?),
@@ -137,9 +138,18 @@ pub enum CliError {
     #[error(transparent)]
     Map(#[from] MapError),
     #[error(
-        "{addr} is no pod of this node, or its interface is not known yet: `ferroflow policy list` has them"
+        "of {ends} none is a pod of this node with an interface that is known, or they have no family in common: ask on \
+         the node of either"
     )]
-    NoPod { addr: std::net::IpAddr },
+    NoPod { ends: String },
+    #[error("no pod has the name {name}: write NAMESPACE/NAME, or an address")]
+    UnknownPod { name: String },
+    #[error("{name} may be any of {found}: write NAMESPACE/NAME")]
+    ManyPods { name: String, found: String },
+    #[error(
+        "the agent at {agent} does not say which pod {name} is: {source}; name it by its address, or see --agent"
+    )]
+    NoAgent { name: String, agent: std::net::SocketAddr, source: std::io::Error },
     #[error(transparent)]
     Prepare(#[from] PrepareError),
     #[error(transparent)]

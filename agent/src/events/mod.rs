@@ -33,6 +33,8 @@ pub enum Reason {
     ServiceConflict,
     /// The tables do not take it: they are full, or the kernel refuses.
     NotProgrammed,
+    /// The tables have no room for a policy: nothing passes the pods that it selects.
+    PolicyOverflow,
     /// kube-proxy's: the port for load balancers' checks is taken.
     FailedToStartServiceHealthcheck,
     /// Something of the datapath was removed on this node, and is there again.
@@ -45,6 +47,7 @@ impl Reason {
             Self::InvalidObject => "InvalidObject",
             Self::ServiceConflict => "ServiceConflict",
             Self::NotProgrammed => "NotProgrammed",
+            Self::PolicyOverflow => "PolicyOverflow",
             Self::FailedToStartServiceHealthcheck => "FailedToStartServiceHealthcheck",
             Self::DatapathRepaired => "DatapathRepaired",
         }
@@ -54,7 +57,7 @@ impl Reason {
     pub fn action(self) -> &'static str {
         match self {
             Self::InvalidObject => "Reading",
-            Self::ServiceConflict | Self::NotProgrammed => "Programming",
+            Self::ServiceConflict | Self::NotProgrammed | Self::PolicyOverflow => "Programming",
             Self::FailedToStartServiceHealthcheck => "Listening",
             Self::DatapathRepaired => "Repairing",
         }

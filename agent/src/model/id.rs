@@ -15,10 +15,11 @@ pub enum Kind {
     ServiceCidr,
     Namespace,
     NetworkPolicy,
+    ClusterNetworkPolicy,
 }
 
 impl Kind {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Service,
         Self::EndpointSlice,
         Self::Node,
@@ -26,6 +27,7 @@ impl Kind {
         Self::ServiceCidr,
         Self::Namespace,
         Self::NetworkPolicy,
+        Self::ClusterNetworkPolicy,
     ];
 
     /// As Kubernetes spells it.
@@ -38,6 +40,7 @@ impl Kind {
             Self::ServiceCidr => "ServiceCIDR",
             Self::Namespace => "Namespace",
             Self::NetworkPolicy => "NetworkPolicy",
+            Self::ClusterNetworkPolicy => "ClusterNetworkPolicy",
         }
     }
 }
@@ -61,6 +64,7 @@ impl ObjectId {
             Kind::ServiceCidr => Change::ServiceCidr((*name.name).into(), None),
             Kind::Namespace => Change::Namespace((*name.name).into(), None),
             Kind::NetworkPolicy => Change::NetworkPolicy(name, None),
+            Kind::ClusterNetworkPolicy => Change::ClusterNetworkPolicy((*name.name).into(), None),
         }
     }
 }
@@ -68,7 +72,7 @@ impl ObjectId {
 impl fmt::Display for ObjectId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
-            Kind::Node | Kind::Namespace | Kind::ServiceCidr => {
+            Kind::Node | Kind::Namespace | Kind::ServiceCidr | Kind::ClusterNetworkPolicy => {
                 write!(f, "{} {}", self.kind.name(), self.name.name)
             }
             Kind::Service | Kind::EndpointSlice | Kind::Pod | Kind::NetworkPolicy => {

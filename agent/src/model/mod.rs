@@ -11,6 +11,7 @@ pub mod policy;
 pub mod route;
 pub mod service;
 pub mod share;
+pub mod tier;
 pub mod weight;
 pub mod world;
 
@@ -31,6 +32,7 @@ pub use service::{
     Algorithm, Condition, Endpoint, EndpointSlice, Exposure, NodeHint, Service, ServicePort, SlicePort,
     TrafficPolicy,
 };
+pub use tier::ClusterNetworkPolicy;
 pub use world::{Touched, World};
 
 /// The name of a namespaced object. Copies share its text: every stage knows an object by its name.
@@ -65,6 +67,7 @@ pub enum Change {
     KubeProxy(KubeProxy),
     Namespace(Box<str>, Option<Namespace>),
     NetworkPolicy(Name, Option<NetworkPolicy>),
+    ClusterNetworkPolicy(Box<str>, Option<ClusterNetworkPolicy>),
     /// An address behind an interface of this host, and that interface.
     LocalRoute(Addr, Option<u32>),
     /// An address of this host itself, and the interface it is on.

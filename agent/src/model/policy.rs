@@ -15,6 +15,18 @@ pub struct NetworkPolicy {
     /// What may go out; likewise.
     pub egress: Option<Box<[Rule]>>,
     pub mode: Mode,
+    /// `None` where the policy does not say.
+    pub live: Option<Live>,
+}
+
+/// What becomes of established flows that policies do not allow any more (rule 52).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, clap::ValueEnum)]
+pub enum Live {
+    /// They go on until they end
+    #[default]
+    Finish,
+    /// They are dropped, both ways, from their next packet on; a TCP client sees silence and times out
+    Cut,
 }
 
 /// From the pod that a policy selects.

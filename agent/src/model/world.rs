@@ -9,8 +9,8 @@ use ferroflow_common::addr::Addr;
 use super::label::{Labels, Pool};
 use super::share::Shared;
 use super::{
-    Change, EndpointSlice, HostPorts, Kind, KubeProxy, Name, NamedPort, Namespace, Network, NetworkPolicy,
-    Node, Pod, Prefix, Service, SlicePort, Tenant,
+    Change, ClusterNetworkPolicy, EndpointSlice, HostPorts, Kind, KubeProxy, Name, NamedPort, Namespace,
+    Network, NetworkPolicy, Node, Pod, Prefix, Service, SlicePort, Tenant,
 };
 
 /// Everything that is known of the cluster. [`World::apply`] is the only way to change it.
@@ -28,6 +28,7 @@ pub struct World {
     pods: BTreeMap<Name, Pod>,
     namespaces: BTreeMap<Box<str>, Namespace>,
     policies: BTreeMap<Name, NetworkPolicy>,
+    cluster_policies: BTreeMap<Box<str>, ClusterNetworkPolicy>,
     labels: Pool,
     pod_ports: Shared<[NamedPort]>,
     slice_ports: Shared<[SlicePort]>,
@@ -105,6 +106,7 @@ pub enum Touched {
     /// The labels of a namespace.
     Namespace(Box<str>),
     NetworkPolicy(Name),
+    ClusterNetworkPolicy(Box<str>),
 }
 
 impl fmt::Display for Touched {
@@ -118,6 +120,7 @@ impl fmt::Display for Touched {
             Self::Pod(name) => write!(f, "Pod {name}"),
             Self::Namespace(name) => write!(f, "Namespace {name}"),
             Self::NetworkPolicy(name) => write!(f, "NetworkPolicy {name}"),
+            Self::ClusterNetworkPolicy(name) => write!(f, "ClusterNetworkPolicy {name}"),
         }
     }
 }
@@ -147,6 +150,7 @@ impl World {
             }
             Change::Namespace(name, namespace) => self.apply_namespace(name, namespace),
             Change::NetworkPolicy(name, policy) => self.apply_policy(name, policy),
+            Change::ClusterNetworkPolicy(name, policy) => self.apply_cluster_policy(name, policy),
             Change::LocalRoute(addr, ifindex) => self.apply_local_route(addr, ifindex),
             Change::Attachment(addr, ifindex) => {
                 let old = set(&mut self.attachments, addr, ifindex);
@@ -202,6 +206,18 @@ impl World {
         touched.chain([Touched::NetworkPolicy(name.clone())]).collect()
     }
 
+    fn apply_cluster_policy(&mut self, name: Box<str>, policy: Option<ClusterNetworkPolicy>) -> Vec<Touched> {
+        let old = match policy.clone() {
+            Some(policy) => self.cluster_policies.insert(name.clone(), policy),
+            None => self.cluster_policies.remove(&name),
+        };
+        if old == policy {
+            return Vec::new();
+        }
+        let strangers = self.tenants.keys().map(|addr| Touched::Endpoint(*addr));
+        strangers.chain([Touched::ClusterNetworkPolicy(name)]).collect()
+    }
+
     fn apply_local_route(&mut self, addr: Addr, ifindex: Option<u32>) -> Vec<Touched> {
         let old = set(&mut self.local_routes, addr, ifindex);
         // The interface went with the pod's namespace, and nobody has said so yet.
@@ -240,6 +256,7 @@ impl World {
             Kind::ServiceCidr => self.service_ranges.len(),
             Kind::Namespace => self.namespaces.len(),
             Kind::NetworkPolicy => self.policies.len(),
+            Kind::ClusterNetworkPolicy => self.cluster_policies.len(),
         }
     }
 
@@ -286,6 +303,15 @@ impl World {
 
     pub fn policy(&self, name: &Name) -> Option<&NetworkPolicy> {
         self.policies.get(name)
+    }
+
+    pub fn cluster_policy(&self, name: &str) -> Option<&ClusterNetworkPolicy> {
+        self.cluster_policies.get(name)
+    }
+
+    /// The policies of the cluster, in the order of their names.
+    pub fn cluster_policies(&self) -> impl Iterator<Item = (&str, &ClusterNetworkPolicy)> {
+        self.cluster_policies.iter().map(|(name, policy)| (&**name, policy))
     }
 
     /// The policies of one namespace.
@@ -430,7 +456,9 @@ impl World {
     pub fn is_strangers(&self, addr: Addr) -> bool {
         let Some(tenant) = self.tenants.get(&addr) else { return false };
         let known = self.pod(&tenant.pod).is_some_and(|pod| self.is_local(pod) && tenant.is(pod));
-        !known && self.policies_in(&tenant.pod.namespace).next().is_some()
+        let may_be_meant =
+            !self.cluster_policies.is_empty() || self.policies_in(&tenant.pod.namespace).next().is_some();
+        !known && may_be_meant
     }
 
     /// The pod that was given the address.

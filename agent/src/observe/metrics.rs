@@ -92,6 +92,7 @@ impl Metrics {
             | Change::KubeProxy(_)
             | Change::Namespace(..)
             | Change::NetworkPolicy(..)
+            | Change::ClusterNetworkPolicy(..)
             | Change::LocalRoute(..)
             | Change::LocalAddress(..)
             | Change::LocalSubnet(..)

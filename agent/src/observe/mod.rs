@@ -13,10 +13,11 @@
 
 pub mod locality;
 pub mod metrics;
+pub mod pods;
 mod programming;
 mod server;
 mod view;
 
 pub use metrics::Metrics;
-pub use server::{Asked, PORT, start};
+pub use server::{Asked, PODS, PORT, start};
 pub use view::{Fill, View};

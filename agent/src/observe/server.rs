@@ -1,7 +1,7 @@
 //! Answers `/metrics`, and `/healthz` and `/proxyMode` where kube-proxy has them too.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::mpsc::Sender;
@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::View;
 use super::metrics::Page;
+use super::pods::PodAddresses;
 use crate::health::{Answer, http};
 
 /// Where kube-proxy shows its metrics.
@@ -18,7 +19,15 @@ pub const PORT: u16 = 10249;
 const PROXY_MODE: &str = "ebpf";
 
 /// Somebody asks what is so; an answer that nobody awaits any longer is dropped.
-pub type Asked = oneshot::Sender<View>;
+#[derive(Debug)]
+pub enum Asked {
+    Everything(oneshot::Sender<View>),
+    /// Which pods have this name, of one namespace (`shop/web`) or of any.
+    Pods(String, oneshot::Sender<Vec<PodAddresses>>),
+}
+
+/// Before the name of a pod.
+pub const PODS: &str = "/pods/";
 
 /// Answers on `addr` for as long as it is polled; a port that is taken is tried again. Every scrape asks the agent
 /// once.
@@ -30,7 +39,7 @@ pub async fn start(addr: SocketAddr, page: Page, ask: Sender<Asked>) {
         }
     };
     let listener = http::bind(|| open(addr), failed).await;
-    let respond = move |_peer, path: String| answer(path, page.clone(), ask.clone());
+    let respond = move |peer, path: String| answer(peer, path, page.clone(), ask.clone());
     http::listen(listener, || false, respond).await;
 }
 
@@ -41,12 +50,17 @@ fn open(addr: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(http::BACKLOG)
 }
 
-async fn answer(path: String, page: Page, ask: Sender<Asked>) -> Answer {
+async fn answer(peer: IpAddr, path: String, page: Page, ask: Sender<Asked>) -> Answer {
     let plain = |status, body: &str| Answer { status, headers: Vec::new(), body: body.into() };
     match path.as_str() {
         "/metrics" => {}
         "/healthz" => return plain(200, "ok"),
         "/proxyMode" => return plain(200, PROXY_MODE),
+        // For the command line on this node, whoever else may see the metrics.
+        path if path.starts_with(PODS) && peer.to_canonical().is_loopback() => {
+            let found = pods(path.trim_start_matches(PODS).to_owned(), &ask).await;
+            return found.map_or_else(|| plain(503, ""), |body| plain(200, &body));
+        }
         _ => return plain(404, ""),
     }
     let Some(body) = text(&page, &ask).await else {
@@ -56,10 +70,17 @@ async fn answer(path: String, page: Page, ask: Sender<Asked>) -> Answer {
     Answer { status: 200, headers, body }
 }
 
+/// As JSON; `None` where nobody answers.
+async fn pods(name: String, ask: &Sender<Asked>) -> Option<String> {
+    let (asked, found) = oneshot::channel();
+    ask.send(Asked::Pods(name, asked)).await.ok()?;
+    serde_json::to_string(&found.await.ok()?).ok()
+}
+
 /// `None` where nobody answers.
 async fn text(page: &Page, ask: &Sender<Asked>) -> Option<String> {
     let (asked, view) = oneshot::channel();
-    ask.send(asked).await.ok()?;
+    ask.send(Asked::Everything(asked)).await.ok()?;
     page.text(view.await.ok()?).ok()
 }
 
@@ -96,7 +117,12 @@ mod tests {
         drop(taken);
         let answering = tokio::spawn(async move {
             while let Some(asked) = asked.recv().await {
-                asked.send(View { writes: 42, ..View::default() }).unwrap();
+                match asked {
+                    Asked::Everything(asked) => asked.send(View { writes: 42, ..View::default() }).unwrap(),
+                    Asked::Pods(pod, asked) => {
+                        asked.send(vec![PodAddresses { pod, addresses: vec![] }]).unwrap()
+                    }
+                }
             }
         });
         let mut text = None;
@@ -112,6 +138,8 @@ mod tests {
         assert!(text.contains("\nferroflow_reconcile_writes_total 42\n"), "{text}");
         assert!(ask(addr, "/healthz").await.unwrap().starts_with("HTTP/1.1 200"));
         assert!(ask(addr, "/proxyMode").await.unwrap().ends_with("\r\n\r\nebpf"));
+        let pods = ask(addr, "/pods/shop/web").await.unwrap();
+        assert!(pods.ends_with(r#"[{"pod":"shop/web","addresses":[]}]"#), "{pods}");
         assert!(ask(addr, "/").await.unwrap().starts_with("HTTP/1.1 404"));
         answering.abort();
         let _ended = answering.await;

@@ -20,6 +20,7 @@ pub mod sources;
 use ferroflow_common::abi::lb::{Frontend, FrontendKey, ServiceName};
 use ferroflow_common::addr::Proto;
 
+use crate::model::policy::Live;
 use crate::model::service::{Service, ServicePort, TrafficPolicy};
 use crate::model::world::{Backing, World};
 use crate::model::{Family, HostPorts, Name, Prefix};
@@ -38,6 +39,8 @@ pub struct Config {
     pub masquerade: MasqueradeScope,
     pub world: masquerade::World,
     pub routing: routes::Routing,
+    /// Of policies that do not say.
+    pub live_flows: Live,
     /// Of the tunnel (`--vxlan-vni`).
     pub vni: u32,
     /// The lengths of Maglev tables: [`maglev::LENGTHS`], but for tests.
@@ -72,6 +75,7 @@ impl Default for Config {
             masquerade: MasqueradeScope::Outside,
             world: masquerade::World::Known,
             routing: routes::Routing::None,
+            live_flows: Live::Finish,
             vni: 0,
             maglev_lengths: maglev::LENGTHS,
         }

@@ -64,7 +64,11 @@ impl Hold {
             }
             Touched::Service(name) => self.services.remove(name),
             Touched::Endpoint(addr) => self.endpoints.remove(addr),
-            Touched::Node | Touched::Pod(_) | Touched::Namespace(_) | Touched::NetworkPolicy(_) => false,
+            Touched::Node
+            | Touched::Pod(_)
+            | Touched::Namespace(_)
+            | Touched::NetworkPolicy(_)
+            | Touched::ClusterNetworkPolicy(_) => false,
         };
     }
 
@@ -72,7 +76,11 @@ impl Hold {
     pub(super) fn keeps(&self, world: &World, rows: &BTreeMap<Addr, Endpoint>, key: &Touched) -> bool {
         match key {
             // The host says what it has, not a document.
-            Touched::Node | Touched::Pod(_) | Touched::Namespace(_) | Touched::NetworkPolicy(_) => false,
+            Touched::Node
+            | Touched::Pod(_)
+            | Touched::Namespace(_)
+            | Touched::NetworkPolicy(_)
+            | Touched::ClusterNetworkPolicy(_) => false,
             Touched::Policies => self.holds_policies(),
             // The agent itself knows all ports of the host.
             Touched::Service(name) if HostPorts::are(name) => false,

@@ -161,7 +161,7 @@ impl<M: Maps> Reconciler<M> {
                 Ok(()) => self.queue.succeeded(&key),
                 Err(error) => {
                     self.failures += 1;
-                    self.notes.extend(note(&key, &error));
+                    self.notes.extend(notes(&key, &error));
                     self.queue.failed(key, error.to_string().into(), now);
                 }
             }
@@ -172,6 +172,10 @@ impl<M: Maps> Reconciler<M> {
             if std::mem::take(&mut self.tables.freed) {
                 self.queue.hurry(now);
             }
+        }
+        if let Err(error) = self.tables.judge_again() {
+            self.failures += 1;
+            self.queue.failed(Touched::Policies, error.to_string().into(), now);
         }
     }
 
@@ -284,9 +288,11 @@ impl<M: Maps> Reconciler<M> {
                 if rows.surplus.is_empty() { Ok(()) } else { Err(ServiceError::Ranges(rows.surplus).into()) }
             }
             // Those of single objects are noted where they arrive.
-            Touched::Policies | Touched::Pod(_) | Touched::Namespace(_) | Touched::NetworkPolicy(_) => {
-                Ok(self.tables.apply_policies(&self.world, now)?)
-            }
+            Touched::Policies
+            | Touched::Pod(_)
+            | Touched::Namespace(_)
+            | Touched::NetworkPolicy(_)
+            | Touched::ClusterNetworkPolicy(_) => Ok(self.tables.apply_policies(&self.world, now)?),
         }
     }
 }
@@ -302,12 +308,23 @@ enum KeyError {
     Map(#[from] MapError),
 }
 
-/// Of a Service; the rest is nobody's object.
-fn note(key: &Touched, error: &KeyError) -> Option<Note> {
-    let (Touched::Service(name), KeyError::Service(error)) = (key, error) else { return None };
-    if HostPorts::are(name) {
-        return None;
+/// Of a Service or of policies; the rest is nobody's object.
+fn notes(key: &Touched, error: &KeyError) -> Vec<Note> {
+    match (key, error) {
+        (Touched::Service(name), KeyError::Service(error)) if !HostPorts::are(name) => {
+            vec![note(name, error)]
+        }
+        (_, KeyError::Policy(PolicyError::NoRoom { problems })) => {
+            let reason = Reason::PolicyOverflow;
+            let note =
+                |object: &ObjectId, text: &str| Note { object: object.clone(), reason, message: text.into() };
+            problems.iter().flat_map(|it| it.policies.iter().map(|policy| note(policy, &it.text))).collect()
+        }
+        (_, KeyError::Service(_) | KeyError::Policy(PolicyError::Map(_)) | KeyError::Map(_)) => Vec::new(),
     }
+}
+
+fn note(name: &Name, error: &ServiceError) -> Note {
     let reason = match error {
         ServiceError::Conflict { .. } => Reason::ServiceConflict,
         ServiceError::Plan(_)
@@ -316,7 +333,7 @@ fn note(key: &Touched, error: &KeyError) -> Option<Note> {
         | ServiceError::Ranges(_) => Reason::NotProgrammed,
     };
     let object = ObjectId { kind: Kind::Service, name: name.clone() };
-    Some(Note { object, reason, message: error.to_string().into() })
+    Note { object, reason, message: error.to_string().into() }
 }
 
 /// A few milliseconds' worth.

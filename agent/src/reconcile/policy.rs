@@ -23,10 +23,11 @@ use crate::maps::{
     ArrayTable, HashTable, Ipcache, IpcacheRanges, MapError, Maps, PeerClasses, Policy, PolicySets,
     PortRanges,
 };
+use crate::model::policy::Live;
 use crate::model::{Prefix, Touched, World};
 use crate::plan::endpoints;
 use crate::plan::ids::Exhausted;
-use crate::plan::policy::{Changes, Concern, Known, Number, Planner, Room, Verdicts};
+use crate::plan::policy::{Changes, Concern, Known, Number, Planner, Refused, Room, Verdicts};
 use crate::plan::ranges::{Range, Ranges};
 
 /// What the tables of policies say, and what they should.
@@ -58,8 +59,8 @@ struct PortRows {
 pub(super) enum PolicyError {
     #[error(transparent)]
     Map(#[from] MapError),
-    #[error("{}", .problems.join("; "))]
-    NoRoom { problems: Vec<String> },
+    #[error("{}", .problems.iter().map(|it| it.text.as_str()).collect::<Vec<_>>().join("; "))]
+    NoRoom { problems: Vec<Refused> },
 }
 
 /// Why one row could not be written.
@@ -73,7 +74,7 @@ enum RowError {
 
 impl Policies {
     /// Reads what is there; all of it is looked at once.
-    pub(super) fn restore<M: Maps>(maps: &M) -> Result<Self, MapError> {
+    pub(super) fn restore<M: Maps>(maps: &M, live: Live) -> Result<Self, MapError> {
         let sets: BTreeMap<_, _> = maps.dump::<PolicySets>()?.into_iter().collect();
         let classes: BTreeMap<_, _> = maps.dump::<PeerClasses>()?.into_iter().collect();
         let fingerprints = |from: &BTreeMap<u32, Meaning>| {
@@ -92,7 +93,7 @@ impl Policies {
             endpoints: BTreeSet::new(),
         };
         Ok(Self {
-            planner: Planner::new(ROOM, known),
+            planner: Planner::new(ROOM, known, live),
             dirty,
             rows: PortRows::restore(maps, rules.values()),
             addresses,
@@ -124,15 +125,15 @@ impl Policies {
     pub(super) fn endpoint(&self, world: &World, addr: Addr) -> EndpointPolicy {
         if world.is_strangers(addr) {
             let closed = EndpointPolicy::CLOSED;
-            return EndpointPolicy { ingress: closed, egress: closed, adopts_until: 0 };
+            return EndpointPolicy { ingress: closed, egress: closed, ..EndpointPolicy::default() };
         }
         let ready = |set: u32| {
             let others = PolicyKey { set, class: PolicyKey::OTHERS };
             let in_tables = self.rules.contains_key(&others) && !self.closed.contains_key(&set);
             if set == EndpointPolicy::OPEN || in_tables { set } else { EndpointPolicy::CLOSED }
         };
-        let EndpointPolicy { ingress, egress, adopts_until } = self.planner.endpoint(addr);
-        EndpointPolicy { ingress: ready(ingress), egress: ready(egress), adopts_until }
+        let planned = self.planner.endpoint(addr);
+        EndpointPolicy { ingress: ready(planned.ingress), egress: ready(planned.egress), ..planned }
     }
 
     /// Sets, rows of rules and addresses in the tables.
@@ -187,11 +188,15 @@ impl Policies {
         &mut self,
         maps: &mut M,
         key: PolicyKey,
-        Verdicts { otherwise, ranges }: &Verdicts,
+        Verdicts { otherwise, cause, ranges }: &Verdicts,
         (now, grace): (Instant, Duration),
     ) -> Result<(), RowError> {
         let range = self.rows.place(maps, ranges, now)?;
-        let row = Rules { offset: range.offset, length: range.length, otherwise: *otherwise as u32 };
+        let row = Rules {
+            offset: range.offset,
+            length: range.length,
+            otherwise: u32::from(cause.0) << 16 | *otherwise as u32,
+        };
         let old = self.rules.get(&key).copied();
         if old == Some(row) {
             return Ok(());
@@ -209,11 +214,12 @@ impl Policies {
     }
 
     /// Gives addresses and ranges their classes.
-    fn move_addresses<M: Maps>(&mut self, maps: &mut M) -> Result<Vec<String>, MapError> {
+    fn move_addresses<M: Maps>(&mut self, maps: &mut M) -> Result<Vec<Refused>, MapError> {
         let mut problems = Vec::new();
         let mut allow = |result: Result<(), MapError>, what: &dyn std::fmt::Display| match result {
             Err(error @ MapError::Full { .. }) => {
-                problems.push(format!("{error}; no policy lets {what} through"));
+                let text = format!("{error}; no policy lets {what} through");
+                problems.push(Refused { policies: BTreeSet::new(), text });
                 Ok(())
             }
             other => other,
@@ -289,6 +295,13 @@ impl Policies {
 impl<M: Maps> Tables<M> {
     /// Makes the tables of policies say what is planned.
     pub(super) fn apply_policies(&mut self, world: &World, now: Instant) -> Result<(), PolicyError> {
+        let writes = self.maps.writes();
+        let applied = self.lay_policies(world, now);
+        self.unjudged |= self.maps.writes() != writes;
+        applied
+    }
+
+    fn lay_policies(&mut self, world: &World, now: Instant) -> Result<(), PolicyError> {
         let when = (now, self.grace);
         let policies = &mut self.policies;
         // There may be room by now.
@@ -314,10 +327,12 @@ impl<M: Maps> Tables<M> {
         let left = policies.remove(&mut self.maps, &used, now + self.grace)?;
         problems.extend(policies.planner.refused());
         for (set, error) in &policies.closed {
-            let names: Vec<_> = policies.planner.policies(*set).iter().map(ToString::to_string).collect();
+            let selecting = policies.planner.policies(*set);
+            let names: Vec<_> = selecting.iter().map(ToString::to_string).collect();
             let pods: Vec<_> = policies.planner.endpoints_of(*set).map(|addr| addr.to_string()).collect();
-            let (names, pods) = (names.join(", "), pods.join(", "));
-            problems.push(format!("{error}; nothing passes {pods}, which NetworkPolicy {names} selects"));
+            let (names, pods) = (names.join(" and "), pods.join(", "));
+            let text = format!("{error}; nothing passes {pods}, which {names} selects");
+            problems.push(Refused { policies: selecting.iter().cloned().collect(), text });
         }
         if !problems.is_empty() {
             policies.dirty.sets.extend(left.sets);

@@ -58,7 +58,7 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
     for ports in services.values_mut() {
         ports.sort_by(|a, b| a.name.cmp(&b.name));
     }
-    let policies = Policies::restore(&maps)?;
+    let policies = Policies::restore(&maps, config.plan.live_flows)?;
     let held = if policies.counts()[0] > 0 { Restored::Held } else { Restored::Planned };
     let hold = Hold::new(services.keys().cloned(), endpoints.keys().copied(), held);
     Ok(Tables {
@@ -74,6 +74,8 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
         owners,
         cluster_ips: frontends.keys().filter(|key| key.is_cluster_ip()).count(),
         frontends,
+        // The agent before may have died before it told.
+        unjudged: true,
         // Where that was not told yet, the first row that is written tells it.
         enforced: enforced(&endpoints),
         endpoints,

@@ -44,6 +44,8 @@ pub(super) struct Tables<M> {
     pub(super) endpoints: BTreeMap<Addr, Endpoint>,
     /// [`Settings::POLICIES`] as long as policies apply to a pod: then the programs are told to ask them.
     pub(super) enforced: u32,
+    /// Policies may have changed, and the programs were not told to judge live flows again.
+    pub(super) unjudged: bool,
     /// A frontend was removed since this was last asked.
     pub(super) freed: bool,
     /// Services that lost a frontend to another since this was last asked.
@@ -147,12 +149,13 @@ impl<M: Maps> Tables<M> {
 
     /// Makes the row of a local pod say what it should.
     pub(super) fn apply_endpoint(&mut self, addr: Addr, desired: Option<Endpoint>) -> Result<(), MapError> {
-        let old = self.endpoints.get(&addr);
-        match desired.map(|row| adopting(old, row, self.clock)) {
-            Some(row) if old != Some(&row) => {
+        let old = self.endpoints.get(&addr).copied();
+        match desired.map(|row| adopting(old.as_ref(), row, self.clock)) {
+            Some(row) if old != Some(row) => {
                 if row.is_isolated() {
                     self.enforce(Settings::POLICIES)?;
                 }
+                self.unjudged |= old.is_some_and(|old| old.policy != row.policy);
                 self.maps.put::<Endpoints>(&addr, &row)?;
                 self.endpoints.insert(addr, row);
             }
@@ -177,16 +180,30 @@ impl<M: Maps> Tables<M> {
         Ok(())
     }
 
+    /// Has the programs judge live flows again, where policies have changed and a pod's flows are to be cut.
+    pub(super) fn judge_again(&mut self) -> Result<(), MapError> {
+        let cuts = self.endpoints.values().any(|row| row.policy.live == EndpointPolicy::CUT);
+        if self.unjudged && cuts {
+            let settings = self.maps.read::<SettingsRow>(0)?;
+            let epoch = settings.epoch.wrapping_add(1);
+            self.maps.write::<SettingsRow>(0, &Settings { epoch, ..settings })?;
+            self.unjudged = false;
+        }
+        Ok(())
+    }
+
     /// The table is small and read back each time.
     pub(super) fn apply_node(&mut self, rows: &NodeRows) -> Result<(), MapError> {
         if self.maps.read::<Masquerades>(0)? != rows.masquerade {
             self.maps.write::<Masquerades>(0, &rows.masquerade)?;
         }
         let flags = rows.settings.flags | self.enforced;
-        let settings = Settings { flags, ..rows.settings };
-        if self.maps.read::<SettingsRow>(0)? != settings {
+        let old = self.maps.read::<SettingsRow>(0)?;
+        let settings = Settings { flags, epoch: old.epoch, ..rows.settings };
+        if old != settings {
             // Ranges are taken back before they change: a program must not see half of one.
-            self.maps.write::<SettingsRow>(0, &Settings { flags, ..Settings::NONE })?;
+            let (flags, epoch) = (settings.flags, settings.epoch);
+            self.maps.write::<SettingsRow>(0, &Settings { flags, epoch, ..Settings::NONE })?;
             self.maps.write::<SettingsRow>(0, &settings)?;
         }
         let key = |range: &Prefix| RangeKey { bits: range.bits().into(), addr: range.addr() };
@@ -340,6 +357,7 @@ pub(super) fn range_of(row: &Frontend) -> Range {
 /// The row, with what the pod adopts: what it had going when the first policy came to isolate it may finish (rule 52).
 fn adopting(old: Option<&Endpoint>, mut row: Endpoint, clock: fn() -> u32) -> Endpoint {
     row.policy.adopts_until = match old.filter(|old| old.ifindex == row.ifindex && row.is_isolated()) {
+        _ if row.policy.live == EndpointPolicy::CUT => 0,
         None => 0,
         Some(old) if old.is_isolated() => old.policy.adopts_until,
         Some(_open) => clock().saturating_add(EndpointPolicy::ADOPTION),

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::convert::{self, LABEL, SUBDOMAIN, TRIGGER};
 use super::list::Objects;
-use super::{Invalid, Problem, policy};
+use super::{Invalid, Problem, cluster_policy, policy};
 use crate::model::{Change, Kind, Name, ObjectId};
 
 /// One object of a document, or why it is none.
@@ -77,6 +77,7 @@ fn kind_of(version: &str, kind: &str) -> Option<Kind> {
         ("networking.k8s.io/v1", "ServiceCIDR") => Some(Kind::ServiceCidr),
         ("v1", "Namespace") => Some(Kind::Namespace),
         ("networking.k8s.io/v1", "NetworkPolicy") => Some(Kind::NetworkPolicy),
+        ("policy.networking.k8s.io/v1alpha2", "ClusterNetworkPolicy") => Some(Kind::ClusterNetworkPolicy),
         _ => None,
     }
 }
@@ -98,13 +99,19 @@ where
         Kind::ServiceCidr => typed(value, convert::service_cidr),
         Kind::Namespace => typed(value, policy::namespace),
         Kind::NetworkPolicy => typed(value, policy::network_policy),
+        Kind::ClusterNetworkPolicy => typed(value, cluster_policy::cluster_network_policy),
     }
 }
 
 pub(super) fn name_limit(kind: Kind) -> usize {
     match kind {
         Kind::Service | Kind::Namespace => LABEL,
-        Kind::EndpointSlice | Kind::Node | Kind::Pod | Kind::ServiceCidr | Kind::NetworkPolicy => SUBDOMAIN,
+        Kind::EndpointSlice
+        | Kind::Node
+        | Kind::Pod
+        | Kind::ServiceCidr
+        | Kind::NetworkPolicy
+        | Kind::ClusterNetworkPolicy => SUBDOMAIN,
     }
 }
 
@@ -117,7 +124,12 @@ pub(super) fn service_of(id: &ObjectId, metadata: &Map<String, Value>) -> Option
             let name = text_of(labels, "kubernetes.io/service-name");
             (!name.is_empty()).then(|| Name::new(id.name.namespace.clone(), name))
         }
-        Kind::Node | Kind::Pod | Kind::ServiceCidr | Kind::Namespace | Kind::NetworkPolicy => None,
+        Kind::Node
+        | Kind::Pod
+        | Kind::ServiceCidr
+        | Kind::Namespace
+        | Kind::NetworkPolicy
+        | Kind::ClusterNetworkPolicy => None,
     }
 }
 
@@ -149,14 +161,15 @@ pub(super) fn item(value: Value, place: &str, node: &str) -> Item {
     if let Some(name) = metadata.get("name").filter(|name| !name.is_string() && !name.is_null()) {
         return bad(&format!("metadata.name: {name} is not text: put it in quotes"));
     }
-    let cluster_wide = matches!(kind, Kind::Node | Kind::Namespace | Kind::ServiceCidr);
+    let cluster_wide =
+        matches!(kind, Kind::Node | Kind::Namespace | Kind::ServiceCidr | Kind::ClusterNetworkPolicy);
     let namespace = Some(text_of(metadata, "namespace")).filter(|text| !text.is_empty() && !cluster_wide);
     let id = match convert::name(namespace, text_of(metadata, "name"), name_limit(kind)) {
         Ok(name) => ObjectId { kind, name },
         Err(invalid) => return Item::Unknown(problem(place, invalid.to_string())),
     };
     let service = service_of(&id, metadata);
-    let instead = (kind == Kind::NetworkPolicy).then(|| Box::new(policy::closed(id.name.clone(), &value)));
+    let instead = instead(&id, &value).map(Box::new);
     let annotations = metadata.get("annotations").and_then(Value::as_object);
     let triggered = annotations.and_then(|annotations| convert::trigger(text_of(annotations, TRIGGER)));
     match change(kind, value, node) {
@@ -166,6 +179,20 @@ pub(super) fn item(value: Value, place: &str, node: &str) -> Item {
             let problem = Problem { object: Some(id.clone()), service, ..problem };
             Item::Bad { id, problem, instead }
         }
+    }
+}
+
+/// What is in force in place of an object that has never made sense, where that is not nothing.
+pub(super) fn instead(id: &ObjectId, object: &Value) -> Option<Change> {
+    match id.kind {
+        Kind::NetworkPolicy => Some(policy::closed(id.name.clone(), object)),
+        Kind::ClusterNetworkPolicy => Some(cluster_policy::closed(&id.name, object)),
+        Kind::Service
+        | Kind::EndpointSlice
+        | Kind::Node
+        | Kind::Pod
+        | Kind::ServiceCidr
+        | Kind::Namespace => None,
     }
 }
 

@@ -43,6 +43,10 @@ pub enum Fault {
     NotAPortName { text: String },
     #[error("does not go together with {others}: use one or the other")]
     Alone { others: &'static str },
+    #[error("{value} is not a priority: use 0 to 1000, of which 0 comes first")]
+    NotAPriority { value: i32 },
+    #[error("is not supported: {way_out}")]
+    NotSupported { way_out: &'static str },
     #[error("`{text}` is none of its values: use {values}")]
     NotOneOf { text: String, values: &'static str },
     #[error(

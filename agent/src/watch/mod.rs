@@ -3,6 +3,7 @@
 //! Two sources share one converter: [`mod@file`], a directory of ordinary Kubernetes YAML, and [`mod@kube`], the
 //! Kubernetes API.
 
+pub mod cluster_policy;
 pub mod convert;
 mod directory;
 mod document;

@@ -4,7 +4,7 @@
 use ferroflow_common::addr::Port;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::networking::v1 as networking;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use serde::Deserialize as _;
 use serde_json::Value;
@@ -14,14 +14,18 @@ use super::exposure::source_range;
 use super::fault::{Fault, Invalid};
 use crate::model::label::{Operator, Requirement, Selector};
 use crate::model::policy::{
-    Block, Direction, Mode, Namespaces, NetworkPolicy, Peer, PolicyPort, PortNumber, Rule,
+    Block, Direction, Live, Mode, Namespaces, NetworkPolicy, Peer, PolicyPort, PortNumber, Rule,
 };
 use crate::model::{Change, Labels, Name, NamedPort, Namespace, Prefix};
 
 type Result<T> = std::result::Result<T, Invalid>;
 
 /// Our annotation on a NetworkPolicy: `enforce`, or `dry-run` to be told what would be dropped.
-const MODE: &str = "ferroflow.dev/policy-mode";
+pub(super) const MODE: &str = "ferroflow.dev/policy-mode";
+
+/// Our annotation on a policy: whether established flows `finish` when they are not allowed any more, or are `cut`. One
+/// policy that says `cut` is enough for the pods that it selects.
+const LIVE: &str = "ferroflow.dev/live-flows";
 
 /// # Errors
 /// The first field that makes no sense.
@@ -41,14 +45,10 @@ pub fn network_policy(object: &networking::NetworkPolicy) -> Result<Change> {
     let Some(spec) = &object.spec else {
         return Err(Fault::Missing { needed: "it says which pods the policy is about" }.at("spec"));
     };
-    let annotations = object.metadata.annotations.as_ref();
-    let mode = match annotations.and_then(|annotations| annotations.get(MODE)).map(String::as_str) {
+    let mode = match annotation(&object.metadata, MODE) {
         None | Some("enforce") => Mode::Enforce,
         Some("dry-run") => Mode::DryRun,
-        Some(text) => {
-            let fault = Fault::NotOneOf { text: text.into(), values: "enforce or dry-run" };
-            return Err(fault.at(format!("metadata.annotations[{MODE}]")));
-        }
+        Some(text) => return Err(not_one_of(MODE, text, "enforce or dry-run")),
     };
     let pods = match &spec.pod_selector {
         Some(pods) => selector(pods, "spec.podSelector")?,
@@ -70,8 +70,27 @@ pub fn network_policy(object: &networking::NetworkPolicy) -> Result<Change> {
         ingress: directions.contains(&Direction::Ingress).then_some(ingress),
         egress: directions.contains(&Direction::Egress).then_some(egress),
         mode,
+        live: live(&object.metadata)?,
     };
     Ok(Change::NetworkPolicy(name, Some(policy)))
+}
+
+/// What a policy says of established flows.
+pub(super) fn live(metadata: &ObjectMeta) -> Result<Option<Live>> {
+    match annotation(metadata, LIVE) {
+        None => Ok(None),
+        Some("finish") => Ok(Some(Live::Finish)),
+        Some("cut") => Ok(Some(Live::Cut)),
+        Some(text) => Err(not_one_of(LIVE, text, "finish or cut")),
+    }
+}
+
+pub(super) fn annotation<'a>(metadata: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+    metadata.annotations.as_ref()?.get(key).map(String::as_str)
+}
+
+fn not_one_of(annotation: &str, text: &str, values: &'static str) -> Invalid {
+    Fault::NotOneOf { text: text.into(), values }.at(format!("metadata.annotations[{annotation}]"))
 }
 
 /// What is in force in place of a policy that makes no sense: the pods that it selects, or where it does not say
@@ -80,7 +99,8 @@ pub(super) fn closed(name: Name, object: &Value) -> Change {
     let read = object.pointer("/spec/podSelector").and_then(|value| LabelSelector::deserialize(value).ok());
     let pods = read.and_then(|read| selector(&read, "").ok()).unwrap_or_default();
     let nothing = || Some(Box::default());
-    let policy = NetworkPolicy { pods, ingress: nothing(), egress: nothing(), mode: Mode::Enforce };
+    let policy =
+        NetworkPolicy { pods, ingress: nothing(), egress: nothing(), mode: Mode::Enforce, live: None };
     Change::NetworkPolicy(name, Some(policy))
 }
 
@@ -215,7 +235,7 @@ fn range_end(first: Port, last: i32) -> Result<Port> {
 }
 
 /// As IANA has them (RFC 6335 section 5.1).
-fn is_port_name(text: &str) -> bool {
+pub(super) fn is_port_name(text: &str) -> bool {
     let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
     (1..=15).contains(&text.len())
         && text.bytes().all(fits)
@@ -225,7 +245,7 @@ fn is_port_name(text: &str) -> bool {
         && !text.contains("--")
 }
 
-fn selector(object: &LabelSelector, path: &str) -> Result<Selector> {
+pub(super) fn selector(object: &LabelSelector, path: &str) -> Result<Selector> {
     let labels = object.match_labels.iter().flatten();
     let labels = labels.map(|(key, value)| Ok(Requirement::equals(key.as_str(), value.as_str())));
     let expressions = object.match_expressions.iter().flatten().enumerate().map(|(index, it)| {

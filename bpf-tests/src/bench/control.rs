@@ -193,7 +193,7 @@ fn reconciler(bpffs: &Bpffs, node: &str) -> Result<Reconciler<KernelMaps>> {
     Ok(Reconciler::restore(tables, &config, Instant::now())?)
 }
 
-fn write_all(reconciler: &mut Reconciler<KernelMaps>) -> Result<()> {
+pub(super) fn write_all(reconciler: &mut Reconciler<KernelMaps>) -> Result<()> {
     while reconciler.stats().pending > 0 {
         reconciler.tick(Instant::now());
     }

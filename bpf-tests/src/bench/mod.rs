@@ -21,6 +21,7 @@ mod figure;
 mod iptables;
 mod nftables;
 mod plot;
+mod policies;
 mod scale;
 mod stats;
 
@@ -111,6 +112,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     for &size in &plan.control {
         measure_alone(&sandbox, &plan, size, &mut report)?;
+    }
+    if let Err(error) = policies::measure(&sandbox, &mut report) {
+        report.fail("policy/tables/ferroflow", 0, &error)?;
     }
     add_flatness(&mut report)?;
     add_slopes(&mut report)?;

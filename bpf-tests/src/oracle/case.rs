@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use ferroflow::maps::fake::{FakeMaps, Faults, Search, Sizes};
-use ferroflow::maps::{Endpoints, Ipcache, IpcacheRanges, Maps as _, Policy, PortRanges};
+use ferroflow::maps::{Endpoints, Ipcache, IpcacheRanges, Maps, Policy, PortRanges};
 use ferroflow::model::Change;
 use ferroflow::plan;
 use ferroflow::reconcile::{Config, Limits, Reconciler};
@@ -35,11 +35,10 @@ pub struct Mismatch {
     pub tables: Option<Verdict>,
 }
 
-/// The cluster as the agent sees it: the real reconciler, over tables in memory.
+/// The cluster as the agent sees it: the real reconciler, over tables in memory or in the kernel.
 #[derive(Debug)]
-pub struct Compiled {
-    reconciler: Reconciler<FakeMaps>,
-    tables: Tables,
+pub struct Compiled<M = FakeMaps> {
+    reconciler: Reconciler<M>,
     now: Instant,
 }
 
@@ -51,11 +50,21 @@ pub struct Tables {
 }
 
 impl Compiled {
+    /// With empty tables.
+    ///
+    /// # Errors
+    /// As [`Compiled::restore`].
+    pub fn new() -> Result<Self> {
+        Self::restore(FakeMaps::new(Sizes { hash: 1000, slots: 2000, backends: 1 }, Search::EveryWrite))
+    }
+}
+
+impl<M: Maps> Compiled<M> {
     /// Over tables that an agent before left; writes nothing until [`Compiled::settle`].
     ///
     /// # Errors
     /// Where the tables cannot be read.
-    pub fn restore(maps: FakeMaps) -> Result<Self> {
+    pub fn restore(maps: M) -> Result<Self> {
         let now = Instant::now();
         let limits = Limits { services: 1, frontends: 1 };
         let (plan, grace) = (plan::Config::default(), Duration::ZERO);
@@ -65,15 +74,7 @@ impl Compiled {
         for addr in (0..PODS).flat_map(pod_addresses) {
             reconciler.handle(Change::LocalRoute(addr.parse::<IpAddr>()?.into(), Some(7)), now);
         }
-        Ok(Self { reconciler, tables: Tables::default(), now })
-    }
-
-    /// With empty tables.
-    ///
-    /// # Errors
-    /// As [`Compiled::restore`].
-    pub fn new() -> Result<Self> {
-        Self::restore(FakeMaps::new(Sizes { hash: 1000, slots: 2000, backends: 1 }, Search::EveryWrite))
+        Ok(Self { reconciler, now })
     }
 
     /// Takes a change in.
@@ -97,23 +98,24 @@ impl Compiled {
         if let Some((key, error)) = self.reconciler.failing().next() {
             bail!("{key}: {error}");
         }
-        self.tables = Tables::of(self.reconciler.maps())?;
         Ok(())
     }
 
-    pub fn maps_mut(&mut self) -> &mut FakeMaps {
+    pub fn maps_mut(&mut self) -> &mut M {
         self.reconciler.maps_mut()
     }
 
-    pub fn tables(&self) -> &Tables {
-        &self.tables
+    /// # Errors
+    /// Where the tables cannot be read.
+    pub fn tables(&self) -> Result<Tables> {
+        Tables::of(self.reconciler.maps())
     }
 }
 
 impl Tables {
     /// # Errors
     /// Where the tables cannot be read.
-    pub fn of(maps: &FakeMaps) -> Result<Self> {
+    pub fn of(maps: &impl Maps) -> Result<Self> {
         let port_ranges = (0..maps.len::<PortRanges>()).map(|row| maps.read::<PortRanges>(row));
         let policies = FakePolicies {
             classes: maps.dump::<Ipcache>()?.into_iter().collect(),
@@ -157,7 +159,7 @@ pub struct Asked {
 }
 
 impl Asked {
-    fn count(&mut self, answer: Answer) {
+    pub fn count(&mut self, answer: Answer) {
         match answer {
             Answer::Passes => self.passes += 1,
             Answer::Dropped => self.dropped += 1,
@@ -222,7 +224,7 @@ pub fn run(objects: &[Value], probes: Probes, asked: &mut Asked) -> Result<Optio
         oracle.apply(object);
         compiled.handle(object)?;
         compiled.settle()?;
-        if let Some(mismatch) = probe((&oracle, compiled.tables()), probes.count, &mut noise, asked)? {
+        if let Some(mismatch) = probe((&oracle, &compiled.tables()?), probes.count, &mut noise, asked)? {
             return Ok(Some(mismatch));
         }
     }
@@ -254,7 +256,7 @@ pub fn run_deaths(objects: &[Value], probes: Probes, asked: &mut Asked) -> Resul
         }
         let (converged, next) = over(dying.maps_mut(), Faults::Never, objects)?;
         converged?;
-        if let Some(mismatch) = probe((&after, next.tables()), probes.count, &mut noise, asked)? {
+        if let Some(mismatch) = probe((&after, &next.tables()?), probes.count, &mut noise, asked)? {
             return Ok(Some(mismatch));
         }
         if survived.is_ok() {

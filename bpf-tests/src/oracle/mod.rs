@@ -1,4 +1,4 @@
-//! What the API says of a NetworkPolicy, read off its text: no classes, no tables, no cleverness, and nothing of the
+//! What the APIs say of NetworkPolicies and ClusterNetworkPolicies, read off their text: no classes, no tables, no cleverness, and nothing of the
 //! agent. Objects are the JSON that a user would write; every question walks all of them.
 //!
 //! [`random`] makes clusters to ask about, [`case`] asks, and shrinks what goes wrong.
@@ -66,16 +66,72 @@ impl Oracle {
                 && is_about(policy, way)
                 && matches(&policy["spec"]["podSelector"], &pod["metadata"]["labels"])
         });
+        if let Some(answer) = self.ask_tier("Admin", pod, way, flow) {
+            return answer;
+        }
         let (tried, enforced): (Vec<_>, Vec<_>) = about
             .partition(|policy| policy["metadata"]["annotations"]["ferroflow.dev/policy-mode"] == "dry-run");
-        let judges = if enforced.is_empty() { &tried } else { &enforced };
-        if judges.is_empty() || judges.iter().any(|policy| self.lets(policy, pod, way, flow)) {
-            Answer::Passes
-        } else if enforced.is_empty() {
-            Answer::Told
-        } else {
-            Answer::Dropped
+        let lets = |policies: &[&Value]| policies.iter().any(|policy| self.lets(policy, pod, way, flow));
+        if !enforced.is_empty() {
+            return if lets(&enforced) { Answer::Passes } else { Answer::Dropped };
         }
+        // To who is in dry run no policy selects the pod, and the last tier is asked.
+        let last = self.ask_tier("Baseline", pod, way, flow).unwrap_or(Answer::Passes);
+        if last == Answer::Passes && !tried.is_empty() && !lets(&tried) { Answer::Told } else { last }
+    }
+
+    /// What the first rule of a tier that means the flow says; `None` where there is none, or it passes the flow on.
+    fn ask_tier(&self, tier: &str, pod: &Value, way: Way, flow: Flow<'_>) -> Option<Answer> {
+        let mut policies: Vec<_> = self
+            .of_kind("ClusterNetworkPolicy")
+            .filter(|it| it["spec"]["tier"] == tier && self.means_pod(&it["spec"]["subject"], pod))
+            .collect();
+        policies.sort_by_key(|it| it["spec"]["priority"].as_u64());
+        let (rules, peers) = match way {
+            Way::In => ("ingress", "from"),
+            Way::Out => ("egress", "to"),
+        };
+        let rules = policies.into_iter().flat_map(|it| list(&it["spec"][rules]));
+        let mut meant = rules.filter(|rule| {
+            let protocols = list(&rule["protocols"]);
+            list(&rule[peers]).iter().any(|peer| self.is_peer_of_tier(peer, flow.peer))
+                && (protocols.is_empty() || protocols.iter().any(|it| self.is_protocol(it, pod, way, flow)))
+        });
+        match meant.next()?["action"].as_str() {
+            Some("Accept") => Some(Answer::Passes),
+            Some("Deny") => Some(Answer::Dropped),
+            Some(_) | None => None,
+        }
+    }
+
+    /// Whether a subject or peer, by namespaces or by pods in namespaces, means the pod.
+    fn means_pod(&self, it: &Value, pod: &Value) -> bool {
+        let namespace = &pod["metadata"]["namespace"];
+        if it["namespaces"].is_object() {
+            return self.namespace_matches(&it["namespaces"], namespace);
+        }
+        it["pods"].is_object()
+            && self.namespace_matches(&it["pods"]["namespaceSelector"], namespace)
+            && matches(&it["pods"]["podSelector"], &pod["metadata"]["labels"])
+    }
+
+    fn is_peer_of_tier(&self, peer: &Value, addr: IpAddr) -> bool {
+        list(&peer["networks"]).iter().any(|range| within(addr, range))
+            || self.pods_at(addr).any(|pod| self.means_pod(peer, pod))
+    }
+
+    fn is_protocol(&self, it: &Value, pod: &Value, way: Way, flow: Flow<'_>) -> bool {
+        if let Some(name) = it["destinationNamedPort"].as_str() {
+            let calls = |pod: &Value| container_ports(pod, name, flow.protocol).contains(&flow.port);
+            return match way {
+                Way::In => calls(pod),
+                Way::Out => self.pods_at(flow.peer).any(calls),
+            };
+        }
+        let port = &it[flow.protocol.to_lowercase()]["destinationPort"];
+        let (number, range) = (port["number"].as_u64(), &port["range"]);
+        let ends = number.zip(number).or(range["start"].as_u64().zip(range["end"].as_u64()));
+        ends.is_some_and(|(first, last)| (first..=last).contains(&u64::from(flow.port)))
     }
 
     fn of_kind(&self, kind: &str) -> impl Iterator<Item = &Value> {

@@ -5,11 +5,12 @@ use serde_json::{Map, Value, json};
 
 /// An object to begin with, or a change to one.
 pub fn object(noise: &mut Noise) -> Value {
-    match noise.below(10) {
+    match noise.below(12) {
         0 => namespace(noise),
         1..=4 => pod(noise),
         5 => gone(noise),
-        _ => policy(noise),
+        6..=9 => policy(noise),
+        _ => cluster_policy(noise),
     }
 }
 
@@ -106,6 +107,58 @@ fn policy(noise: &mut Noise) -> Value {
     object
 }
 
+/// No two have one priority: which of them comes first is not said.
+fn cluster_policy(noise: &mut Noise) -> Value {
+    let number = noise.below(4);
+    let mut rules = |field| -> Value { (0..noise.below(4)).map(|_| tier_rule(noise, field)).collect() };
+    let (ingress, egress) = (rules("from"), rules("to"));
+    json!({
+        "kind": "ClusterNetworkPolicy",
+        "metadata": {"name": format!("c{number}")},
+        "spec": {
+            "tier": noise.pick(&["Admin", "Baseline"]),
+            "priority": noise.below(3) * 10 + number,
+            "subject": pods(noise),
+            "ingress": ingress,
+            "egress": egress,
+        },
+    })
+}
+
+fn tier_rule(noise: &mut Noise, field: &str) -> Value {
+    let mut rule = json!({"action": noise.pick(&["Accept", "Accept", "Deny", "Pass"])});
+    let networks = field == "to" && noise.percent(40);
+    rule[field] = (0..1 + noise.below(2)).map(|_| pods(noise)).collect();
+    if networks {
+        let ranges: Vec<_> = (0..1 + noise.below(2)).map(|_| noise.pick(&RANGES).0).collect();
+        rule[field][0] = json!({"networks": ranges});
+    }
+    if noise.percent(60) {
+        rule["protocols"] = (0..1 + noise.below(3)).map(|_| protocol(noise, networks)).collect();
+    }
+    rule
+}
+
+fn pods(noise: &mut Noise) -> Value {
+    if noise.percent(50) {
+        return json!({"namespaces": selector(noise)});
+    }
+    json!({"pods": {"namespaceSelector": selector(noise), "podSelector": selector(noise)}})
+}
+
+fn protocol(noise: &mut Noise, numbers_only: bool) -> Value {
+    if !numbers_only && noise.percent(30) {
+        return json!({"destinationNamedPort": noise.pick(&PORT_NAMES)});
+    }
+    let (first, last) = (noise.pick(&PORTS), noise.pick(&PORTS));
+    let port = if last > first && noise.percent(50) {
+        json!({"range": {"start": first, "end": last}})
+    } else {
+        json!({"number": first})
+    };
+    json!({noise.pick(&PROTOCOLS).to_lowercase(): {"destinationPort": port}})
+}
+
 fn rule(noise: &mut Noise, field: &str) -> Value {
     let mut rule = json!({});
     if noise.percent(75) {
@@ -155,9 +208,10 @@ fn port(noise: &mut Noise) -> Value {
 }
 
 fn gone(noise: &mut Noise) -> Value {
-    let mut object = match noise.below(5) {
+    let mut object = match noise.below(6) {
         0 => namespace(noise),
         1 | 2 => pod(noise),
+        3 => cluster_policy(noise),
         _ => policy(noise),
     };
     object["gone"] = true.into();

@@ -9,7 +9,7 @@ use ferroflow::maps::Maps;
 use ferroflow::model::{Change, Kind, Name, ObjectId};
 use ferroflow::plan::{self, ExternalIps};
 use ferroflow::reconcile::{Config, Limits, Reconciler};
-use ferroflow::watch::{convert, policy};
+use ferroflow::watch::{cluster_policy, convert, policy};
 use serde_json::Value;
 
 use super::cluster::NODE;
@@ -128,6 +128,7 @@ pub fn change(object: &Value) -> Result<Change> {
         "ServiceCIDR" => Kind::ServiceCidr,
         "Namespace" => Kind::Namespace,
         "NetworkPolicy" => Kind::NetworkPolicy,
+        "ClusterNetworkPolicy" => Kind::ClusterNetworkPolicy,
         other => bail!("no such kind: {other}"),
     };
     if object["gone"] == true {
@@ -143,6 +144,9 @@ pub fn change(object: &Value) -> Result<Change> {
         Kind::ServiceCidr => convert::service_cidr(&serde_json::from_value(read())?),
         Kind::Namespace => policy::namespace(&serde_json::from_value(read())?),
         Kind::NetworkPolicy => policy::network_policy(&serde_json::from_value(read())?),
+        Kind::ClusterNetworkPolicy => {
+            cluster_policy::cluster_network_policy(&serde_json::from_value(read())?)
+        }
     };
     change.with_context(|| object.to_string())
 }

@@ -177,13 +177,13 @@ fn guarded_routes() -> Vec<Route> {
 fn guarded_tables() -> Result<Fake> {
     let mut tables = tables()?;
     tables.settings = Some(Settings { flags: Settings::POLICIES, ..Settings::NONE });
-    let policy = EndpointPolicy { ingress: 1, egress: 2, adopts_until: 0 };
+    let policy = EndpointPolicy { ingress: 1, egress: 2, adopts_until: 0, live: EndpointPolicy::FINISH };
     tables.endpoints.values_mut().for_each(|row| row.policy = policy);
     for ends in [Ends::new::<V4>(80), Ends::new::<V6>(80)] {
         tables.policies.classes.extend([ends.client, ends.pod, ends.far].map(|(addr, _)| (addr, 1)));
     }
     let verdict = Allow as u8;
-    let web = PortRange { first: 80, last: 80, proto: Proto::TCP, verdict, reserved: [0; 2] };
+    let web = PortRange { first: 80, last: 80, proto: Proto::TCP, verdict, cause: 0 };
     for (set, otherwise) in [(1, Deny), (2, Allow)] {
         tables.policies.lay(set, PolicyKey::OTHERS, Deny, &[]);
         tables.policies.lay(set, 1, otherwise, &[web]);

@@ -10,7 +10,10 @@ use std::{
 
 use bpf_tests::apiserver::{ApiServer, Recorded, Verb};
 use ferroflow::{
-    model::{Change, EndpointSlice, Name, Namespace, NetworkPolicy, Node, Pod, Prefix, Service},
+    model::{
+        Change, ClusterNetworkPolicy, EndpointSlice, Name, Namespace, NetworkPolicy, Node, Pod, Prefix,
+        Service,
+    },
     watch::{
         Contact, Event, Source,
         file::{self, FileSource},
@@ -39,6 +42,7 @@ pub(crate) struct Model {
     pub(crate) pods: BTreeMap<Name, Pod>,
     pub(crate) namespaces: BTreeMap<Box<str>, Namespace>,
     pub(crate) policies: BTreeMap<Name, NetworkPolicy>,
+    pub(crate) cluster_policies: BTreeMap<Box<str>, ClusterNetworkPolicy>,
     pub(crate) ranges: BTreeMap<Box<str>, Box<[Prefix]>>,
 }
 
@@ -76,6 +80,7 @@ impl Model {
             }
             Change::Namespace(name, object) => set(&mut self.namespaces, name, object),
             Change::NetworkPolicy(name, object) => set(&mut self.policies, name, object),
+            Change::ClusterNetworkPolicy(name, object) => set(&mut self.cluster_policies, name, object),
             Change::ServiceCidr(name, object) => set(&mut self.ranges, name, object),
             Change::LocalRoute(..)
             | Change::LocalAddress(..)
@@ -175,6 +180,7 @@ pub(crate) const TIMING: Timing = Timing {
     patience: Duration::from_secs(20),
     idle: Duration::from_secs(20),
     watch: Duration::from_secs(60),
+    undefined: Duration::from_millis(50),
 };
 
 /// A server, and a source that reads from it.

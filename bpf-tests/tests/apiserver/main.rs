@@ -25,7 +25,7 @@ async fn a_cluster_is_listed_in_pages_and_watched() {
     it.api.set(&cluster(1_200, 1)).unwrap();
     it.arrives_at(&cluster(1_200, 1)).await;
     assert_eq!(it.requests(Verb::List, "/services"), 3, "no list after the first");
-    assert_eq!(it.requests(Verb::Watch, ""), 7, "one watch a kind");
+    assert_eq!(it.requests(Verb::Watch, ""), 8, "one watch a kind");
 }
 
 #[tokio::test]
@@ -63,6 +63,24 @@ async fn policies_namespaces_and_service_ranges_arrive() {
     let it = Fixture::start(&manifests, TIMING, |_| {}).await;
     let model = it.arrives_at(&manifests).await.model;
     assert_eq!((model.namespaces.len(), model.policies.len(), model.ranges.len()), (1, 1, 1));
+    assert_eq!(model.cluster_policies.len(), 1);
+}
+
+/// Somebody defines ClusterNetworkPolicies while the agent runs.
+#[tokio::test]
+async fn a_kind_that_is_defined_later_is_watched_from_then_on() {
+    let (before, mut after) = (cluster(1, 0), cluster(1, 0));
+    after.push(POLICIES.to_owned());
+    let it = Fixture::start(&before, TIMING, |api| {
+        api.inject(Verb::List, "/clusternetworkpolicies", Fault::Status(404, None), usize::MAX);
+    })
+    .await;
+    let heard = it.arrives_at(&before).await;
+    assert_eq!((heard.losses, heard.problems.len()), (0, 0));
+    it.api.disarm();
+    it.api.set(&after).unwrap();
+    let heard = it.arrives_at(&after).await;
+    assert_eq!((heard.model.cluster_policies.len(), heard.losses), (1, 0));
 }
 
 const POLICIES: &str = "\
@@ -79,6 +97,16 @@ apiVersion: networking.k8s.io/v1
 kind: ServiceCIDR
 metadata: {name: kubernetes}
 spec: {cidrs: [10.96.0.0/16]}
+---
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: {name: first}
+spec:
+  tier: Admin
+  priority: 10
+  subject: {namespaces: {}}
+  ingress:
+  - {action: Deny, from: [{namespaces: {matchLabels: {team: a}}}]}
 ";
 
 /// Each fault on the first list of every kind, and on a later page.

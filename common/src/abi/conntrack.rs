@@ -48,10 +48,12 @@ pub struct Entry {
     pub kind: u8,
     /// The bits of [`crate::tcp::State`].
     pub state: u8,
-    /// [`Entry::OWN_SOURCE`], [`Entry::PLAIN`], [`Entry::MASQUERADED`] and [`Entry::SHADOWING`].
+    /// [`Entry::OWN_SOURCE`], [`Entry::PLAIN`], [`Entry::MASQUERADED`], [`Entry::SHADOWING`] and [`Entry::EXEMPT`].
     pub flags: u8,
     pub reserved: u8,
-    pub service: u32,
+    /// [`Settings::epoch`](super::node::Settings::epoch) when policies were last asked about the flow, by a packet of this
+    /// direction.
+    pub epoch: u32,
     pub backend: u32,
     /// The backend's generation when the flow chose it.
     pub generation: u32,
@@ -77,4 +79,6 @@ impl Entry {
     /// The client talks to the backend through a service and by its own address, from one port: once translated, packets of
     /// one flow have the tuple of the other. Those of a pod are translated where the pod sends them, and then not again.
     pub const SHADOWING: u8 = 8;
+    /// This node's own process opened it: no policy has a say in it (rule 49), also when live flows are judged again.
+    pub const EXEMPT: u8 = 16;
 }

@@ -38,6 +38,9 @@ pub struct Settings {
     /// The ranges that cluster IPs are taken from, the ones in use first: whatever is in one and no service's goes
     /// nowhere (rule 19).
     pub ranges: [ServiceRange; Self::RANGES],
+    /// Another number whenever a live flow may have lost its permission: a flow that was judged under another one is judged
+    /// again at its next packet (rule 52).
+    pub epoch: u32,
 }
 
 /// The words are those of a mapped address, in memory order.
@@ -64,8 +67,11 @@ impl Settings {
     pub const RANGES: usize = 8;
 
     /// What a fresh map holds.
-    pub const NONE: Self =
-        Self { flags: 0, ranges: [ServiceRange { first: [0; 4], mask: [0; 4], used: 0 }; Self::RANGES] };
+    pub const NONE: Self = Self {
+        flags: 0,
+        ranges: [ServiceRange { first: [0; 4], mask: [0; 4], used: 0 }; Self::RANGES],
+        epoch: 0,
+    };
 
     /// Whether the address is in a range of cluster IPs.
     #[inline(always)]

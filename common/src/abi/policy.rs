@@ -54,11 +54,17 @@ pub struct EndpointPolicy {
     /// Until this second of `CLOCK_MONOTONIC` a connection that nobody has tracked, since no policy isolated the pod when
     /// it began, goes on as if it had been (rule 52). 0 where the pod was isolated from its start.
     pub adopts_until: u32,
+    /// [`EndpointPolicy::FINISH`] or [`EndpointPolicy::CUT`].
+    pub live: u32,
 }
 
 impl EndpointPolicy {
     /// How long connections are adopted, in seconds: as long as one that is tracked may be idle.
     pub const ADOPTION: u32 = State::NEW.after(Flags::NONE, Direction::Reply).lifetime(Proto::TCP);
+    /// What is established goes on, whatever policies say of it by now.
+    pub const FINISH: u32 = 0;
+    /// A live flow is judged again when policies have changed, and dropped where they do not allow it any more.
+    pub const CUT: u32 = 1;
     /// Not isolated.
     pub const OPEN: u32 = 0;
     /// Nothing passes: the pod's policies have no room in the tables, or are not in them yet. No set has this number.
@@ -90,8 +96,48 @@ pub struct Rules {
     pub offset: u32,
     /// How many rows.
     pub length: u32,
-    /// A [`Verdict`], also of what has no ports.
+    /// A [`Verdict`], also of what has no ports, and from bit 16 on the [`Cause`] of that.
     pub otherwise: u32,
+}
+
+impl Rules {
+    #[inline(always)]
+    pub const fn verdict(&self) -> Verdict {
+        Verdict::from_row(self.otherwise & 0xffff)
+    }
+
+    pub const fn cause(&self) -> Cause {
+        Cause((self.otherwise >> 16) as u16)
+    }
+}
+
+/// Which rule of a set decides: the policy's place among those of the set, and the rule's in the policy. For eyes: the
+/// programs do not look at it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Cause(pub u16);
+
+impl Cause {
+    /// No rule: the pod is isolated, or it is not, or the rule's place has no room here.
+    pub const NONE: Self = Self(0);
+    const RULES: usize = 512;
+    const POLICIES: usize = 127;
+
+    /// The rule at this place of the policy at that place.
+    pub const fn new(policy: usize, rule: usize) -> Self {
+        if policy >= Self::POLICIES || rule >= Self::RULES {
+            return Self::NONE;
+        }
+        Self(((policy + 1) * Self::RULES + rule) as u16)
+    }
+
+    /// The places of the policy and of the rule in it.
+    pub const fn places(self) -> Option<(usize, usize)> {
+        let number = self.0 as usize;
+        match (number / Self::RULES).checked_sub(1) {
+            Some(policy) => Some((policy, number % Self::RULES)),
+            None => None,
+        }
+    }
 }
 
 /// From the first port of a protocol to the last, both included. The ranges of one row of rules are sorted by protocol
@@ -107,12 +153,13 @@ pub struct PortRange {
     pub proto: Proto,
     /// A [`Verdict`].
     pub verdict: u8,
-    pub reserved: [u8; 2],
+    /// Which rule of the set says so, for eyes: a [`Cause`].
+    pub cause: u16,
 }
 
 impl PortRange {
-    /// As many as there can be of the three protocols with ports, no two of which touch, are found in so many steps.
-    pub const STEPS: u32 = 17;
+    /// As many as there can be of the three protocols with ports, each of one port, are found in so many steps.
+    pub const STEPS: u32 = 18;
 }
 
 /// What becomes of a new flow.
@@ -180,6 +227,16 @@ mod tests {
         text[239..].copy_from_slice("\u{e9}".as_bytes());
         assert_eq!(Meaning::new([0; 16], core::str::from_utf8(&text).unwrap()).as_str(), long);
         assert_eq!(Meaning::new([1; 16], "shop/deny").as_str(), "shop/deny");
+    }
+
+    #[test]
+    fn a_cause_names_a_rule_or_none() {
+        for (policy, rule) in [(0, 0), (0, 511), (126, 511), (3, 7)] {
+            assert_eq!(Cause::new(policy, rule).places(), Some((policy, rule)));
+        }
+        for cause in [Cause::NONE, Cause::new(127, 0), Cause::new(0, 512)] {
+            assert_eq!(cause.places(), None);
+        }
     }
 
     #[test]

@@ -171,6 +171,11 @@ impl Services for Kernel {
     }
 
     #[inline(always)]
+    fn epoch(&self) -> u32 {
+        SETTINGS.get(0).map_or(0, |settings| settings.epoch)
+    }
+
+    #[inline(always)]
     fn allows(&self, client: &ServiceClient) -> bool {
         SOURCE_RANGES
             .get(&Key::new(SourceRangeKey::EVERY_BIT, *client))
@@ -286,6 +291,13 @@ impl Tracked for Row {
         // SAFETY: as above.
         let entry = unsafe { &mut *self.0 };
         entry.flags = flags;
+    }
+
+    #[inline(always)]
+    fn store_epoch(&self, epoch: u32) {
+        // SAFETY: as above.
+        let entry = unsafe { &mut *self.0 };
+        entry.epoch = epoch;
     }
 }
 

@@ -271,6 +271,10 @@ impl Tracked for Row {
     fn store_flags(&self, flags: u8) {
         self.entry.set(Entry { flags, ..self.entry.get() });
     }
+
+    fn store_epoch(&self, epoch: u32) {
+        self.entry.set(Entry { epoch, ..self.entry.get() });
+    }
 }
 
 impl Services for Fake {
@@ -297,6 +301,11 @@ impl Services for Fake {
     fn settings(&self) -> u32 {
         self.count_array();
         self.settings.map_or(0, |settings| settings.flags)
+    }
+
+    fn epoch(&self) -> u32 {
+        self.count_array();
+        self.settings.map_or(0, |settings| settings.epoch)
     }
 
     fn allows(&self, client: &ServiceClient) -> bool {

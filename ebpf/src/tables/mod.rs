@@ -40,6 +40,8 @@ pub trait Services {
     fn is_elsewhere(&self, addr: &Addr) -> bool;
     /// The bits of [`Settings::flags`](ferroflow_common::abi::node::Settings::flags).
     fn settings(&self) -> u32;
+    /// See [`Settings::epoch`](ferroflow_common::abi::node::Settings::epoch).
+    fn epoch(&self) -> u32;
     /// Whether a range that the service admits has the client (rule 22).
     fn allows(&self, client: &ServiceClient) -> bool;
     fn remembered(&self, key: &AffinityKey) -> Option<Affinity>;
@@ -60,6 +62,7 @@ pub trait Tracked {
     fn load(&self) -> Entry;
     fn store_state(&self, state: u8, expires: u32);
     fn store_flags(&self, flags: u8);
+    fn store_epoch(&self, epoch: u32);
 }
 
 /// Why the connection table took no entry.

@@ -174,6 +174,11 @@ impl Groups {
         signature.into()
     }
 
+    /// The pods of this node.
+    pub(super) fn local(&self) -> impl Iterator<Item = &Name> {
+        self.pods.iter().filter(|(_, member)| member.place == Place::Local).map(|(name, _)| name)
+    }
+
     /// The pods of this node in a namespace.
     pub(super) fn local_in(&self, namespace: &str) -> impl Iterator<Item = &Name> {
         let pods = self.pods.range(Name::new(namespace, "")..);

@@ -16,9 +16,8 @@
 //! says which rows are other than before. A pod that is relabelled is matched against the elements once; a policy that
 //! changes plans the sets that it is part of.
 //!
-//! Where tiers of other policies come in (`ClusterNetworkPolicy`): a set is then the policies of all tiers that select a
-//! pod, an element is an element whatever policy mentions it, and [`compile`] lays the tiers over each other, the one
-//! that decides first on top. Nothing after it changes.
+//! A set is the policies of all tiers that select a pod (`ClusterNetworkPolicy`), an element is an element whatever policy
+//! mentions it, and [`compile`] lays the tiers over each other. Nothing after it knows of them.
 
 mod address;
 mod compile;
@@ -35,7 +34,8 @@ use ferroflow_common::abi::policy::{Class, EndpointPolicy, Meaning, PolicyKey};
 use ferroflow_common::addr::Addr;
 
 use super::ids::{Exhausted, Numbers};
-use crate::model::{Name, Prefix, Touched, World};
+use crate::model::policy::Live;
+use crate::model::{Kind, Name, ObjectId, Prefix, Touched, World};
 use address::Addresses;
 use element::Elements;
 use group::Groups;
@@ -69,7 +69,7 @@ enum Pods {
 struct Inputs {
     pods: BTreeSet<Name>,
     namespaces: BTreeSet<Box<str>>,
-    policies: BTreeSet<Name>,
+    policies: BTreeSet<ObjectId>,
 }
 
 /// Rows that may be other than they were; what they are now is asked of the [`Planner`].
@@ -91,6 +91,14 @@ pub struct Room {
     pub classes: u32,
 }
 
+/// What could not be planned, and whose policies that are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// None where it may be any.
+    pub policies: BTreeSet<ObjectId>,
+    pub text: String,
+}
+
 /// What an earlier agent called what.
 #[derive(Debug, Default)]
 pub struct Known {
@@ -99,13 +107,13 @@ pub struct Known {
 }
 
 impl Planner {
-    /// Knows no object; numbers that are in use keep their meanings.
-    pub fn new(room: Room, known: Known) -> Self {
+    /// Knows no object; numbers that are in use keep their meanings. `live` is for policies that do not say.
+    pub fn new(room: Room, known: Known, live: Live) -> Self {
         Self {
             touched: Inputs::default(),
             elements: Elements::default(),
             groups: Groups::default(),
-            sets: Sets::new(Assigned::new("policy_sets", room.sets, known.sets)),
+            sets: Sets::new(Assigned::new("policy_sets", room.sets, known.sets), live),
             addresses: Addresses::new(Assigned::new("peer_classes", room.classes, known.classes)),
             rules: BTreeMap::new(),
             pods: Pods::Unseen,
@@ -117,7 +125,8 @@ impl Planner {
         match key {
             Touched::Pod(name) => self.pods == Pods::Followed && self.touched.pods.insert(name.clone()),
             Touched::Namespace(name) => self.touched.namespaces.insert(name.clone()),
-            Touched::NetworkPolicy(name) => self.touched.policies.insert(name.clone()),
+            Touched::NetworkPolicy(name) => self.touched.policies.insert(set::namespaced(name)),
+            Touched::ClusterNetworkPolicy(name) => self.touched.policies.insert(set::of_cluster(name)),
             Touched::Policies | Touched::Service(_) | Touched::Endpoint(_) | Touched::Node => {
                 return Concern::None;
             }
@@ -135,8 +144,16 @@ impl Planner {
         }
         let regrouped = self.groups.follow(world, &touched.pods, &touched.namespaces);
         let mut subjects = regrouped.local.clone();
-        for name in &touched.policies {
-            subjects.extend(self.groups.local_in(&name.namespace).cloned());
+        for id in &touched.policies {
+            if id.kind == Kind::ClusterNetworkPolicy {
+                subjects.extend(self.groups.local().cloned());
+            } else {
+                subjects.extend(self.groups.local_in(&id.name.namespace).cloned());
+            }
+        }
+        // Policies of namespaces select by the labels of pods alone.
+        if world.cluster_policies().next().is_some() {
+            subjects.extend(touched.namespaces.iter().flat_map(|name| self.groups.local_in(name)).cloned());
         }
         let sets = self.sets.follow((world, now), &mut self.elements, subjects, &touched.policies);
         let elements = self.elements.settle();
@@ -156,7 +173,9 @@ impl Planner {
     /// What applies to a local pod's address; what it adopts is not for the plan to say.
     pub fn endpoint(&self, addr: Addr) -> EndpointPolicy {
         let [ingress, egress] = self.sets.of(addr);
-        EndpointPolicy { ingress, egress, adopts_until: 0 }
+        let cuts = [ingress, egress].into_iter().any(|set| self.sets.live(set) == Live::Cut);
+        let live = if cuts { EndpointPolicy::CUT } else { EndpointPolicy::FINISH };
+        EndpointPolicy { ingress, egress, adopts_until: 0, live }
     }
 
     /// The class of a pod's address; `None` where that of its range is right.
@@ -184,7 +203,7 @@ impl Planner {
     }
 
     /// The policies of a set.
-    pub fn policies(&self, set: u32) -> &[Name] {
+    pub fn policies(&self, set: u32) -> &[ObjectId] {
         self.sets.policies(set)
     }
 
@@ -203,13 +222,15 @@ impl Planner {
 
     /// What could not be planned: pods that nothing passes, and addresses that no policy lets through, until there is
     /// room.
-    pub fn refused(&self) -> Vec<String> {
+    pub fn refused(&self) -> Vec<Refused> {
         let pods = self.sets.refused().map(|(error, pods)| {
-            let pods: Vec<_> = pods.iter().map(Name::to_string).collect();
-            format!("{error}; nothing passes {}", pods.join(", "))
+            let names: Vec<_> = pods.keys().map(Name::to_string).collect();
+            let policies = pods.values().flatten().cloned().collect();
+            Refused { policies, text: format!("{error}; nothing passes {}", names.join(", ")) }
         });
         let addresses = self.addresses.refused().map(|(error, addresses)| {
-            format!("{error}; policies let nothing through of {} addresses", addresses.len())
+            let text = format!("{error}; policies let nothing through of {} addresses", addresses.len());
+            Refused { policies: BTreeSet::new(), text }
         });
         pods.into_iter().chain(addresses).collect()
     }
@@ -345,7 +366,7 @@ mod tests {
 
     impl Run {
         fn new(room: Room) -> Self {
-            let planner = Planner::new(room, Known::default());
+            let planner = Planner::new(room, Known::default(), Live::Finish);
             Self { world: World::new("here"), planner, now: Instant::now() }
         }
 
@@ -422,7 +443,7 @@ mod tests {
         let EndpointPolicy { ingress: set, egress, .. } = run.planner.endpoint(at(1));
         assert_eq!(run.planner.endpoint(at(2)).ingress, set);
         assert_eq!((egress, run.planner.endpoint(at(3))), (EndpointPolicy::OPEN, EndpointPolicy::default()));
-        assert_eq!(run.planner.policies(set), [shop("web")]);
+        assert_eq!(run.planner.policies(set), [set::namespaced(&shop("web"))]);
         assert_eq!(run.planner.set(set).unwrap().as_str(), "ingress shop/web");
         let classes: Vec<_> = (1..=5).map(|last| run.planner.class(&at(last)).is_some()).collect();
         assert_eq!(classes, [false, false, false, true, false], "only the client that the policy means");
@@ -472,7 +493,7 @@ mod tests {
                 .map(|it| (*it, first.planner.meaning(*it).unwrap().fingerprint))
                 .collect(),
         };
-        let mut second = Run { planner: Planner::new(ROOM, known), ..Run::new(ROOM) };
+        let mut second = Run { planner: Planner::new(ROOM, known, Live::Finish), ..Run::new(ROOM) };
         let mut backwards = changes();
         backwards.reverse();
         for change in backwards {
@@ -497,10 +518,10 @@ mod tests {
             (1..=3).map(|it| run.planner.endpoint(at(it)).ingress == EndpointPolicy::CLOSED).collect();
         assert_eq!(closed.iter().filter(|it| **it).count(), 2, "there is one number: {closed:?}");
         let refused = run.planner.refused();
-        assert!(
-            refused[0].contains("table `policy_sets` has no room") && refused[0].contains("shop/c"),
-            "{refused:?}"
-        );
+        let text = &refused[0].text;
+        assert!(text.contains("table `policy_sets` has no room") && text.contains("shop/c"), "{refused:?}");
+        let policies: Vec<_> = refused[0].policies.iter().map(ToString::to_string).collect();
+        assert_eq!(policies, ["NetworkPolicy shop/b", "NetworkPolicy shop/c"]);
     }
 
     #[test]
@@ -527,8 +548,8 @@ mod tests {
         let inside = run.planner.range(&range).unwrap();
         assert_eq!(
             run.planner.rules(&PolicyKey { set, class: inside }).unwrap().ranges.len(),
-            10_000,
-            "1 and 2 touch"
+            10_001,
+            "1 and 2 touch, and are of two rules"
         );
         let left_out = Prefix::new(Addr::v4([10, 0, 7, 0]), 24).unwrap();
         assert_eq!(run.planner.range(&left_out), Some(0), "the exceptions are the world again");

@@ -4,15 +4,16 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
-use ferroflow_common::abi::policy::{EndpointPolicy, Meaning};
+use ferroflow_common::abi::policy::{Cause, EndpointPolicy, Meaning};
 use ferroflow_common::addr::{Addr, Port};
 
-use super::compile::{Compiled, Ports, Verdicts, compile};
+use super::compile::{Compiled, Isolation, Layer, Ports, Verdicts, compile};
 use super::element::{Element, ElementId, Elements, Scope};
 use super::group::is_peer;
 use super::{Assigned, fingerprint};
-use crate::model::policy::{Direction, Mode, Namespaces, Peer, PolicyPort, PortNumber, Rule};
-use crate::model::{Name, NamedPort, NetworkPolicy, Pod, World};
+use crate::model::policy::{Direction, Live, Mode, Namespaces, Peer, PolicyPort, PortNumber, Rule};
+use crate::model::tier::{Action, Tier, TierRule};
+use crate::model::{ClusterNetworkPolicy, Kind, Name, NamedPort, NetworkPolicy, ObjectId, Pod, World};
 use crate::plan::ids::Exhausted;
 
 /// Which set it is.
@@ -20,7 +21,7 @@ use crate::plan::ids::Exhausted;
 struct Key {
     direction: Direction,
     /// Sorted; at least one.
-    policies: Box<[Name]>,
+    policies: Box<[ObjectId]>,
     /// What the pod itself calls the ports that the policies name for what comes in (rule 46).
     ports: Box<[NamedPort]>,
 }
@@ -32,8 +33,11 @@ pub(super) struct Set {
     users: u32,
     rules: Vec<Compiled>,
     elements: BTreeSet<ElementId>,
-    /// Enforced unless all of its policies are in dry run.
-    mode: Mode,
+    isolation: Isolation,
+    /// Names of its policies, with their tiers.
+    text: String,
+    /// Cut, where one of its policies wants that.
+    live: Live,
 }
 
 /// The sets of an address: of what comes in and of what goes out.
@@ -42,29 +46,32 @@ type Pair = [u32; 2];
 #[derive(Debug)]
 pub(super) struct Sets {
     numbers: Assigned,
+    /// Of policies that do not say.
+    live: Live,
     ids: HashMap<Arc<Key>, u32>,
     sets: BTreeMap<u32, Set>,
-    by_policy: BTreeMap<Name, BTreeSet<u32>>,
+    by_policy: BTreeMap<ObjectId, BTreeSet<u32>>,
     /// What the pods of this node have, by address.
     at: BTreeMap<Addr, BTreeMap<Name, Pair>>,
     addresses: BTreeMap<Name, Box<[Addr]>>,
-    /// Pods for whose policies there was no number.
-    refused: BTreeSet<Name>,
+    /// Pods for whose policies there was no number, and those.
+    refused: BTreeMap<Name, BTreeSet<ObjectId>>,
     error: Option<Exhausted>,
     changed: BTreeSet<u32>,
     moved: BTreeSet<Addr>,
 }
 
 impl Sets {
-    pub(super) fn new(numbers: Assigned) -> Self {
+    pub(super) fn new(numbers: Assigned, live: Live) -> Self {
         Self {
             numbers,
+            live,
             ids: HashMap::new(),
             sets: BTreeMap::new(),
             by_policy: BTreeMap::new(),
             at: BTreeMap::new(),
             addresses: BTreeMap::new(),
-            refused: BTreeSet::new(),
+            refused: BTreeMap::new(),
             error: None,
             changed: BTreeSet::new(),
             moved: BTreeSet::new(),
@@ -78,14 +85,14 @@ impl Sets {
         (world, now): (&World, Instant),
         elements: &mut Elements,
         subjects: BTreeSet<Name>,
-        policies: &BTreeSet<Name>,
+        policies: &BTreeSet<ObjectId>,
     ) -> BTreeSet<u32> {
         let mut compiled: BTreeSet<u32> =
             policies.iter().filter_map(|name| self.by_policy.get(name)).flatten().copied().collect();
         self.error = None;
         let refused = std::mem::take(&mut self.refused);
         let mut left = Vec::new();
-        for name in subjects.into_iter().chain(refused) {
+        for name in subjects.into_iter().chain(refused.into_keys()) {
             let pod = world.pod(&name).filter(|pod| is_peer(pod) && world.is_local(pod));
             let pair = pod.map(|pod| self.pair(world, (&name, pod), now, &mut compiled));
             let addresses = pod.map(|pod| pod.addresses.clone()).unwrap_or_default();
@@ -114,22 +121,22 @@ impl Sets {
         if pairs.all(|pair| pair == first) { *first } else { [EndpointPolicy::CLOSED; 2] }
     }
 
+    /// What becomes of established flows of the pods that have a set.
+    pub(super) fn live(&self, number: u32) -> Live {
+        self.sets.get(&number).map_or(Live::Finish, |set| set.live)
+    }
+
     pub(super) fn elements(&self, number: u32) -> impl Iterator<Item = ElementId> {
         self.sets.get(&number).into_iter().flat_map(|set| set.elements.iter().copied())
     }
 
-    pub(super) fn policies(&self, number: u32) -> &[Name] {
+    pub(super) fn policies(&self, number: u32) -> &[ObjectId] {
         self.sets.get(&number).map_or(&[], |set| &set.key.policies)
     }
 
     pub(super) fn meaning(&self, number: u32) -> Option<Meaning> {
         let set = self.sets.get(&number)?;
-        let names: Vec<_> = set.key.policies.iter().map(Name::to_string).collect();
-        let direction = match set.key.direction {
-            Direction::Ingress => "ingress",
-            Direction::Egress => "egress",
-        };
-        Some(Meaning::new(fingerprint(&set.key), &format!("{direction} {}", names.join(" "))))
+        Some(Meaning::new(fingerprint(&set.key), &set.text))
     }
 
     pub(super) fn addresses_of(&self, set: u32) -> impl Iterator<Item = Addr> {
@@ -142,7 +149,7 @@ impl Sets {
     }
 
     /// Why the pods that it names have no set of their own.
-    pub(super) fn refused(&self) -> Option<(&Exhausted, &BTreeSet<Name>)> {
+    pub(super) fn refused(&self) -> Option<(&Exhausted, &BTreeMap<Name, BTreeSet<ObjectId>>)> {
         self.error.as_ref().map(|error| (error, &self.refused))
     }
 
@@ -171,7 +178,7 @@ impl Sets {
                 Ok(number) => number,
                 Err(error) => {
                     self.error = Some(error);
-                    self.refused.insert(name.clone());
+                    self.refused.entry(name.clone()).or_default().extend(key.policies);
                     return EndpointPolicy::CLOSED;
                 }
             };
@@ -180,9 +187,7 @@ impl Sets {
                 self.by_policy.entry(policy.clone()).or_default().insert(number);
             }
             self.ids.insert(key.clone(), number);
-            let (rules, elements) = (Vec::new(), BTreeSet::new());
-            self.sets.insert(number, Set { key, users: 0, rules, elements, mode: Mode::Enforce });
-            self.changed.insert(number);
+            self.sets.insert(number, Set::new(key));
             fresh.insert(number);
             number
         })
@@ -252,65 +257,176 @@ impl Sets {
     fn compile(&mut self, number: u32, world: &World, elements: &mut Elements) {
         let Some(set) = self.sets.get_mut(&number) else { return };
         let key = set.key.clone();
-        let policies: Vec<_> =
-            key.policies.iter().filter_map(|name| Some((name, world.policy(name)?))).collect();
-        // What is only tried can add nothing to what is enforced, and take nothing away.
-        let enforced = policies.iter().any(|(_, policy)| policy.mode == Mode::Enforce);
-        set.mode = if enforced { Mode::Enforce } else { Mode::DryRun };
         let mut used = BTreeSet::new();
-        set.rules = Vec::new();
-        for (name, policy) in policies.into_iter().filter(|(_, policy)| policy.mode == set.mode) {
-            for rule in policy.rules(key.direction).unwrap_or_default() {
-                set.rules.push(compiled(rule, &name.namespace, &key, &mut |element| {
-                    let id = elements.intern(element);
-                    used.insert(id);
-                    id
-                }));
-            }
-        }
+        let mut intern = |element| {
+            let id = elements.intern(element);
+            used.insert(id);
+            id
+        };
+        let mut rules = namespaced_rules(world, &key, set.isolation(world), &mut intern);
+        rules.extend(cluster_rules(world, &key, &mut intern));
+        // Those of a layer stay in their order.
+        rules.sort_by_key(|rule| rule.layer);
+        set.rules = rules;
         elements.reuse(number, &used, &set.elements);
         set.elements = used;
+        set.isolation = set.isolation(world);
+        let live = key.policies.iter().map(|id| live_of(world, id).unwrap_or(self.live)).max();
+        let turned = std::mem::replace(&mut set.live, live.unwrap_or_default()) != set.live;
+        set.text = text(world, &key);
+        self.changed.insert(number);
+        if turned {
+            let users: Vec<_> = self.addresses_of(number).collect();
+            self.moved.extend(users);
+        }
     }
 }
 
 impl Set {
+    /// Not compiled yet.
+    fn new(key: Arc<Key>) -> Self {
+        let (rules, elements, text) = (Vec::new(), BTreeSet::new(), String::new());
+        Self { key, users: 0, rules, elements, isolation: Isolation::None, text, live: Live::Finish }
+    }
+
     pub(super) fn verdicts(&self, signature: &[(ElementId, Port)]) -> Verdicts {
-        compile(self.rules.iter(), signature, self.mode)
+        compile(&self.rules, signature, self.isolation)
+    }
+
+    fn isolation(&self, world: &World) -> Isolation {
+        let modes = self.key.policies.iter().filter_map(|id| Some(namespaced_policy(world, id)?.mode));
+        // Enforced is the lower one.
+        match modes.min() {
+            None => Isolation::None,
+            Some(Mode::Enforce) => Isolation::Enforced,
+            Some(Mode::DryRun) => Isolation::Tried,
+        }
     }
 }
 
-/// `None` where no policy isolates the pod that way (rule 43).
+pub(super) fn namespaced(name: &Name) -> ObjectId {
+    ObjectId { kind: Kind::NetworkPolicy, name: name.clone() }
+}
+
+pub(super) fn of_cluster(name: &str) -> ObjectId {
+    ObjectId { kind: Kind::ClusterNetworkPolicy, name: Name::new("default", name) }
+}
+
+fn namespaced_policy<'a>(world: &'a World, id: &ObjectId) -> Option<&'a NetworkPolicy> {
+    world.policy(&id.name).filter(|_| id.kind == Kind::NetworkPolicy)
+}
+
+fn cluster_policy<'a>(world: &'a World, id: &ObjectId) -> Option<&'a ClusterNetworkPolicy> {
+    world.cluster_policy(&id.name.name).filter(|_| id.kind == Kind::ClusterNetworkPolicy)
+}
+
+fn live_of(world: &World, id: &ObjectId) -> Option<Live> {
+    let of_cluster = || cluster_policy(world, id).and_then(|it| it.live);
+    namespaced_policy(world, id).and_then(|it| it.live).or_else(of_cluster)
+}
+
+/// `ingress Admin:first shop/web`: names by which the command line finds what a [`Cause`] names.
+fn text(world: &World, key: &Key) -> String {
+    let mut text = match key.direction {
+        Direction::Ingress => "ingress".to_owned(),
+        Direction::Egress => "egress".to_owned(),
+    };
+    for id in &key.policies {
+        match cluster_policy(world, id) {
+            Some(policy) => text.extend([" ", policy.tier.name(), ":", &id.name.name]),
+            None => text.extend([" ", &id.name.namespace, "/", &id.name.name]),
+        }
+    }
+    text
+}
+
+/// What is only tried can add nothing to what is enforced, and take nothing away.
+fn namespaced_rules(
+    world: &World,
+    key: &Key,
+    isolation: Isolation,
+    intern: &mut impl FnMut(Element) -> ElementId,
+) -> Vec<Compiled> {
+    let mode = if isolation == Isolation::Enforced { Mode::Enforce } else { Mode::DryRun };
+    let mut rules = Vec::new();
+    for (place, id) in key.policies.iter().enumerate() {
+        let Some(policy) = namespaced_policy(world, id).filter(|policy| policy.mode == mode) else {
+            continue;
+        };
+        for (index, rule) in policy.rules(key.direction).unwrap_or_default().iter().enumerate() {
+            let (peers, ports) = compiled(rule, &id.name.namespace, key, intern);
+            let (layer, cause) = (Layer::Namespaced, Cause::new(place, index));
+            rules.push(Compiled { layer, action: Action::Accept, cause, peers, ports });
+        }
+    }
+    rules
+}
+
+/// In the order in which they are asked: by priority, then by name, then as they are written.
+fn cluster_rules(world: &World, key: &Key, intern: &mut impl FnMut(Element) -> ElementId) -> Vec<Compiled> {
+    let policies = key.policies.iter().enumerate();
+    let mut policies: Vec<_> =
+        policies.filter_map(|(place, id)| Some((cluster_policy(world, id)?, place))).collect();
+    policies.sort_by_key(|(policy, place)| (policy.priority, *place));
+    let mut rules = Vec::new();
+    for (policy, place) in policies {
+        let layer = match policy.tier {
+            Tier::Admin => Layer::Admin,
+            Tier::Baseline => Layer::Baseline,
+        };
+        for (index, TierRule { action, about }) in policy.rules(key.direction).iter().enumerate() {
+            let (peers, ports) = compiled(about, "", key, intern);
+            rules.push(Compiled { layer, action: *action, cause: Cause::new(place, index), peers, ports });
+        }
+    }
+    rules
+}
+
+/// `None` where no policy has a say (rule 43).
 fn key(world: &World, name: &Name, pod: &Pod, direction: Direction) -> Option<Key> {
     let selects =
         |policy: &NetworkPolicy| policy.rules(direction).is_some() && policy.pods.matches(&pod.labels);
-    let policies: Vec<_> = world.policies_in(&name.namespace).filter(|(_, policy)| selects(policy)).collect();
+    let namespaced_ones = world.policies_in(&name.namespace).filter(|(_, policy)| selects(policy));
+    let namespace = world.namespace_labels(&name.namespace);
+    let selects = |policy: &ClusterNetworkPolicy| {
+        !policy.rules(direction).is_empty()
+            && policy.subject.namespaces.matches(&namespace)
+            && policy.subject.pods.matches(&pod.labels)
+    };
+    let of_the_cluster = world.cluster_policies().filter(|(_, policy)| selects(policy));
+    let (mut policies, mut rules) = (Vec::new(), Vec::new());
+    for (name, policy) in namespaced_ones {
+        policies.push(namespaced(name));
+        rules.extend(policy.rules(direction).unwrap_or_default());
+    }
+    for (name, policy) in of_the_cluster {
+        policies.push(of_cluster(name));
+        rules.extend(policy.rules(direction).iter().map(|rule| &rule.about));
+    }
     if policies.is_empty() {
         return None;
     }
+    policies.sort_unstable();
     let mut ports = Vec::new();
     if direction == Direction::Ingress {
-        let rules = policies.iter().flat_map(|(_, policy)| policy.rules(direction).unwrap_or_default());
         let named = |it: &NamedPort| {
             let calls = |wanted: &PolicyPort| {
                 wanted.proto == it.proto
                     && matches!(&wanted.number, PortNumber::Named(name) if *name == it.name)
             };
-            rules.clone().any(|rule| rule.ports.iter().any(calls))
+            rules.iter().any(|rule| rule.ports.iter().any(calls))
         };
         ports.extend(pod.ports.iter().filter(|it| named(it)).cloned());
     }
     ports.sort_unstable_by(|a, b| (&a.name, a.proto, a.port).cmp(&(&b.name, b.proto, b.port)));
     ports.dedup();
-    let policies = policies.into_iter().map(|(name, _)| name.clone()).collect();
-    Some(Key { direction, policies, ports: ports.into() })
+    Some(Key { direction, policies: policies.into(), ports: ports.into() })
 }
 
-fn compiled(
-    rule: &Rule,
-    namespace: &str,
-    key: &Key,
-    intern: &mut impl FnMut(Element) -> ElementId,
-) -> Compiled {
+/// Any of the peers, or everybody; any of the ports, or everything.
+type Parts = (Option<Box<[ElementId]>>, Option<Box<[Ports]>>);
+
+fn compiled(rule: &Rule, namespace: &str, key: &Key, intern: &mut impl FnMut(Element) -> ElementId) -> Parts {
     let peers = rule.peers.iter().map(|peer| {
         intern(match peer {
             Peer::Pods { namespaces, pods } => {
@@ -341,5 +457,5 @@ fn compiled(
     }
     // A name that means nothing leaves no port, which is not the same as every port (rule 46).
     let ports = (!rule.ports.is_empty()).then(|| ports.into());
-    Compiled { peers: (!peers.is_empty()).then_some(peers), ports }
+    ((!peers.is_empty()).then_some(peers), ports)
 }

@@ -409,6 +409,7 @@ fn key(change: &Change) -> String {
         | Change::Tenant(..)
         | Change::Namespace(..)
         | Change::NetworkPolicy(..)
+        | Change::ClusterNetworkPolicy(..)
         | Change::LocalRoute(..)
         | Change::LocalAddress(..)
         | Change::LocalSubnet(..)

@@ -10,7 +10,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::super::directory::hash_of;
-use super::super::{Event, Problem, convert, document, policy};
+use super::super::{Event, Problem, convert, document};
 use super::fault::Garbage;
 use crate::model::{Change, Kind, ObjectId};
 
@@ -187,8 +187,7 @@ impl Ledger {
 
     /// What is in force in place of an object that has never made sense, where that is not nothing.
     fn instead(&self, key: &str, object: &[u8]) -> Option<Change> {
-        let id = self.id(key).ok().filter(|_| self.kind == Kind::NetworkPolicy)?;
-        Some(policy::closed(id.name, &serde_json::from_slice(object).ok()?))
+        document::instead(&self.id(key).ok()?, &serde_json::from_slice(object).ok()?)
     }
 
     fn refuse(&mut self, key: &str, problem: Problem) {

@@ -30,7 +30,7 @@ const PAGE: u32 = 500;
 /// after a restored etcd.
 const REFUSALS: u32 = 5;
 
-/// How often a kind that API servers do not have is asked for again.
+/// How often a kind is asked for again that comes with another version of the API servers.
 const UPGRADE: Duration = Duration::from_secs(600);
 
 /// The longest that a server may ask to be left alone.
@@ -88,15 +88,26 @@ impl Reflector {
                     self.voice.lock().await.listed(self.ledger.kind()).await;
                     self.follow(version).await;
                 }
-                Err(fault) if fault.is_unknown() && self.resource.age == Age::New => {
-                    tracing::info!("the API has no {:?}", self.ledger.kind());
-                    self.reached().await;
-                    self.succeeded();
-                    self.voice.lock().await.listed(self.ledger.kind()).await;
-                    sleep(UPGRADE).await;
-                }
-                Err(fault) => self.suffer(&server, fault).await,
+                Err(fault) => match self.comes_within().filter(|_| fault.is_unknown()) {
+                    Some(pause) => {
+                        tracing::debug!("the API has no {:?}", self.ledger.kind());
+                        self.reached().await;
+                        self.succeeded();
+                        self.voice.lock().await.listed(self.ledger.kind()).await;
+                        sleep(pause).await;
+                    }
+                    None => self.suffer(&server, fault).await,
+                },
             }
+        }
+    }
+
+    /// When a kind that API servers do not have is asked for again; `None` where all have it.
+    fn comes_within(&self) -> Option<Duration> {
+        match self.resource.age {
+            Age::Old => None,
+            Age::New => Some(UPGRADE),
+            Age::Defined => Some(self.timing.undefined),
         }
     }
 
