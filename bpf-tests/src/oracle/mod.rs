@@ -61,12 +61,8 @@ impl Oracle {
 
     /// What policies say of a flow of a pod.
     pub fn ask(&self, pod: &Value, way: Way, flow: Flow<'_>) -> Answer {
-        let about = self.of_kind("NetworkPolicy").filter(|policy| {
-            policy["metadata"]["namespace"] == pod["metadata"]["namespace"]
-                && is_about(policy, way)
-                && matches(&policy["spec"]["podSelector"], &pod["metadata"]["labels"])
-        });
-        let (tried, enforced): (Vec<_>, Vec<_>) = about
+        let (tried, enforced): (Vec<_>, Vec<_>) = self
+            .policies_about(pod, way)
             .partition(|policy| policy["metadata"]["annotations"]["ferroflow.dev/policy-mode"] == "dry-run");
         let judges = if enforced.is_empty() { &tried } else { &enforced };
         if judges.is_empty() || judges.iter().any(|policy| self.lets(policy, pod, way, flow)) {
@@ -76,6 +72,19 @@ impl Oracle {
         } else {
             Answer::Dropped
         }
+    }
+
+    /// Whether any policy has a say in what comes into a pod or goes out of it, be it in dry run.
+    pub fn isolates(&self, pod: &Value) -> bool {
+        [Way::In, Way::Out].into_iter().any(|way| self.policies_about(pod, way).next().is_some())
+    }
+
+    fn policies_about(&self, pod: &Value, way: Way) -> impl Iterator<Item = &Value> {
+        self.of_kind("NetworkPolicy").filter(move |policy| {
+            policy["metadata"]["namespace"] == pod["metadata"]["namespace"]
+                && is_about(policy, way)
+                && matches(&policy["spec"]["podSelector"], &pod["metadata"]["labels"])
+        })
     }
 
     fn of_kind(&self, kind: &str) -> impl Iterator<Item = &Value> {
