@@ -259,15 +259,29 @@ impl Programs {
         Ok((program.action(returned)?, bytes))
     }
 
+    /// The same for a packet that the node's own processes send: it came in by no interface.
+    pub fn run_own(&mut self, program: Program, ifindex: u32, packet: &[u8]) -> Result<(Action, Vec<u8>)> {
+        let (returned, bytes) = self.run_between(program.name(), Some([0, ifindex]), packet)?;
+        Ok((program.action(returned)?, bytes))
+    }
+
     /// What the program of this name returns, and what it makes of the packet. One of XDP finds it on the loopback,
     /// whatever the interface. A kernel as old as 5.10 takes none for TC either.
     pub fn run_named(&mut self, name: &str, interface: Option<u32>, packet: &[u8]) -> Result<(u32, Vec<u8>)> {
+        self.run_between(name, interface.map(|it| [it, it]), packet)
+    }
+
+    /// The interfaces are that which the packet came in by, and that which it is at.
+    fn run_between(
+        &mut self,
+        name: &str,
+        interfaces: Option<[u32; 2]>,
+        packet: &[u8],
+    ) -> Result<(u32, Vec<u8>)> {
         // Room for what an answer adds.
         let mut bytes = vec![0; packet.len() + 256];
-        let context = interface.map(|ifindex| {
-            let both = [ifindex.to_ne_bytes(), ifindex.to_ne_bytes()].concat();
-            [vec![0; INGRESS_IFINDEX], both].concat()
-        });
+        let context =
+            interfaces.map(|both| [vec![0; INGRESS_IFINDEX], both.map(u32::to_ne_bytes).concat()].concat());
         let options =
             TestRunOptions { data_in: Some(packet), data_out: Some(&mut bytes), ..Default::default() };
         let program = self.datapath.programs().program_mut(name).with_context(|| format!("no {name}"))?;

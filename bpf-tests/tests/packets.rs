@@ -76,6 +76,7 @@ fn random_cases(sandbox: &Sandbox) -> Result<()> {
         ("changed", counts.changed),
         ("refused", counts.refused),
         ("dropped", counts.dropped),
+        ("barred by policies", counts.barred * 2),
         ("errors", counts.errors * 20),
         ("fragmented", counts.fragmented * 4),
     ] {

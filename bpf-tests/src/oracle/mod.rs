@@ -61,15 +61,11 @@ impl Oracle {
 
     /// What policies say of a flow of a pod.
     pub fn ask(&self, pod: &Value, way: Way, flow: Flow<'_>) -> Answer {
-        let about = self.of_kind("NetworkPolicy").filter(|policy| {
-            policy["metadata"]["namespace"] == pod["metadata"]["namespace"]
-                && is_about(policy, way)
-                && matches(&policy["spec"]["podSelector"], &pod["metadata"]["labels"])
-        });
         if let Some(answer) = self.ask_tier("Admin", pod, way, flow) {
             return answer;
         }
-        let (tried, enforced): (Vec<_>, Vec<_>) = about
+        let (tried, enforced): (Vec<_>, Vec<_>) = self
+            .policies_about(pod, way)
             .partition(|policy| policy["metadata"]["annotations"]["ferroflow.dev/policy-mode"] == "dry-run");
         let lets = |policies: &[&Value]| policies.iter().any(|policy| self.lets(policy, pod, way, flow));
         if !enforced.is_empty() {
@@ -132,6 +128,19 @@ impl Oracle {
         let (number, range) = (port["number"].as_u64(), &port["range"]);
         let ends = number.zip(number).or(range["start"].as_u64().zip(range["end"].as_u64()));
         ends.is_some_and(|(first, last)| (first..=last).contains(&u64::from(flow.port)))
+    }
+
+    /// Whether any policy has a say in what comes into a pod or goes out of it, be it in dry run.
+    pub fn isolates(&self, pod: &Value) -> bool {
+        [Way::In, Way::Out].into_iter().any(|way| self.policies_about(pod, way).next().is_some())
+    }
+
+    fn policies_about(&self, pod: &Value, way: Way) -> impl Iterator<Item = &Value> {
+        self.of_kind("NetworkPolicy").filter(move |policy| {
+            policy["metadata"]["namespace"] == pod["metadata"]["namespace"]
+                && is_about(policy, way)
+                && matches(&policy["spec"]["podSelector"], &pod["metadata"]["labels"])
+        })
     }
 
     fn of_kind(&self, kind: &str) -> impl Iterator<Item = &Value> {

@@ -94,6 +94,10 @@ impl Cluster {
         gone.chain(changed.map(|(_, object)| object.clone())).collect()
     }
 
+    pub fn objects(&self) -> impl Iterator<Item = &Value> {
+        self.objects.values()
+    }
+
     fn of_kind(&self, kind: &str) -> impl Iterator<Item = &Value> {
         self.objects.iter().filter(move |([it, ..], _)| it == kind).map(|(_, object)| object)
     }

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use ferroflow::clock;
 use ferroflow::maps::Maps;
 use ferroflow::model::{Change, Kind, Name, ObjectId};
 use ferroflow::plan::{self, ExternalIps};
@@ -51,7 +52,7 @@ impl<M: Maps> Control<M> {
             maglev_lengths: &[31],
             ..plan::Config::default()
         };
-        let config = Config { node: NODE.into(), limits, plan, grace: Duration::ZERO, clock: || 0 };
+        let config = Config { node: NODE.into(), limits, plan, grace: Duration::ZERO, clock: clock::seconds };
         let mut reconciler = Reconciler::restore(maps, &config, now)?;
         reconciler.synced();
         Ok(Self { reconciler, interfaces, told: BTreeMap::new(), now })

@@ -1,7 +1,7 @@
 //! A flow as the oracle knows it: its ends, what was seen of it, and how long it lives.
 
 use super::cluster::Socket;
-use super::wire::{ACK, Body, FIN, Packet, RST, SCTP, SYN, Segment, UDP};
+use super::wire::{ACK, Body, FIN, Packet, RST, SCTP, SYN, Segment, TCP};
 
 #[derive(Clone, Debug)]
 pub(super) struct Flow {
@@ -11,7 +11,8 @@ pub(super) struct Flow {
     /// What the backend takes for the client.
     pub(super) seen: Socket,
     pub(super) proto: u8,
-    pub(super) port_name: String,
+    /// The service port through which it goes; none where it is of no service.
+    pub(super) port_name: Option<String>,
     pub(super) life: u32,
     pub(super) state: State,
     /// Second of the last packet.
@@ -35,8 +36,8 @@ impl State {
     /// Seconds without a packet after which the flow is forgotten; kube-proxy's and the kernel's defaults.
     pub(super) fn lifetime(self, proto: u8) -> u64 {
         match proto {
-            UDP if self.replied => 120,
-            UDP => 30,
+            _ if !connects(proto) && self.replied => 120,
+            _ if !connects(proto) => 30,
             _ if self.is_over() => 10,
             SCTP if self.replied => 210,
             _ if self.closed_by_client || self.closed_by_backend => 3_600,
@@ -85,11 +86,18 @@ impl Flow {
     }
 }
 
+/// Whether a protocol has connections.
+pub(super) fn connects(proto: u8) -> bool {
+    matches!(proto, TCP | SCTP)
+}
+
 /// What a packet says of its connection.
 #[derive(Clone, Copy, Debug, Default)]
 #[expect(clippy::struct_excessive_bools, reason = "a packet may say all of them")]
 pub(super) struct Signal {
     pub(super) opens: bool,
+    /// It is the first packet, or the answer to that.
+    pub(super) synchronizes: bool,
     pub(super) closes: bool,
     pub(super) resets: bool,
 }
@@ -108,7 +116,12 @@ impl Signal {
             },
             Body::Udp { .. } | Body::Icmp { .. } | Body::Other { .. } => 0,
         };
-        Self { opens: flags & (SYN | ACK | RST) == SYN, closes: flags & FIN != 0, resets: flags & RST != 0 }
+        Self {
+            opens: flags & (SYN | ACK | RST) == SYN,
+            synchronizes: flags & SYN != 0,
+            closes: flags & FIN != 0,
+            resets: flags & RST != 0,
+        }
     }
 }
 

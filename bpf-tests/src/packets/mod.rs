@@ -11,12 +11,15 @@
 //! [`wire`] builds and reads packets, [`text`] writes them as lines. Neither these nor the oracle use the datapath's
 //! code: what both had wrong would be right.
 
+mod barriers;
 pub mod case;
 pub mod cluster;
 pub mod control;
 mod flow;
+mod isolation;
 pub mod node;
 pub mod oracle;
+mod plain;
 pub mod random;
 mod refusal;
 pub mod scenario;

@@ -5,7 +5,7 @@
 //!   pod ─▶ pod_egress ─────┐
 //!                          ├─▶ to a local pod: past its interface's hook ──────────────────▶ pod
 //!  wire ─▶ device_ingress ─┼─▶ past the stack: ─▶ device_egress ───────────────────────────▶ wire
-//!                          ├─▶ refused: ─▶ the hook on the way back ───────────────────────▶ sender
+//!                          ├─▶ refused: to a pod at once, ─▶ device_egress to the wire ────▶ sender
 //!  host ───────────────────┴─▶ to the stack: routed ─▶ pod_ingress ─▶ pod, device_egress ─▶ wire, or ─▶ host
 //! ```
 
@@ -13,19 +13,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use anyhow::{Context as _, Result, ensure};
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use ferroflow::maps::kernel::KernelMaps;
 use ferroflow::maps::{Frontends, Services};
 use ferroflow::reconcile::Limits;
 use ferroflow_common::abi::conntrack::Entry;
 use ferroflow_common::abi::lb::{Affinity, AffinityKey};
+use ferroflow_common::verdict::DropReason;
 use nix::net::if_::if_nametoindex;
 use nix::time::{ClockId, clock_gettime};
-use serde_json::Value;
+use serde_json::{Value, json};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
-use super::cluster::{Cluster, Socket};
+use super::cluster::{Cluster, NODE, Socket};
 use super::control::{Control, Interfaces};
+use super::isolation;
 use super::oracle::{From, Seen, Sent, To, Tuple};
 use super::random::ground as ground_objects;
 use super::wire::{HERE, Packet, SENDER, bytes_of, reassemble};
@@ -43,6 +45,11 @@ pub struct Node {
     ground: Cluster,
     flows: Flows,
     affinity: HashMap<MapData, [u8; KEPT], [u8; size_of::<Affinity>()]>,
+    drops: PerCpuArray<MapData, u64>,
+    /// How many packets were dropped for which reason when that was looked at last.
+    dropped: BTreeMap<&'static str, u64>,
+    /// Objects that policies have to do with have changed since the last case began.
+    reshuffled: bool,
     /// Seconds by which the tables have been aged.
     waited: u64,
 }
@@ -109,8 +116,21 @@ impl Node {
             v6: HashMap::try_from(lru("conntrack_v6")?)?,
         };
         let affinity = HashMap::try_from(lru("affinity")?)?;
+        let drops = PerCpuArray::try_from(Map::PerCpuArray(MapData::from_pin(programs.pin("drops"))?))?;
         let (cluster, ground) = (Cluster::default(), Cluster::default());
-        let mut node = Self { programs, control, cluster, ground, flows, affinity, waited: 0 };
+        let dropped = BTreeMap::new();
+        let mut node = Self {
+            programs,
+            control,
+            cluster,
+            ground,
+            flows,
+            affinity,
+            drops,
+            dropped,
+            reshuffled: false,
+            waited: 0,
+        };
         ground_objects().iter().try_for_each(|object| node.apply(object))?;
         node.ground = node.cluster.clone();
         Ok(node)
@@ -129,6 +149,7 @@ impl Node {
     /// # Errors
     /// Where the object makes no sense to the agent, or the tables refuse.
     pub fn apply(&mut self, object: &Value) -> Result<()> {
+        self.reshuffled |= isolation::concerns(object);
         self.cluster.apply(object);
         self.control.apply(object)
     }
@@ -150,22 +171,36 @@ impl Node {
         let &Sent { from, ref packet, fragments, .. } = sent;
         let Some(size) = fragments else {
             let seen = self.send_frame(from, &packet.build())?;
-            let Some((to, frame)) = seen else { return Ok(Seen::Dropped) };
+            let Some((to, frame)) = seen else { return Ok(Seen::Dropped(self.reason()?)) };
             return Ok(Seen::Went(to, Packet::parse(&frame).with_context(|| format!("to {to:?}"))?));
         };
-        let (mut places, mut arrived) = (Vec::new(), Vec::new());
+        let (mut places, mut arrived, mut reason) = (Vec::new(), Vec::new(), None);
         for frame in packet.fragments(size) {
             if let Some((to, frame)) = self.send_frame(from, &frame)? {
                 places.push(to);
                 arrived.push(frame);
+            } else {
+                reason = reason.or(self.reason()?);
             }
         }
-        let Some(to) = places.first().copied() else { return Ok(Seen::Dropped) };
+        let Some(to) = places.first().copied() else { return Ok(Seen::Dropped(reason)) };
         if let (To::Sender, [answer]) = (to, arrived.as_slice()) {
             return Ok(Seen::Went(to, Packet::parse(answer)?));
         }
         ensure!(places.iter().all(|place| *place == to), "fragments of one packet went to {places:?}");
         Ok(Seen::Went(to, reassemble(&arrived).with_context(|| format!("fragments to {to:?}"))?))
+    }
+
+    /// Why the last packet was dropped, if that was counted. What a policy in dry run would drop was not.
+    fn reason(&mut self) -> Result<Option<&'static str>> {
+        let mut found = None;
+        for reason in DropReason::ALL.iter().filter(|reason| !reason.is_dry_run()) {
+            let count = self.drops.get(&(*reason as u32), 0)?.iter().sum();
+            if self.dropped.insert(reason.as_str(), count).unwrap_or_default() != count {
+                found = Some(reason.as_str());
+            }
+        }
+        Ok(found)
     }
 
     /// `None` where it is dropped.
@@ -180,14 +215,19 @@ impl Node {
         match action {
             Action::Drop => Ok(None),
             Action::Next => self.route(from, &bytes),
-            Action::Redirect if bytes[..12] == [SENDER, HERE].concat() => {
-                let back = if from == From::Wire { Program::DeviceEgress } else { Program::PodIngress };
-                Ok(self.pass(back, interface, &bytes)?.map(|bytes| (To::Sender, bytes)))
-            }
+            Action::Redirect if bytes[..12] == [SENDER, HERE].concat() => match from {
+                // To the pod's own end of its interface.
+                From::Pod(_) => Ok(Some((To::Sender, bytes))),
+                From::Wire | From::Host => {
+                    let passed = self.pass(Program::DeviceEgress, interface, from, &bytes)?;
+                    Ok(passed.map(|bytes| (To::Sender, bytes)))
+                }
+            },
             Action::Redirect => match self.destination(&bytes)? {
                 To::Pod(addr) => Ok(Some((To::Pod(addr), bytes))),
                 To::Wire | To::Sender => {
-                    Ok(self.pass(Program::DeviceEgress, device, &bytes)?.map(|bytes| (To::Wire, bytes)))
+                    let passed = self.pass(Program::DeviceEgress, device, from, &bytes)?;
+                    Ok(passed.map(|bytes| (To::Wire, bytes)))
                 }
                 // Past the stack, to what only the stack has.
                 To::Host => anyhow::bail!("{} redirects to the node itself", program.name()),
@@ -208,12 +248,21 @@ impl Node {
             To::Wire | To::Sender => (Program::DeviceEgress, self.control.interfaces().device),
             To::Host => return Ok(Some((to, frame.to_vec()))),
         };
-        Ok(self.pass(program, interface, frame)?.map(|bytes| (to, bytes)))
+        Ok(self.pass(program, interface, from, frame)?.map(|bytes| (to, bytes)))
     }
 
     /// Through a hook on the way out, which may change a packet or drop it.
-    fn pass(&mut self, program: Program, interface: u32, frame: &[u8]) -> Result<Option<Vec<u8>>> {
-        let (action, bytes) = self.programs.run_on(program, interface, frame)?;
+    fn pass(
+        &mut self,
+        program: Program,
+        interface: u32,
+        from: From,
+        frame: &[u8],
+    ) -> Result<Option<Vec<u8>>> {
+        let (action, bytes) = match from {
+            From::Host => self.programs.run_own(program, interface, frame)?,
+            From::Pod(_) | From::Wire => self.programs.run_on(program, interface, frame)?,
+        };
         ensure!(action != Action::Redirect, "{} redirects what is on its way out", program.name());
         Ok((action == Action::Next).then_some(bytes))
     }
@@ -253,13 +302,24 @@ impl Node {
         Ok(())
     }
 
-    /// Applies what makes the objects these, and says how many changes that took.
+    /// Applies what makes the objects these, and says how many changes that took. Pods of this node that policies apply to
+    /// come after these, so that they have nothing going (rule 52).
     ///
     /// # Errors
     /// Where an object makes no sense to the agent, or the tables refuse.
     pub fn become_like(&mut self, cluster: &Cluster) -> Result<u64> {
-        let changes = self.cluster.changes_to(cluster);
+        let mut changes = self.cluster.changes_to(cluster);
+        self.reshuffled |= changes.iter().any(isolation::concerns);
+        if self.reshuffled && cluster.objects().any(|object| object["kind"] == "NetworkPolicy") {
+            let here: Vec<_> =
+                cluster.objects().filter(|it| it["spec"]["nodeName"] == NODE).cloned().collect();
+            changes.retain(|object| !here.contains(object));
+            let gone = |pod: &Value| json!({"kind": "Pod", "metadata": pod["metadata"], "gone": true});
+            changes.splice(0..0, here.iter().map(gone));
+            changes.extend(here);
+        }
         changes.iter().try_for_each(|object| self.apply(object))?;
+        self.reshuffled = false;
         Ok(changes.len() as u64)
     }
 

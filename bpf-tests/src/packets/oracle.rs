@@ -5,18 +5,20 @@
 //!
 //! ```text
 //!   packet ─▶ known flow? ─▶ its ends, both ways                    (rules 30, 31, 34, 35)
-//!        └──▶ frontend? ─▶ admitted? ─▶ endpoints ─▶ affinity ─▶ source    (rules 2 to 5, 14 to 19, 22, 26, 29)
+//!        └──▶ frontend? ─▶ admitted? ─▶ endpoints ─▶ affinity ─▶ policies ─▶ source
+//!        │                                                    (rules 2 to 5, 14 to 19, 22, 26, 29, 47)
 //!        └──▶ error about a known flow? ─▶ whose packet it quotes   (rule 37)
-//!        └──▶ nothing of ours: it goes on as it came                (rule 21)
+//!        └──▶ nothing of ours: see `plain`                          (rules 21, 43 to 49)
 //! ```
-//! Of network policies it knows nothing: [`Oracle::judge`] is where a verdict of `crate::oracle` goes before the rest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::rc::Rc;
 
 use super::cluster::{Cluster, Frontend, Kind, Policy, Socket};
-use super::flow::{Age, CLOCKS, Direction, Flow, Signal, State};
+use super::flow::{Age, CLOCKS, Direction, Flow, Signal, State, connects};
+use super::isolation::{Isolation, Reason};
+use super::plain::{Echo, echo, ends};
 use super::refusal::{dropped, refused};
 use super::wire::{Body, ETHERNET, Packet, SCTP, TCP, UDP};
 
@@ -58,7 +60,8 @@ impl To {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Seen {
     Went(To, Packet),
-    Dropped,
+    /// With the reason that was counted, if one was.
+    Dropped(Option<Reason>),
 }
 
 /// A packet that was sent.
@@ -91,11 +94,21 @@ pub struct Oracle {
     forward: BTreeMap<Tuple, usize>,
     /// By protocol, backend and what it takes for the client.
     back: BTreeMap<Tuple, usize>,
-    /// By client and service port: the backend, which of its lives, and when it was chosen last.
-    affinity: BTreeMap<(IpAddr, String), (Socket, u32, u64)>,
+    /// By client and service port.
+    affinity: BTreeMap<(IpAddr, String), Kept>,
     /// How often an endpoint of a service port has stopped serving.
     lives: BTreeMap<(String, Socket), u32>,
     serving: BTreeMap<String, BTreeSet<Socket>>,
+    pub(super) isolation: Isolation,
+}
+
+/// Where a client has to be: at one of these, each in one of its lives. Which is not seen where policies let the client
+/// reach none of them.
+#[derive(Clone, Debug)]
+struct Kept {
+    backends: BTreeSet<(Socket, u32)>,
+    /// When it was chosen last.
+    last: u64,
 }
 
 /// Protocol, source, destination.
@@ -107,12 +120,14 @@ const CHOSEN_PORTS: std::ops::RangeInclusive<u16> = 1024..=29_999;
 impl Oracle {
     /// Of a node that has seen no packet.
     pub fn new(cluster: Cluster) -> Self {
-        Self { serving: cluster.serving(), cluster: Rc::new(cluster), ..Self::default() }
+        let isolation = Isolation::new(cluster.objects());
+        Self { serving: cluster.serving(), cluster: Rc::new(cluster), isolation, ..Self::default() }
     }
 
     /// Takes a change of an object in.
     pub fn apply(&mut self, object: &serde_json::Value) {
         Rc::make_mut(&mut self.cluster).apply(object);
+        self.isolation.apply(object);
         let serving = self.cluster.serving();
         for (port_name, before) in &self.serving {
             let now = serving.get(port_name);
@@ -148,16 +163,14 @@ impl Oracle {
         if let Some(error) = self.translated_error(observed)? {
             return self.goes(&error, observed);
         }
-        let (Some(ports), Some(protocol)) = (packet.ports(), protocol_of(packet)) else {
-            return self.goes(packet, observed);
-        };
-        let ends = ((packet.src, ports.src), (packet.dst, ports.dst));
+        let Some(protocol) = protocol_of(packet) else { return self.portless(observed) };
+        let ends = ends(packet);
         if let Some(rewritten) = self.known(packet, ends, now)? {
             return self.goes(&rewritten, observed);
         }
         if *from == From::Host {
-            // It opens no flow: the host's own processes are served at their sockets.
-            return self.goes(packet, observed);
+            // Of no service: the host's own processes are served at their sockets.
+            return self.plain(packet, observed);
         }
         let cluster = Rc::clone(&self.cluster);
         match cluster.frontend(ends.1, protocol) {
@@ -176,36 +189,31 @@ impl Oracle {
         if self.cluster.is_cluster_ip(dst) {
             refused(observed.sent, observed.seen)
         } else {
-            dropped(observed.seen)
+            dropped(observed.seen, &["unallocated-service-address"])
         }
     }
 
     /// A client that talks to a backend through a service, too, from the same port, gets another one there (rule 34). Which,
     /// and from when on, is not foretold.
     fn beside_a_service(&mut self, packet: &Packet, observed: &Observed<'_>) -> Result<(), Judgement> {
-        let Some(ports) = packet.ports() else { return self.goes(packet, observed) };
-        let (client, backend) = ((packet.src, ports.src), (packet.dst, ports.dst));
-        if !self.back.contains_key(&(packet.proto(), backend, client)) {
-            return self.goes(packet, observed);
+        let (client, backend) = ends(packet);
+        let back = self.back.get(&(packet.proto(), backend, client));
+        if back.is_none_or(|index| self.flows[*index].port_name.is_none()) {
+            return self.plain(packet, observed);
+        }
+        if let Err(reason) = self.admits(packet, client.0, backend)
+            && dropped(observed.seen, &[reason]).is_ok()
+        {
+            return Ok(());
         }
         let seen_as = match observed.seen {
             Seen::Went(_, went) => went.ports().map(|ports| (packet.src, ports.src)),
-            Seen::Dropped => None,
+            Seen::Dropped(_) => None,
         };
         let chosen = seen_as.filter(|(_, port)| CHOSEN_PORTS.contains(port));
         let seen = chosen.unwrap_or(client);
         self.goes(&packet.between(seen, backend), observed)?;
-        self.flows.push(Flow {
-            client,
-            frontend: backend,
-            backend,
-            seen,
-            proto: packet.proto(),
-            port_name: String::new(),
-            life: 0,
-            state: State::default(),
-            last: observed.now,
-        });
+        self.flows.push(Flow { seen, ..Flow::plain(packet.proto(), client, backend, observed.now) });
         Err(Judgement::Unsure("which port a client has that talks to a backend in both ways"))
     }
 
@@ -218,23 +226,36 @@ impl Oracle {
     ) -> Result<(), Judgement> {
         let &Observed { sent: Sent { from, packet, .. }, seen, now } = observed;
         if !frontend.admits(src.0) {
-            return dropped(seen);
+            return dropped(seen, &["source-range"]);
         }
         // Rule 16: traffic of this node to what is outside goes anywhere.
         let inside = matches!(from, From::Pod(_)) && frontend.kind != Kind::ClusterIp;
         let policy = if inside { Policy::Cluster } else { frontend.policy() };
         let (choices, anywhere) = self.cluster.choices(frontend, dst.0, policy);
         if choices.is_empty() {
-            return if anywhere { dropped(seen) } else { refused(observed.sent, observed.seen) };
+            return if anywhere {
+                dropped(seen, &["no-local-endpoint"])
+            } else {
+                refused(observed.sent, observed.seen)
+            };
         }
         let name = frontend.port_name();
-        let may = match self.kept(frontend, (src.0, &name), &choices, now)? {
-            Some(kept) => BTreeSet::from([kept]),
-            None => choices,
-        };
+        let mut may = self.kept(frontend, (src.0, &name), &choices, now)?.unwrap_or(choices);
+        let mut barred = BTreeMap::new();
+        may.retain(|backend| match self.admits(packet, src.0, *backend) {
+            Ok(()) => true,
+            Err(reason) => {
+                barred.insert(*backend, reason);
+                false
+            }
+        });
+        if matches!(seen, Seen::Dropped(_)) && !barred.is_empty() {
+            self.keep(frontend, (src.0, &name), barred.keys().copied(), now);
+            return dropped(seen, &barred.into_values().collect::<Vec<_>>());
+        }
         let stands_in = match self.stands_in(*from, frontend, dst.0) {
             Ok(stands_in) => stands_in,
-            Err(NoAddress) => return dropped(seen),
+            Err(NoAddress) => return dropped(seen, &["no-masquerade-address"]),
         };
         let went =
             if let Seen::Went(_, went) = seen { went.ports().map(|ports| (went, ports)) } else { None };
@@ -245,25 +266,32 @@ impl Oracle {
         let (ends, proto) = ((src, dst), packet.proto());
         let seen_as = self.source(ends, (proto, backend, ports.src), stands_in, now)?;
         let life = self.life(&name, backend);
-        if frontend.affinity().is_some() {
-            self.affinity.insert((src.0, name.clone()), (backend, life, now));
-        }
-        let (index, state) = (self.flows.len(), State::default());
-        self.forward.insert((proto, src, dst), index);
-        self.back.insert((proto, backend, seen_as), index);
-        self.flows.push(Flow {
+        self.keep(frontend, (src.0, &name), [backend].into_iter(), now);
+        let mut flow = Flow {
             client: src,
             frontend: dst,
             backend,
             seen: seen_as,
             proto,
-            port_name: name,
+            port_name: Some(name),
             life,
-            state,
+            state: State::default(),
             last: now,
-        });
-        self.flows[index].note(Signal::of(packet), Direction::Forward, now);
+        };
+        flow.note(Signal::of(packet), Direction::Forward, now);
+        self.enter(flow);
         self.goes(&packet.between(seen_as, backend), observed)
+    }
+
+    /// A new flow; each direction takes the place of what had its tuple.
+    pub(super) fn enter(&mut self, flow: Flow) {
+        let index = self.flows.len();
+        let (there, back) = ((flow.proto, flow.client, flow.frontend), (flow.proto, flow.backend, flow.seen));
+        self.back.remove(&there);
+        self.forward.remove(&back);
+        self.forward.insert(there, index);
+        self.back.insert(back, index);
+        self.flows.push(flow);
     }
 
     /// The node's address that stands in for a client, whose answers would bypass the node otherwise (rule 26).
@@ -303,9 +331,15 @@ impl Oracle {
     }
 
     /// Whether another flow that lives has the tuple towards a backend.
-    fn is_taken(&self, tuple: &Tuple, ends: (Socket, Socket), now: u64) -> Result<bool, Judgement> {
-        let Some(flow) = self.back.get(tuple).map(|index| &self.flows[*index]) else { return Ok(false) };
-        if (flow.client, flow.frontend) == ends || (flow.proto != UDP && flow.state.is_over()) {
+    pub(super) fn is_taken(
+        &self,
+        tuple: &Tuple,
+        ends: (Socket, Socket),
+        now: u64,
+    ) -> Result<bool, Judgement> {
+        let entry = self.back.get(tuple).or_else(|| self.forward.get(tuple));
+        let Some(flow) = entry.map(|index| &self.flows[*index]) else { return Ok(false) };
+        if (flow.client, flow.frontend) == ends || (connects(flow.proto) && flow.state.is_over()) {
             return Ok(false);
         }
         match flow.age(now) {
@@ -315,25 +349,43 @@ impl Oracle {
         }
     }
 
-    /// The backend that a client has to be at (rule 29).
+    /// The backends at one of which a client has to be (rule 29).
     fn kept(
         &self,
         frontend: &Frontend<'_>,
         (client, name): (IpAddr, &str),
         choices: &BTreeSet<Socket>,
         now: u64,
-    ) -> Result<Option<Socket>, Judgement> {
+    ) -> Result<Option<BTreeSet<Socket>>, Judgement> {
         let Some(timeout) = frontend.affinity() else { return Ok(None) };
-        let Some((backend, life, last)) = self.affinity.get(&(client, name.to_owned())) else {
+        let Some(Kept { backends, last }) = self.affinity.get(&(client, name.to_owned())) else {
             return Ok(None);
         };
-        if *life != self.life(name, *backend) || !choices.contains(backend) {
+        let stays =
+            |(backend, life): &(Socket, u32)| *life == self.life(name, *backend) && choices.contains(backend);
+        if !backends.iter().all(stays) {
             return Ok(None);
         }
         match (now.saturating_sub(*last), timeout) {
-            (idle, timeout) if idle + CLOCKS < timeout => Ok(Some(*backend)),
+            (idle, timeout) if idle + CLOCKS < timeout => {
+                Ok(Some(backends.iter().map(|(it, _)| *it).collect()))
+            }
             (idle, timeout) if idle > timeout + CLOCKS => Ok(None),
             _ => Err(Judgement::Unsure("whether a client is still kept at its backend")),
+        }
+    }
+
+    /// Keeps a client at one of these.
+    fn keep(
+        &mut self,
+        frontend: &Frontend<'_>,
+        (client, name): (IpAddr, &str),
+        backends: impl Iterator<Item = Socket>,
+        now: u64,
+    ) {
+        if frontend.affinity().is_some() {
+            let backends = backends.map(|it| (it, self.life(name, it))).collect();
+            self.affinity.insert((client, name.to_owned()), Kept { backends, last: now });
         }
     }
 
@@ -343,11 +395,11 @@ impl Oracle {
 
     /// Whether a flow's backend has stopped serving since it was chosen (rule 31).
     fn is_gone(&self, flow: &Flow) -> bool {
-        self.life(&flow.port_name, flow.backend) != flow.life
+        flow.port_name.as_ref().is_some_and(|name| self.life(name, flow.backend) != flow.life)
     }
 
     /// What a packet of a known flow becomes.
-    fn known(
+    pub(super) fn known(
         &mut self,
         packet: &Packet,
         (src, dst): (Socket, Socket),
@@ -359,7 +411,7 @@ impl Oracle {
         let (flow, signal) = (&self.flows[index], Signal::of(packet));
         let over = match direction {
             // Rules 30, 31 and 35.
-            Direction::Forward if packet.proto() == UDP => self.is_gone(flow),
+            Direction::Forward if !connects(packet.proto()) => self.is_gone(flow),
             Direction::Forward => signal.opens && (flow.state != State::default() || self.is_gone(flow)),
             // A server that opens a connection to its client's port: no reply.
             Direction::Reply => signal.opens,
@@ -399,14 +451,18 @@ impl Oracle {
         let Sent { packet, about, .. } = observed.sent;
         let (Body::Icmp { kind, payload, .. }, Some(about)) = (&packet.body, about) else { return Ok(None) };
         let kinds: &[u8] = if packet.src.is_ipv4() { &[3, 11, 12] } else { &[1, 2, 3, 4] };
-        let Some(ports) = about.ports().filter(|_| kinds.contains(kind) && about.src == packet.dst) else {
+        // Of messages without ports only an echo says which flow it is of.
+        let asks =
+            matches!(about.body, Body::Icmp { kind, .. } if echo(kind, about.src) == Some(Echo::Request));
+        if !kinds.contains(kind) || about.src != packet.dst || !(about.ports().is_some() || asks) {
             return Ok(None);
-        };
+        }
         // Without the first eight bytes of the transport (RFC 792) it says nothing of ports.
         if payload.len() + about.transport_length() < about.build().len() - ETHERNET + 8 {
             return Ok(None);
         }
-        let answered = (about.proto(), (about.dst, ports.dst), (about.src, ports.src));
+        let (src, dst) = ends(about);
+        let answered = (about.proto(), dst, src);
         let Some((index, direction)) = self.find(&answered, observed.now)? else { return Ok(None) };
         let flow = &self.flows[index];
         // What the quoted packet was before it was sent on, and what its sender takes for the flow's other end.
@@ -428,20 +484,20 @@ impl Oracle {
     }
 
     /// Whether exactly this packet went where its destination is.
-    fn goes(&self, packet: &Packet, observed: &Observed<'_>) -> Result<(), Judgement> {
+    pub(super) fn goes(&self, packet: &Packet, observed: &Observed<'_>) -> Result<(), Judgement> {
         let to = To::of(&self.cluster, packet.dst);
         match observed.seen {
             Seen::Went(place, went) if *place == to && went == packet => Ok(()),
-            Seen::Went(..) | Seen::Dropped => Err(Judgement::Wrong(format!("to {to:?}: {packet}"))),
+            Seen::Went(..) | Seen::Dropped(_) => Err(Judgement::Wrong(format!("to {to:?}: {packet}"))),
         }
     }
 }
 
 /// A packet, what became of it, and the second of that.
-struct Observed<'a> {
-    sent: &'a Sent,
-    seen: &'a Seen,
-    now: u64,
+pub(super) struct Observed<'a> {
+    pub(super) sent: &'a Sent,
+    pub(super) seen: &'a Seen,
+    pub(super) now: u64,
 }
 
 /// The node has no address of the family that could stand in for a client.

@@ -5,22 +5,23 @@ use std::net::IpAddr;
 use ferroflow_ebpf::noise::Noise;
 use serde_json::{Value, json};
 
+use super::barriers;
 use super::case::{By, Says, Send, Step, What};
 use super::text::{chunk_bytes, segment};
 use super::wire::{ACK, Body, Extras, FIN, Packet, Ports, RST, SYN};
 
-/// The case of this number: some services, which it shares with its neighbours, then packets and changes.
+/// The case of this number: some services and policies, which it shares with its neighbours, then packets and changes.
 pub fn case(seed: u64) -> Vec<Step> {
-    let (mut steps, services) = services(&mut Noise(seed / NEIGHBOURS));
+    let (mut steps, place) = begin(&mut Noise(seed / NEIGHBOURS));
     let noise = &mut Noise(seed ^ PACKETS);
     let mut sends = Vec::new();
     for _ in 0..4 + noise.below(14) {
         match noise.below(100) {
-            0..12 => steps.push(Step::Apply(change(noise, services))),
+            0..12 => steps.extend(change(noise, place).into_iter().map(Step::Apply)),
             12..15 => steps.push(Step::Wait(noise.pick(&[1, 20, 45, 100, 200, 400, 4_000]))),
             _ => {
                 let number = sends.len() as u32 + 1;
-                let what = what(noise, &sends, services);
+                let what = what(noise, &sends, place);
                 sends.push(what.clone());
                 steps.push(Step::Send(Send { number, what, becomes: Vec::new() }));
             }
@@ -29,30 +30,37 @@ pub fn case(seed: u64) -> Vec<Step> {
     steps
 }
 
+/// What a case takes place among.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    services: usize,
+    policies: bool,
+}
+
 /// So many cases begin with the same services.
 const NEIGHBOURS: u64 = 8;
 /// Makes packets another noise than services.
 const PACKETS: u64 = 0x70ac_4e75_0000_0000;
 
-fn services(noise: &mut Noise) -> (Vec<Step>, usize) {
-    let mut steps = Vec::new();
-    let services = 1 + noise.below(SERVICES);
-    for number in 0..services {
-        steps.push(Step::Apply(service(noise, number)));
+fn begin(noise: &mut Noise) -> (Vec<Step>, Place) {
+    let place = Place { services: 1 + noise.below(SERVICES), policies: noise.percent(50) };
+    let mut objects = if place.policies { barriers::objects(noise) } else { Vec::new() };
+    for number in 0..place.services {
+        objects.push(service(noise, number));
         for family in [0, 0, 1, 1] {
             if noise.percent(60) {
-                steps.push(Step::Apply(slice(noise, number, family)));
+                objects.push(slice(noise, number, family));
             }
         }
     }
-    (steps, services)
+    (objects.into_iter().map(Step::Apply).collect(), place)
 }
 
 const SERVICES: usize = 3;
 /// Addresses of this node's pods, of other nodes' and of who is outside of the cluster.
-const LOCAL: [[&str; 2]; 3] =
+pub(super) const LOCAL: [[&str; 2]; 3] =
     [["10.244.1.2", "fd00:244:1::2"], ["10.244.1.3", "fd00:244:1::3"], ["10.244.1.4", "fd00:244:1::4"]];
-const REMOTE: [[&str; 2]; 2] = [["10.244.2.2", "fd00:244:2::2"], ["10.244.2.3", "fd00:244:2::3"]];
+pub(super) const REMOTE: [[&str; 2]; 2] = [["10.244.2.2", "fd00:244:2::2"], ["10.244.2.3", "fd00:244:2::3"]];
 const OUTSIDE: [[&str; 2]; 2] = [["203.0.113.7", "2001:db8::7"], ["198.51.100.9", "2001:db8:1::9"]];
 const OWN: [&str; 2] = ["192.168.5.1", "fd00:5::1"];
 /// Of this node, and not the one that serves NodePorts.
@@ -85,7 +93,7 @@ fn node_port(number: usize, port: usize) -> u16 {
 
 /// Where every case begins: this node and another, ranges of addresses, and the pods of this node.
 pub fn ground() -> Vec<Value> {
-    let pods = (0..LOCAL.len()).map(pod);
+    let pods = (0..LOCAL.len()).map(local_pod);
     nodes().into_iter().chain(pods).collect()
 }
 
@@ -109,7 +117,7 @@ fn nodes() -> Vec<Value> {
     ]
 }
 
-fn pod(number: usize) -> Value {
+pub(super) fn local_pod(number: usize) -> Value {
     json!({"kind": "Pod", "metadata": {"name": format!("p{number}"), "namespace": "default"},
         "spec": {"nodeName": "here"},
         "status": {"phase": "Running", "podIPs": LOCAL[number].map(|ip| json!({"ip": ip}))}})
@@ -214,8 +222,11 @@ fn hinted(noise: &mut Noise, family: usize, part: usize) -> Value {
     object
 }
 
-fn change(noise: &mut Noise, services: usize) -> Value {
-    let number = noise.below(services);
+fn change(noise: &mut Noise, place: Place) -> Vec<Value> {
+    if place.policies && noise.percent(60) {
+        return barriers::change(noise);
+    }
+    let number = noise.below(place.services);
     let mut object = match noise.below(10) {
         0..3 => service(noise, number),
         _ => {
@@ -227,11 +238,11 @@ fn change(noise: &mut Noise, services: usize) -> Value {
         let metadata = &object["metadata"];
         object = json!({"kind": object["kind"], "metadata": metadata, "gone": true});
     }
-    object
+    vec![object]
 }
 
 /// What is sent next, given what was sent before.
-fn what(noise: &mut Noise, before: &[What], services: usize) -> What {
+fn what(noise: &mut Noise, before: &[What], place: Place) -> What {
     let earlier = |noise: &mut Noise| 1 + noise.below(before.len()) as u32;
     match noise.below(100) {
         // Mostly of what was sent last.
@@ -254,7 +265,11 @@ fn what(noise: &mut Noise, before: &[What], services: usize) -> What {
             again(noise, &before[index])
         }
         _ => {
-            let packet = packet(noise, services);
+            let packet = if place.policies && noise.percent(45) {
+                direct(noise)
+            } else {
+                packet(noise, place.services)
+            };
             let whole = !matches!(packet.body, Body::Udp { .. } | Body::Tcp(_)) || noise.percent(93);
             // A TCP header in two fragments is nobody's honest packet, and dropped (RFC 1858).
             let least = if matches!(packet.body, Body::Tcp(_)) { 32 } else { 8 };
@@ -300,7 +315,8 @@ fn says(noise: &mut Noise, before: &[What], to: u32) -> Says {
     match origin(before, to).body {
         Body::Tcp(_) => Says::Tcp(noise.pick(&[SYN | ACK, SYN | ACK, ACK, ACK, FIN | ACK, RST, SYN])),
         Body::Sctp { .. } => Says::Sctp(noise.pick(&[2, 2, 0, 0, 7, 6, 1])),
-        Body::Udp { .. } | Body::Icmp { .. } | Body::Other { .. } => Says::Udp,
+        Body::Icmp { .. } => Says::Echo,
+        Body::Udp { .. } | Body::Other { .. } => Says::Udp,
     }
 }
 
@@ -338,6 +354,36 @@ fn packet(noise: &mut Noise, services: usize) -> Packet {
     packet.hops = noise.pick(&[64, 64, 3, 255]);
     packet.id = if packet.src.is_ipv4() { noise.number() as u16 } else { packet.id };
     packet
+}
+
+/// Between pods, this node and others, by their own addresses.
+fn direct(noise: &mut Noise) -> Packet {
+    let family = noise.below(2);
+    let (_, protocol, _, target) = noise.pick(&PORTS);
+    let mut pick = |local| {
+        let text = match noise.below(20) {
+            it if it < local => noise.pick(&LOCAL),
+            0..14 => noise.pick(&REMOTE),
+            14..18 => noise.pick(&OUTSIDE),
+            18 => OWN,
+            _ => OTHER_NODE,
+        };
+        addr(text[family])
+    };
+    let (src, mut dst) = (pick(8), pick(14));
+    if [src, dst].iter().all(|it| LOCAL.iter().all(|pod| addr(pod[family]) != *it)) {
+        dst = addr(noise.pick(&LOCAL)[family]);
+    }
+    let ports =
+        Ports { src: 6_000 + noise.below(2) as u16, dst: noise.pick(&[target, target, target, 9_090, 80]) };
+    let body = if noise.percent(20) { echo(noise, src) } else { body(noise, protocol, ports) };
+    Packet::new(src, dst, body)
+}
+
+fn echo(noise: &mut Noise, src: IpAddr) -> Body {
+    let kinds = if src.is_ipv4() { &[8, 8, 8, 0, 13] } else { &[128, 128, 128, 129, 100] };
+    let [high, low] = noise.pick(&[0_u16, 7, 513]).to_be_bytes();
+    Body::Icmp { kind: noise.pick(kinds), code: 0, rest: [high, low, 0, 1], payload: noise.bytes(5) }
 }
 
 fn body(noise: &mut Noise, protocol: &str, ports: Ports) -> Body {

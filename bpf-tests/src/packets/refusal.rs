@@ -1,5 +1,6 @@
 //! What refuses a packet: a new one, back to its sender.
 
+use super::isolation::Reason;
 use super::oracle::{Judgement, Seen, Sent, To};
 use super::wire::{ACK, Body, ETHERNET, FIN, RST, SYN, Segment};
 
@@ -10,7 +11,7 @@ pub(super) fn refused(sent: &Sent, seen: &Seen) -> Result<(), Judgement> {
     if let Body::Tcp(Segment { flags, .. }) = packet.body
         && flags & RST != 0
     {
-        return dropped(seen);
+        return dropped(seen, &["no-endpoint"]);
     }
     let Seen::Went(To::Sender, answer) = seen else { return wrong("refused") };
     if (answer.src, answer.dst) != (packet.dst, packet.src) || answer.hops == 0 {
@@ -55,9 +56,12 @@ fn resets(asked: &Segment, fragments: Option<usize>, answer: &Segment) -> bool {
         && answer.payload.is_empty()
 }
 
-pub(super) fn dropped(seen: &Seen) -> Result<(), Judgement> {
+/// Whether a packet was dropped, and counted under one of these reasons.
+pub(super) fn dropped(seen: &Seen, reasons: &[Reason]) -> Result<(), Judgement> {
     match seen {
-        Seen::Dropped => Ok(()),
-        Seen::Went(..) => Err(Judgement::Wrong("dropped".into())),
+        Seen::Dropped(Some(reason)) if reasons.contains(reason) => Ok(()),
+        Seen::Dropped(_) | Seen::Went(..) => {
+            Err(Judgement::Wrong(format!("dropped {}", reasons.join(" or "))))
+        }
     }
 }

@@ -15,11 +15,12 @@
 //! wait 40
 //! remove Service default/web
 //! 4: send udp 10.244.1.3:4000 > 10.96.0.10:53 in fragments of 64
-//!   -> dropped
+//!   -> dropped fragment-of-service
 //! ```
 //! Each begins with the objects of [`super::random::ground`]: the node `here` (192.168.5.1, fd00:5::1, and 192.168.6.1,
 //! fd00:6::1 without NodePorts) with the pods p0 to p2 (10.244.1.2 to .4, fd00:244:1::2 to ::4), and a node `there`.
-//! `tables:` says what the tables hold beside what they hold then. `apply:` takes YAML documents; `->` lines are alternatives, in which a port may be `*`. Without them the oracle
+//! `tables:` says what the tables hold beside what they hold then. `apply:` takes YAML documents; `->` lines are alternatives, in which a
+//! port may be `*`, and `dropped` alone is for whichever reason. Without them the oracle
 //! alone judges, which it does anyway. A packet comes from where its source address is.
 
 use std::path::{Path, PathBuf};
@@ -144,6 +145,7 @@ impl FromStr for What {
             ("answer", [to, "sctp", chunk]) => {
                 Ok(Self::Answer { to: to.parse()?, says: Says::Sctp(text::chunk(chunk)?) })
             }
+            ("answer", [to, "echo"]) => Ok(Self::Answer { to: to.parse()?, says: Says::Echo }),
             ("error", [about, by, kind, "quoting", quoted]) => {
                 let by = match *by {
                     "receiver" => By::Receiver,
@@ -183,6 +185,7 @@ impl fmt::Display for What {
                 fragments.map_or(Ok(()), |size| write!(f, " in fragments of {size}"))
             }
             Self::Answer { to, says: Says::Udp } => write!(f, "answer {to} udp"),
+            Self::Answer { to, says: Says::Echo } => write!(f, "answer {to} echo"),
             Self::Answer { to, says: Says::Tcp(flags) } => {
                 write!(f, "answer {to} tcp {}", text::flag_names(*flags))
             }
@@ -212,7 +215,8 @@ impl fmt::Display for Seen {
                 };
                 write!(f, "{to} {packet}")
             }
-            Self::Dropped => f.write_str("dropped"),
+            Self::Dropped(Some(reason)) => write!(f, "dropped {reason}"),
+            Self::Dropped(None) => f.write_str("dropped"),
         }
     }
 }
@@ -258,12 +262,13 @@ pub fn write(title: &str, steps: &[Step]) -> String {
 mod tests {
     use super::*;
 
-    const LINES: [&str; 8] = [
+    const LINES: [&str; 9] = [
         r#"apply: {"kind":"Pod","metadata":{"name":"p0"}}"#,
         "1: send udp 10.0.0.1:1 > 10.0.0.2:2 data 01 in fragments of 8",
         "2: answer 1 udp",
         "3: answer 1 tcp SYN,ACK",
         "4: answer 2 sctp init-ack",
+        "6: answer 2 echo",
         "5: error 1 router 3/4 quoting 28",
         "wait 40",
         "remove Service default/web",

@@ -39,6 +39,11 @@ pub(crate) fn pod_egress(ctx: TcContext) -> i32 {
     // Pods do not say what is finished.
     let _of_a_pod = skb.is_finished();
     let verdict = pod::leaving(&mut skb, &Kernel);
+    if verdict == Ok(Verdict::Reply) {
+        // Past the program on the way in: the pod's policies have no say in what refuses its own packet.
+        // SAFETY: the helper takes numbers and checks them.
+        return (unsafe { bpf_redirect_peer(Kernel.sender(&skb), 0) }) as i32;
+    }
     action(&skb, verdict)
 }
 
