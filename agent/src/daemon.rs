@@ -72,7 +72,7 @@ const QUEUE: usize = 1024;
 /// [`DaemonError`] where it cannot start.
 pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let started = SystemTime::now();
-    datapath::prepare(&config.bpffs)?;
+    datapath::prepare_agent(&config.bpffs)?;
     datapath::unlock_settings();
     let _lock = Lock::acquire(&config.bpffs.dir)?;
     let cgroup = match &config.cgroup {

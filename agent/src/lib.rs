@@ -38,7 +38,7 @@ pub mod durable;
 pub mod events;
 pub mod gc;
 pub mod health;
-mod heap;
+pub mod heap;
 pub mod ipam;
 pub mod kube_proxy;
 pub mod lock;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use ferroflow::cni::plugin;
-use ferroflow::{cli, config, daemon, health};
+use ferroflow::{cli, config, daemon, health, heap};
 use tracing_subscriber::EnvFilter;
 
 /// The Kubernetes network in Rust and eBPF
@@ -61,6 +61,7 @@ fn main() -> ExitCode {
 const LOG: &str = "info,kube_client=off";
 
 fn agent(config: &config::Agent) -> anyhow::Result<()> {
+    heap::share();
     Ok(runtime()?.block_on(daemon::run(config))?)
 }
 

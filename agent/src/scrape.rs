@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use crate::clock;
 use crate::gc::Swept;
 use crate::health::server::Answered;
+use crate::heap;
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
 use crate::model::Kind;
@@ -46,6 +47,7 @@ impl Gauges {
             started: self.started,
             no_local: no_local(world),
             answered,
+            heap: heap::in_use(),
         })
     }
 }

@@ -10,9 +10,11 @@
 //!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
 //!     └─ packets: objects and packets through agent, tables and programs, judged by an oracle ── tests/packets.rs
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
+//!  metrics: what an agent shows to Prometheus
 //!  apiserver: a Kubernetes API on the same manifests, with faults ── tests/apiserver.rs
 //!  fuzz: bytes that nobody should send, at the programs, the directory source and the agent's socket
-//!  chart (the Helm chart, rendered and checked)
+//!  chart (the Helm chart, rendered and checked) ── kubelet: its containers as a node runs them ── tests/container.rs
+//!  live (tests of a real cluster, through its API)
 //!  soak (churn, deaths and faults under steady traffic, and what is left of it)
 //!  bench (how fast it is, beside kernel routing and kube-proxy's rules)
 //! ```
@@ -31,7 +33,10 @@ pub mod ethtool;
 pub mod exposed;
 pub mod fuzz;
 pub mod guarded;
+pub mod kubelet;
+pub mod live;
 pub mod manifests;
+pub mod metrics;
 pub mod netns;
 pub mod oracle;
 pub mod outside;

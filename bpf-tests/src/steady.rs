@@ -1,6 +1,6 @@
 //! Traffic that runs while something else happens.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -16,11 +16,38 @@ use crate::{
 /// Requests and transfers that run from pods of both nodes, in both families.
 #[derive(Debug)]
 pub struct Traffic {
-    requests: Vec<Client<Outcome>>,
+    requests: Vec<(Kind, Client<Outcome>)>,
     streams: Vec<Client<Progress>>,
 }
 
+/// What an operator asks about when something was restarted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// One transfer that lasts.
+    TcpLong,
+    /// A connection for each request.
+    TcpShort,
+    /// A socket for each question, with a port that the kernel chooses.
+    UdpRandom,
+    /// A socket for each question, all of them with one port.
+    UdpFixed,
+}
+
+/// What became of one kind.
+#[derive(Clone, Debug, Default)]
+pub struct Total {
+    /// Requests, or bytes of transfers.
+    pub done: u64,
+    /// Requests without their answer, and transfers that broke off.
+    pub lost: usize,
+    /// Of the first that was lost, and how many like it.
+    pub why: Option<String>,
+}
+
 const LONGEST_GAP: Duration = Duration::from_secs(1);
+
+/// Of the questions that all come from one, over IPv4; over IPv6 from the next: a socket of IPv6 takes both.
+const FIXED_PORT: u16 = 5300;
 
 impl Traffic {
     pub fn start(cluster: &Cluster, web: &Service) -> Result<Self> {
@@ -28,9 +55,14 @@ impl Traffic {
         for from in ["a1", "b1"] {
             let pod = cluster.pod(from);
             for family in Family::BOTH {
-                for protocol in [Protocol::Http, Protocol::Dns] {
-                    let ask = Ask::new(protocol, target(web, protocol, family));
-                    requests.push(pod.keep_asking(&ask.interval(Duration::from_millis(10)))?);
+                for (kind, protocol, port) in [
+                    (Kind::TcpShort, Protocol::Http, 0),
+                    (Kind::UdpRandom, Protocol::Dns, 0),
+                    (Kind::UdpFixed, Protocol::Dns, FIXED_PORT + u16::from(family == Family::V6)),
+                ] {
+                    let ask = Ask::new(protocol, target(web, protocol, family)).source_port(port);
+                    let client = pod.keep_asking(&ask.interval(Duration::from_millis(10)))?;
+                    requests.push((kind, client));
                 }
                 streams.push(pod.stream((web.ip(family), ECHO_SERVICE_PORT).into())?);
             }
@@ -41,31 +73,65 @@ impl Traffic {
     /// All of it goes on: something new comes everywhere.
     pub fn flows(&self) -> Result<()> {
         let limit = Duration::from_secs(5);
-        for client in &self.requests {
-            let before = client.seen().len();
-            client.wait_until(limit, |outcomes| outcomes.len() > before + 10)?;
+        for (kind, client) in &self.requests {
+            let before = client.count();
+            client.wait(limit, |outcomes| outcomes.len() > before + 10).with_context(|| kind.to_string())?;
         }
         for stream in &self.streams {
-            let before = stream.seen().last().map_or(0, |progress| progress.verified);
-            stream.wait_until(limit, |seen| {
-                seen.last().is_some_and(|last| last.verified > before || last.ended.is_some())
-            })?;
+            let before = stream.last().map_or(0, |progress| progress.verified);
+            stream
+                .wait(limit, |seen| {
+                    seen.last().is_some_and(|last| last.verified > before || last.ended.is_some())
+                })
+                .with_context(|| Kind::TcpLong.to_string())?;
         }
         Ok(())
     }
 
-    pub fn finish(self) -> Result<()> {
-        for client in self.requests {
+    /// Ends it.
+    pub fn totals(self) -> Result<BTreeMap<Kind, Total>> {
+        let mut totals: BTreeMap<Kind, Total> = BTreeMap::new();
+        for (kind, client) in self.requests {
             let outcomes = client.stop()?;
+            let total = totals.entry(kind).or_default();
+            total.done += outcomes.len() as u64;
             if let Some(failure) = outcomes.iter().find_map(Outcome::failure) {
-                bail!("{failure}; {}", failures(&outcomes));
+                total.lost += outcomes.iter().filter(|outcome| outcome.failure().is_some()).count();
+                total.why.get_or_insert_with(|| format!("{failure}; {}", failures(&outcomes)));
             }
         }
         for stream in self.streams {
             let last = stream.stop()?.pop().context("a stream said nothing")?;
-            ensure!(last.ended == Some(Ok(())), "{last:?}");
-            ensure!(Duration::from_micros(last.longest_gap_us) < stretched(LONGEST_GAP), "{last:?}");
+            let total = totals.entry(Kind::TcpLong).or_default();
+            total.done += last.verified;
+            let whole = last.ended == Some(Ok(()));
+            if !whole || Duration::from_micros(last.longest_gap_us) >= stretched(LONGEST_GAP) {
+                total.lost += 1;
+                total.why.get_or_insert_with(|| format!("{last:?}"));
+            }
+        }
+        Ok(totals)
+    }
+
+    /// Ends it; an error where anything was lost.
+    pub fn finish(self) -> Result<()> {
+        for (kind, total) in self.totals()? {
+            ensure!(total.done > 0, "{kind}: nothing was asked");
+            if let Some(why) = total.why {
+                bail!("{kind}: {} lost: {why}", total.lost);
+            }
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::TcpLong => "TCP, long-lived",
+            Self::TcpShort => "TCP, short",
+            Self::UdpRandom => "UDP, random ports",
+            Self::UdpFixed => "UDP, one port",
+        })
     }
 }

@@ -194,8 +194,24 @@ impl<T: DeserializeOwned + Clone + Send + 'static> Client<T> {
         self.lines.lock().values.clone()
     }
 
+    /// How many results it has written so far.
+    pub fn count(&self) -> usize {
+        self.lines.lock().values.len()
+    }
+
+    /// The last result that it has written.
+    pub fn last(&self) -> Option<T> {
+        self.lines.lock().values.last().cloned()
+    }
+
     /// Waits until `enough` holds for what it has written.
     pub fn wait_until(&self, limit: Duration, enough: impl Fn(&[T]) -> bool) -> Result<Vec<T>> {
+        self.wait(limit, enough)?;
+        Ok(self.seen())
+    }
+
+    /// The same, without a copy of it: a client that has run for long has written much.
+    pub fn wait(&self, limit: Duration, enough: impl Fn(&[T]) -> bool) -> Result<()> {
         let read = self.lines.wait(stretched(limit), |read| read.ended || enough(&read.values));
         if let Some(garbage) = &read.garbage {
             bail!("a line that is no result: {garbage}");
@@ -204,7 +220,7 @@ impl<T: DeserializeOwned + Clone + Send + 'static> Client<T> {
             let ended = if read.ended { "it ended" } else { "it did not come in time" };
             bail!("waited {limit:?} for a result: {ended}, after {} results", read.values.len());
         }
-        Ok(read.values.clone())
+        Ok(())
     }
 
     /// Waits for its end.

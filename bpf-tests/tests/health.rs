@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    collections::BTreeMap,
     fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
@@ -23,6 +22,7 @@ use bpf_tests::{
     checks::service,
     cluster::{Cluster, Node},
     manifests::Endpoint,
+    metrics::scrape,
     runner,
     sandbox::Sandbox,
 };
@@ -162,27 +162,6 @@ fn a_taken_port_is_said(sandbox: &Sandbox) -> Result<()> {
 }
 
 const NODE_PORT: u16 = 30_080;
-
-/// A page of metrics: each line's name and labels, and its value.
-fn scrape(node: &Node) -> Result<BTreeMap<String, f64>> {
-    let text = node.netns.run(|_| -> std::io::Result<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", ferroflow::observe::PORT))?;
-        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
-    })??;
-    ensure!(text.starts_with("HTTP/1.1 200") && text.ends_with("# EOF\n"), "{text}");
-    let (_, page) = text.split_once("\r\n\r\n").context("no body")?;
-    let lines = page.lines().filter(|line| !line.starts_with('#'));
-    lines
-        .map(|line| {
-            let (name, value) = line.rsplit_once(' ').with_context(|| format!("`{line}` is no metric"))?;
-            Ok((name.to_owned(), value.parse()?))
-        })
-        .collect()
-}
 
 fn becomes_metric(node: &Node, agent: &Agent, name: &str, wanted: impl Fn(f64) -> bool) -> Result<()> {
     let deadline = Instant::now() + SOON;

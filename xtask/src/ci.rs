@@ -13,7 +13,7 @@ use crate::{chart, compile, demo, image, layers, setup, test, verify, vm};
 /// Runs one part and returns its tests.
 type Part = fn(&Toolchain) -> Result<Tally>;
 
-const PARTS: [(&str, Part); 10] = [
+const PARTS: [(&str, Part); 11] = [
     ("setup", setup),
     ("format", format),
     ("lints", lints),
@@ -22,6 +22,7 @@ const PARTS: [(&str, Part); 10] = [
     ("verify", verify::part),
     ("kernels", vm::part),
     ("demo", demonstrate),
+    ("soak", soak),
     ("chart", chart::part),
     ("image", image::part),
 ];
@@ -82,19 +83,29 @@ fn all_tests(toolchain: &Toolchain) -> Result<Tally> {
 }
 
 fn demonstrate(toolchain: &Toolchain) -> Result<Tally> {
+    program(toolchain, "demo", &[])
+}
+
+/// Ten minutes; what fails is run again with the seed that it printed.
+fn soak(toolchain: &Toolchain) -> Result<Tally> {
+    program(toolchain, "soak", &["--minutes", "10"].map(str::to_owned))
+}
+
+/// A program of bpf-tests that counts its checks.
+fn program(toolchain: &Toolchain, name: &str, args: &[String]) -> Result<Tally> {
     let mut tally = Tally::default();
-    let done =
-        test::stream(&mut demo::command(toolchain, "demo", &[])?, stdout(), |line| tally += checks(line))?;
+    let mut command = demo::command(toolchain, name, args)?;
+    let done = test::stream(&mut command, stdout(), |line| tally += checks(name, line))?;
     if !done && tally.failed == 0 {
         tally.failed = 1;
     }
     Ok(tally)
 }
 
-/// Of the demo's last line, `demo: 9 checks, 9 passed`.
-fn checks(line: &str) -> Tally {
+/// Of a program's last line, `demo: 9 checks, 9 passed`.
+fn checks(name: &str, line: &str) -> Tally {
     let counts = || {
-        let (checks, passed) = line.trim().strip_prefix("demo: ")?.split_once(" checks, ")?;
+        let (checks, passed) = line.trim().strip_prefix(name)?.strip_prefix(": ")?.split_once(" checks, ")?;
         let (checks, passed): (usize, usize) =
             (checks.parse().ok()?, passed.strip_suffix(" passed")?.parse().ok()?);
         Some(Tally { passed, failed: checks.checked_sub(passed)?, skipped: 0 })
@@ -107,8 +118,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn checks_of_the_demo_are_counted() {
-        assert_eq!(checks("demo: 9 checks, 7 passed\n").to_string(), "7 passed, 2 failed");
-        assert_eq!(checks("demo: starting"), Tally::default());
+    fn checks_of_programs_are_counted() {
+        assert_eq!(checks("demo", "demo: 9 checks, 7 passed\n").to_string(), "7 passed, 2 failed");
+        assert_eq!(checks("demo", "demo: starting"), Tally::default());
+        assert_eq!(checks("soak", "soak: 10 minutes, seed 1"), Tally::default());
     }
 }

@@ -10,6 +10,7 @@ mod demo;
 mod fuzz;
 mod image;
 mod layers;
+mod live;
 mod memory;
 mod paths;
 mod privileged;
@@ -19,6 +20,7 @@ mod toolchain;
 mod verify;
 mod vm;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -61,10 +63,20 @@ enum Verb {
     ///
     /// The second half needs root. BPF_TESTS=skip lets its tests skip what this machine cannot do; each skip is
     /// printed and counted, never silent.
+    ///
+    /// With --kubeconfig it tests a real cluster instead, which has Ferroflow from the chart: in a namespace of its own it
+    /// asks every kind of Service from pods and nodes, with policies, while endpoints change and while an agent is
+    /// made anew. That needs no root.
     Test {
         /// Only what needs neither root nor a BPF linker
         #[arg(long)]
         unit: bool,
+        /// Test the cluster that these credentials of an administrator are for
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["unit", "filter"])]
+        kubeconfig: Option<PathBuf>,
+        /// Passed on with --kubeconfig: --image, --namespace, --agents, --timeout, --keep; `-- --help` explains them
+        #[arg(last = true, requires = "kubeconfig")]
+        args: Vec<String>,
         /// Run only tests whose name contains this
         filter: Option<String>,
     },
@@ -169,7 +181,10 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
             return Ok(vm::run(&toolchain, &vm::Plan { kernels, update, tests }).report());
         }
         Verb::Bench { args } => return bench::run(&toolchain, &args),
-        Verb::Test { unit, filter } => {
+        Verb::Test { kubeconfig: Some(kubeconfig), args, .. } => {
+            return live::run(&toolchain, &kubeconfig, &args);
+        }
+        Verb::Test { unit, filter, kubeconfig: None, args: _ } => {
             let scope = if unit { Scope::Unit } else { Scope::All };
             return Ok(test::run(&toolchain, scope, filter.as_deref()).report());
         }

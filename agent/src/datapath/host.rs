@@ -27,6 +27,18 @@ pub fn prepare(bpffs: &Bpffs) -> Result<(), DatapathError> {
     Ok(())
 }
 
+/// The same for an agent. The first process of a container mounts nothing: a BPF file system of the container's own would
+/// end with it, and with it every program and every connection's entry.
+///
+/// # Errors
+/// As [`prepare`]; [`DatapathError::OwnBpffs`].
+pub fn prepare_agent(bpffs: &Bpffs) -> Result<(), DatapathError> {
+    if std::process::id() == 1 && !on_bpffs(&bpffs.dir) {
+        return Err(DatapathError::OwnBpffs { path: bpffs.dir.clone() });
+    }
+    prepare(bpffs)
+}
+
 fn ensure_bpffs(dir: &Path) -> Result<(), DatapathError> {
     if on_bpffs(dir) {
         return Ok(());

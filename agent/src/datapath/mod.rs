@@ -24,7 +24,7 @@ pub use attach::{Interface, load as load_program};
 pub(crate) use host::kernel_is_at_least;
 use migrate::{Former, Moving};
 
-pub use host::{cgroup2_mount, prepare, unlock_settings};
+pub use host::{cgroup2_mount, prepare, prepare_agent, unlock_settings};
 pub use patrol::Found;
 
 /// What is fixed when the programs are loaded.
@@ -164,6 +164,11 @@ pub enum DatapathError {
         "{path} is not on a BPF file system: mount one (mount -t bpf bpf {path}) or name another directory with --bpffs"
     )]
     NotBpffs { path: PathBuf },
+    #[error(
+        "{path} is not on a BPF file system of the host's: let the init container mount one (chart: host.mountBpffs), or \
+         mount it on the host (mount -t bpf bpf /sys/fs/bpf)"
+    )]
+    OwnBpffs { path: PathBuf },
     #[error(
         "no cgroup2 file system is mounted: mount one (mount -t cgroup2 none DIR) and name it with --cgroup"
     )]

@@ -31,6 +31,8 @@ pub struct View {
     pub started: SystemTime,
     pub no_local: NoLocal,
     pub answered: Answered,
+    /// Bytes that the agent has allocated, where its allocator says.
+    pub heap: Option<u64>,
 }
 
 /// How full a map is.
@@ -55,6 +57,7 @@ impl Default for View {
             started: UNIX_EPOCH,
             no_local: NoLocal::default(),
             answered: Answered::new(),
+            heap: None,
         }
     }
 }
@@ -133,6 +136,9 @@ impl View {
         )?;
         let away = self.away.as_secs_f64();
         sheet.gauge("ferroflow_source_away_seconds", "How long the source of objects has been away", away)?;
+        if let Some(bytes) = self.heap {
+            sheet.gauge("ferroflow_heap_bytes", "Memory that the agent has allocated", bytes as f64)?;
+        }
         let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         sheet.gauge("ferroflow_start_time_seconds", "When this agent started, since 1970", started)?;
         let version = [(("version", env!("CARGO_PKG_VERSION")), 1)];
@@ -196,6 +202,7 @@ mod tests {
             away: Duration::from_secs(9),
             no_local: NoLocal { internal: 1, external: 2 },
             answered: [((Question::Healthz, 503), 4)].into(),
+            heap: Some(4_096),
             ..View::default()
         };
         let text = Metrics::new(UNIX_EPOCH).page().text(view).unwrap();
@@ -210,6 +217,7 @@ mod tests {
             "ferroflow_conntrack_swept_total 5",
             "ferroflow_objects{kind=\"ServiceCIDR\"} 2",
             "ferroflow_source_away_seconds 9.0",
+            "ferroflow_heap_bytes 4096.0",
             concat!("ferroflow_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
         ] {
             assert!(text.lines().any(|it| it == line), "no `{line}` in\n{text}");

@@ -84,6 +84,13 @@ impl ApiServer {
         Self::listen_as(listener, None)
     }
 
+    /// The same over TLS, with a certificate for `name`, whose text it returns.
+    pub fn listen_with_tls(listener: TcpListener, name: &str) -> Result<(Self, String)> {
+        let tls = Tls::new(name)?;
+        let pem = tls.pem.clone();
+        Ok((Self::listen_as(listener, Some(tls))?, pem))
+    }
+
     fn listen_as(listener: TcpListener, tls: Option<Tls>) -> Result<Self> {
         let shared = Arc::new(Shared {
             store: Mutex::default(),

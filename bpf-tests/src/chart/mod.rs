@@ -23,6 +23,8 @@ use serde_json::Value;
 use cases::{BAD, Bad, GOOD, Good};
 use helm::{Answer, Rendered};
 
+use crate::kubelet::RENDERED;
+
 /// The chart, from the top of the tree.
 const CHART: &str = "charts/ferroflow";
 
@@ -54,6 +56,7 @@ fn run() -> Result<()> {
             Err(error) => faults.push(format!("values `{}`: {error:#}", case.values)),
         }
     }
+    faults.extend(rendered.first().and_then(kept));
     faults.extend(BAD.iter().zip(refused).filter_map(|(case, rendered)| case.fault(rendered)));
     faults.iter().for_each(|fault| eprintln!("{CHART}: {fault}"));
     if !faults.is_empty() {
@@ -68,6 +71,19 @@ fn run() -> Result<()> {
     );
     println!("{}", answer.package.display());
     Ok(())
+}
+
+/// The DaemonSet of the defaults is kept for tests that have no Helm; `CHART=write` keeps this one.
+fn kept(rendered: &Rendered) -> Option<String> {
+    let Rendered::Manifests(manifests) = rendered else { return None };
+    let (_, text) = manifests.iter().find(|(path, _)| path.ends_with("/daemonset.yaml"))?;
+    if std::env::var_os("CHART").is_some_and(|value| value == "write") {
+        return std::fs::write(RENDERED, text).err().map(|error| format!("{RENDERED}: {error}"));
+    }
+    let same = std::fs::read_to_string(RENDERED).is_ok_and(|found| found == *text);
+    (!same).then(|| {
+        format!("{RENDERED} is not what the defaults render to: CHART=write cargo xtask chart writes it")
+    })
 }
 
 /// Warnings count; what Helm only recommends does not.

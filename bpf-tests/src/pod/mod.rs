@@ -163,6 +163,8 @@ enum Verb {
         #[command(subcommand)]
         load: load::Load,
     },
+    /// Become the program of a container, whose namespaces this process is in.
+    Container { spec: PathBuf },
     /// Become another program.
     Exec {
         program: PathBuf,
@@ -202,6 +204,9 @@ impl Cli {
             let error = Command::new(&program).args(args).exec();
             return Err(error).with_context(|| format!("execute {}", program.display()));
         }
+        if let Verb::Container { spec } = &self.verb {
+            return crate::kubelet::enter(spec);
+        }
         if let Verb::Load { load } = self.verb {
             return load.run();
         }
@@ -232,7 +237,7 @@ impl Cli {
                     repeat(&requests, &closed, |requests| resolver.ask(requests)).await
                 }
                 Verb::Stream { target } => stream::run(target, &closed).await,
-                Verb::Load { .. } | Verb::Exec { .. } => Ok(()),
+                Verb::Load { .. } | Verb::Container { .. } | Verb::Exec { .. } => Ok(()),
             }
         })
     }

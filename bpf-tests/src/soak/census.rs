@@ -1,8 +1,12 @@
 //! What there is of everything that may leak.
 
-use std::{collections::BTreeMap, fmt, fs};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs, thread,
+    time::Duration,
+};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use ferroflow::maps::{
     Backends, Endpoints, Frontends, HashTable, Ipcache, IpcacheRanges, Maps as _, NodeAddresses, PeerClasses,
     Policy, PolicySets, Services, SourceRanges, Tunnels, kernel::KernelMaps,
@@ -10,7 +14,7 @@ use ferroflow::maps::{
 use ferroflow_common::abi::lb::Backend;
 
 use super::churn::Churn;
-use crate::{agent::Agent, cluster::Node, cni::Runtime};
+use crate::{agent::Agent, cluster::Node, cni::Runtime, metrics::scrape};
 
 /// By node and thing.
 #[derive(Debug)]
@@ -19,8 +23,8 @@ pub(super) struct Census {
     counts: BTreeMap<(String, &'static str), usize>,
     /// Open files of the agents.
     files: BTreeMap<String, usize>,
-    /// Memory of the agents' own, in KiB: shown, and not judged.
-    memory: BTreeMap<String, u64>,
+    /// What the agents have allocated, in bytes, and what is resident of their own, in KiB.
+    memory: BTreeMap<String, (u64, u64)>,
 }
 
 impl Census {
@@ -41,6 +45,16 @@ impl Census {
             let before = base.counts.get(&(node.clone(), what)).copied().unwrap_or_default();
             format!("{what} of {node}: {count}, not {before}")
         })
+    }
+
+    /// By node: what its agent has allocated, in bytes.
+    pub(super) fn heap(&self) -> impl Iterator<Item = (&String, u64)> {
+        self.memory.iter().map(|(node, (heap, _))| (node, *heap))
+    }
+
+    /// How many kinds of things are counted.
+    pub(super) fn kinds(&self) -> usize {
+        self.counts.keys().map(|(_, what)| *what).collect::<BTreeSet<_>>().len()
     }
 
     /// The first thing of the agents that became more.
@@ -87,10 +101,25 @@ impl Census {
 
     fn measure(&mut self, node: &Node, agent: &Agent) -> Result<()> {
         self.files.insert(node.name.clone(), agent.open_files()?);
-        self.memory.insert(node.name.clone(), agent.memory_kib("RssAnon")?);
+        // What is under way at the moment of one reading is not at another.
+        let mut least = u64::MAX;
+        for _ in 0..READINGS {
+            let heap = scrape(node)?.get("ferroflow_heap_bytes").copied();
+            least = least.min(heap.context("the agent does not say what it has allocated")? as u64);
+            thread::sleep(Duration::from_millis(100));
+        }
+        self.memory.insert(node.name.clone(), (least, agent.memory_kib("RssAnon")?));
         Ok(())
     }
 }
+
+/// Entries of flows in the tables of a node.
+pub(super) fn flows(node: &Node) -> Result<usize> {
+    let maps = KernelMaps::open(&node.bpffs.join("maps"))?;
+    Ok(maps.conntrack::<[u8; 4]>()?.len() + maps.conntrack::<[u8; 16]>()?.len())
+}
+
+const READINGS: u32 = 3;
 
 fn rows<T: HashTable>(maps: &KernelMaps) -> Result<(&'static str, usize)> {
     Ok((T::NAME, maps.dump::<T>()?.len()))
@@ -101,8 +130,10 @@ impl fmt::Display for Census {
         for (node, files) in &self.files {
             let of_node = self.counts.iter().filter(|((of, _), count)| of == node && **count > 0);
             let counts: Vec<_> = of_node.map(|((_, what), count)| format!("{what} {count}")).collect();
-            let memory = self.memory.get(node).copied().unwrap_or_default();
-            writeln!(f, "  {node}: {}; open files {files}, memory {memory} KiB", counts.join(", "))?;
+            let (heap, own) = self.memory.get(node).copied().unwrap_or_default();
+            let heap = heap / 1024;
+            let counts = counts.join(", ");
+            writeln!(f, "  {node}: {counts}; open files {files}, allocated {heap} KiB, resident {own} KiB")?;
         }
         Ok(())
     }

@@ -1,12 +1,12 @@
 //! What comes and goes, by chance.
 
-use std::{collections::BTreeSet, thread, time::Duration};
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context as _, Result};
 use ferroflow_ebpf::noise::Noise;
 
+use super::fault::Fault;
 use crate::{
-    apiserver::{Fault, Verb},
     checks::{World, service},
     cni::{Container, Runtime},
     manifests::{Endpoint, State},
@@ -17,17 +17,17 @@ use crate::{
 pub(super) struct Churn {
     pub(super) world: World,
     pub(super) runtimes: Vec<Runtime>,
-    noise: Noise,
+    pub(super) noise: Noise,
     /// Numbers of services.
     services: BTreeSet<u8>,
     policies: BTreeSet<usize>,
     /// Nodes and names of pods.
     pods: Vec<(usize, String)>,
     changes: usize,
-    deaths: usize,
+    faults: BTreeMap<Fault, usize>,
 }
 
-/// Whether agents are killed.
+/// Whether faults end agents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Deaths {
     Some,
@@ -42,30 +42,36 @@ const PODS: usize = 6;
 impl Churn {
     pub(super) fn new(world: World, runtimes: Vec<Runtime>, seed: u64) -> Self {
         let (services, policies) = (BTreeSet::new(), BTreeSet::new());
-        let noise = Noise(seed);
-        Self { world, runtimes, noise, services, policies, pods: Vec::new(), changes: 0, deaths: 0 }
+        let (noise, faults) = (Noise(seed), BTreeMap::new());
+        Self { world, runtimes, noise, services, policies, pods: Vec::new(), changes: 0, faults }
     }
 
     pub(super) fn changes(&self) -> usize {
         self.changes
     }
 
-    pub(super) fn deaths(&self) -> usize {
-        self.deaths
+    /// How often each happened.
+    pub(super) fn faults(&self) -> &BTreeMap<Fault, usize> {
+        &self.faults
     }
 
-    /// Changes one thing.
+    /// Changes one thing, or breaks one.
     pub(super) fn step(&mut self, deaths: Deaths) -> Result<()> {
         self.changes += 1;
         match self.noise.below(100) {
-            0..60 => self.change_service(),
+            0..50 => self.change_service(),
+            50..60 => self.change_backends(),
             60..75 => self.change_policy(),
-            75..83 if self.pods.len() < PODS => self.add_pod(),
-            75..90 => self.remove_pod(),
-            90..97 => self.inject(),
-            97 => self.lose_api(),
-            _ if deaths == Deaths::Some => self.kill(),
-            _ => self.change_service(),
+            75..85 if self.pods.len() < PODS => self.add_pod(),
+            75..92 => self.remove_pod(),
+            _ => {
+                let possible: Vec<_> =
+                    Fault::ALL.into_iter().filter(|it| deaths == Deaths::Some || !it.is_deadly()).collect();
+                let fault = self.noise.pick(&possible);
+                self.suffer(fault).with_context(|| fault.to_string())?;
+                *self.faults.entry(fault).or_default() += 1;
+                Ok(())
+            }
         }
     }
 
@@ -83,10 +89,10 @@ impl Churn {
         while !self.pods.is_empty() {
             self.remove_pod()?;
         }
-        Ok(())
+        self.world.set_backends(&["a2", "b2"])
     }
 
-    fn change_service(&mut self) -> Result<()> {
+    pub(super) fn change_service(&mut self) -> Result<()> {
         let number = 20 + u8::try_from(self.noise.below(SERVICES))?;
         if self.services.contains(&number) && self.noise.percent(30) {
             self.services.remove(&number);
@@ -167,36 +173,21 @@ spec:
         self.world.cluster.manifests().write_cluster(&self.world.cluster)
     }
 
-    fn inject(&mut self) -> Result<()> {
-        let faults =
-            [Fault::Status(500, None), Fault::Status(429, Some(1)), Fault::Cut(300), Fault::Garbage(200)];
-        let fault = faults[self.noise.below(faults.len())].clone();
-        let verb = self.noise.pick(&[Verb::List, Verb::Watch]);
-        let api = self.world.apis.get(self.noise.below(NODES.len())).context("no such API")?;
-        api.server.inject(verb, "", fault, 1);
-        if self.noise.percent(20) {
-            api.server.compact();
+    /// Which of its two backends serve, sometimes one that only finishes what it has: whoever was asked can answer.
+    fn change_backends(&mut self) -> Result<()> {
+        let states = [State::Ready, State::Unready, State::Terminating];
+        let (first, second) = if self.noise.percent(50) { ("a2", "b2") } else { ("b2", "a2") };
+        let pod = |name| self.world.cluster.pod(name);
+        let mut endpoints = vec![Endpoint { pod: pod(first), state: State::Ready }];
+        if self.noise.percent(80) {
+            endpoints.push(Endpoint { pod: pod(second), state: self.noise.pick(&states) });
         }
-        Ok(())
+        self.world.cluster.manifests().write_endpoints(&self.world.web, &endpoints)
     }
 
-    fn lose_api(&mut self) -> Result<()> {
-        let at = self.noise.below(NODES.len());
-        let api = self.world.apis.get_mut(at).context("no such API")?;
-        api.server.go_away();
-        thread::sleep(Duration::from_millis(500));
-        let node = self.world.cluster.nodes().get(at).context("no such node")?;
-        api.come_back(node)
-    }
-
-    /// And starts it again, after a while in which nobody is there to hear of changes.
-    fn kill(&mut self) -> Result<()> {
-        self.deaths += 1;
-        let at = self.noise.below(NODES.len());
-        self.world.agents.get_mut(at).context("no such agent")?.kill9()?;
-        self.change_service()?;
-        let agent = self.world.agents.get_mut(at).context("no such agent")?;
-        agent.restart()?;
-        agent.wait_synced().map(drop)
+    /// The node and the name of a pod that came.
+    pub(super) fn any_pod(&mut self) -> Option<(usize, String)> {
+        let at = self.noise.below(self.pods.len());
+        self.pods.get(at).cloned()
     }
 }
