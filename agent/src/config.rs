@@ -217,6 +217,11 @@ pub struct Cni {
     #[arg(long = "cni-conf-name", env = "FERROFLOW_CNI_CONF_NAME", value_name = "NAME",
         default_value = "05-ferroflow.conflist", value_parser = conf_name)]
     pub conf_name: String,
+
+    /// Its section `ipam`, such as {"type": "host-local", "ranges": [..]}: another plugin of the runtime gives pods their
+    /// addresses then, instead of spec.podCIDRs of the Node object
+    #[arg(long = "cni-ipam", env = "FERROFLOW_CNI_IPAM", value_name = "JSON", value_parser = ipam)]
+    pub ipam: Option<serde_json::Value>,
 }
 
 /// How the Kubernetes API is reached; without any of these as the pod's service account says.
@@ -288,6 +293,14 @@ impl Agent {
     pub fn masquerades(&self) -> Masquerade {
         let default = if self.cni.enabled { Masquerade::On } else { Masquerade::Off };
         self.world.pods.unwrap_or(default)
+    }
+}
+
+fn ipam(text: &str) -> Result<serde_json::Value, String> {
+    let value: serde_json::Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    match value["type"].as_str() {
+        Some(kind) if !kind.is_empty() => Ok(value),
+        Some(_) | None => Err("an object with a field `type`: the name of the plugin".into()),
     }
 }
 

@@ -195,7 +195,11 @@ async fn attach_pods(
     let options = cni::server::Options {
         socket: config.socket.clone(),
         state_dir: config.state_dir.clone(),
-        conflist: Conflist { dir: config.conf_dir.clone(), name: config.conf_name.clone() },
+        conflist: Conflist {
+            dir: config.conf_dir.clone(),
+            name: config.conf_name.clone(),
+            ipam: config.ipam.clone(),
+        },
     };
     let (server, attached) = cni::server::Server::start(options, Arc::new(net::veth::Kernel), orders).await?;
     for place in &attached {

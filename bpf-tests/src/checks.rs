@@ -400,7 +400,7 @@ fn drained(outcomes: &[Outcome], gone: &str, removed: SystemTime) -> Result<Stri
     Ok(format!("{}, b2 idle in {} ms", failures(outcomes), last.as_millis()))
 }
 
-fn loopback(family: Family) -> IpAddr {
+pub(crate) fn loopback(family: Family) -> IpAddr {
     match family {
         Family::V4 => Ipv4Addr::LOCALHOST.into(),
         Family::V6 => Ipv6Addr::LOCALHOST.into(),

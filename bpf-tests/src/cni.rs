@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::Write as _,
-    os::unix::fs::symlink,
+    os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::Arc,
@@ -59,6 +59,21 @@ impl Runtime {
         fs::create_dir_all(&bin).with_context(|| format!("create {}", bin.display()))?;
         symlink(agent::binary()?, bin.join("ferroflow-cni")).context("install the plugin")?;
         Ok(Self { dir, netns: node.netns.clone() })
+    }
+
+    /// Puts another plugin beside ours.
+    pub fn install(&self, name: &str, script: &str) -> Result<()> {
+        let path = self.dir.join("bin").join(name);
+        fs::write(&path, script).with_context(|| format!("write {}", path.display()))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        Ok(())
+    }
+
+    /// Where other plugins may keep what they like.
+    pub fn scratch(&self) -> Result<PathBuf> {
+        let dir = self.dir.join("scratch");
+        fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        Ok(dir)
     }
 
     pub fn agent_args(&self) -> Vec<String> {

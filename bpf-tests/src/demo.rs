@@ -9,6 +9,7 @@ use nix::unistd::geteuid;
 use crate::{
     checks::{Check, World},
     cluster::Family,
+    forwarded::From,
     pod,
     sandbox::Sandbox,
     traffic::Protocol,
@@ -40,7 +41,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     sandbox.exit_on_signals()?;
     let start = Instant::now();
     let agent_args: Vec<_> = cli.agent_args.iter().map(String::as_str).collect();
-    let world = World::new(&sandbox, &agent_args)?;
+    let mut world = World::new(&sandbox, &agent_args)?;
+    world.forward()?;
     println!("Two nodes with two pods and an agent each, ready in {:.1} s.\n", start.elapsed().as_secs_f64());
 
     print_row(["STEP", "FROM", "TO", "EXPECTED", "SEEN", "OK"]);
@@ -88,6 +90,17 @@ fn steps() -> Vec<Step> {
     }
     for family in Family::BOTH {
         steps.push(Box::new(move |world| world.affinity(family)));
+    }
+    for family in Family::BOTH {
+        for (from, protocol) in [
+            (From::Outside, Protocol::Http),
+            (From::Outside, Protocol::Dns),
+            (From::Pod("a1"), Protocol::Http),
+            (From::Pod("b1"), Protocol::Http),
+            (From::Loopback, Protocol::Http),
+        ] {
+            steps.push(Box::new(move |world| world.forwarded(from, protocol, family)));
+        }
     }
     steps.push(Box::new(World::scale_down));
     for family in Family::BOTH {

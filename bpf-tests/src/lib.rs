@@ -31,6 +31,7 @@ pub mod cni;
 pub mod demo;
 pub mod ethtool;
 pub mod exposed;
+pub mod forwarded;
 pub mod fuzz;
 pub mod guarded;
 pub mod kubelet;

@@ -35,7 +35,21 @@ pub enum Request {
         /// All attachments of the network that there are to be.
         valid: Vec<Owner>,
     },
-    Status,
+    Status {
+        #[serde(default)]
+        addresses: Addresses,
+    },
+}
+
+/// Who gives pods their addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Addresses {
+    /// The agent, out of `spec.podCIDRs`.
+    #[default]
+    Own,
+    /// Another plugin (`ipam.type`).
+    Given,
 }
 
 /// A pod's interface as it is to be.
@@ -47,6 +61,9 @@ pub struct Attachment {
     pub network: Box<str>,
     /// Bytes; `None` for what the node's devices carry.
     pub mtu: Option<u32>,
+    /// The addresses that another plugin gave it, one of each family; `None` where the agent is to.
+    #[serde(default)]
+    pub given: Option<Vec<IpAddr>>,
     /// The pod that it is for. `None` of a plugin of an older version, and where the runtime does not say it.
     #[serde(default)]
     pub tenant: Option<Tenant>,

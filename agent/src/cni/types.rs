@@ -58,6 +58,8 @@ impl Code {
     pub const DIFFERENT: Self = Self(102);
     /// A port of the host leads elsewhere.
     pub const PORT_TAKEN: Self = Self(103);
+    /// The plugin that gives addresses cannot be run, or said something else than the specification has.
+    pub const IPAM: Self = Self(104);
 }
 
 /// Why a command failed; `msg` says what, `details` how to go on.

@@ -66,6 +66,8 @@ pub struct Space<'a> {
 pub enum IpamError {
     #[error("the Node object of this node has no spec.podCIDRs yet: the cluster's controllers give it one")]
     NoRange,
+    #[error("{addr} was given, and container {holder} of this node has it")]
+    Given { addr: IpAddr, holder: Box<str> },
     #[error("spec.podCIDRs of this node: {range} cannot be used for pods: {why}")]
     Unusable { range: Prefix, why: &'static str },
     #[error(

@@ -63,11 +63,30 @@ impl Pool {
         }
         self.cursors.retain(|known, _| space.ranges.iter().any(|range| range.to_string() == *known));
         let addresses = picks.iter().map(|pick| pick.addr).collect();
-        let lease = Lease { network: network.into(), addresses, tenant: None, host_ports: Vec::new() };
         self.release(owner);
+        Ok(self.hold(owner, network, addresses))
+    }
+
+    /// Notes that another gave the owner these addresses.
+    ///
+    /// # Errors
+    /// [`IpamError::Given`] where they are in use.
+    pub fn adopt(&mut self, owner: &Owner, network: &str, addresses: &[IpAddr]) -> Result<Lease, IpamError> {
+        self.release(owner);
+        if let Some(&addr) = addresses.iter().find(|addr| self.used.contains(addr)) {
+            let holder = self.leases.iter().find(|(_, lease)| lease.addresses.contains(&addr));
+            let holder = holder.map_or_else(Box::default, |(holder, _)| holder.container_id.clone());
+            return Err(IpamError::Given { addr, holder });
+        }
+        self.resting.retain(|resting| !addresses.contains(resting));
+        Ok(self.hold(owner, network, addresses.to_vec()))
+    }
+
+    fn hold(&mut self, owner: &Owner, network: &str, addresses: Vec<IpAddr>) -> Lease {
+        let lease = Lease { network: network.into(), addresses, tenant: None, host_ports: Vec::new() };
         self.used.extend(&lease.addresses);
         self.leases.insert(owner.clone(), lease.clone());
-        Ok(lease)
+        lease
     }
 
     /// Notes whose pod the owner's addresses are, and the ports of the host that lead to it; the whole lease, if the owner

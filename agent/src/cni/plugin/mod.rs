@@ -1,6 +1,7 @@
 //! `ferroflow cni`: reads the environment and standard input, asks the agent, and prints what the specification has
 //! for it. It holds no state, and touches nothing but the socket and, for DEL without an agent, the spool.
 
+mod delegate;
 mod environment;
 mod runtime;
 mod socket;
@@ -13,10 +14,13 @@ use std::process::ExitCode;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::protocol::{Attached, Attachment, LONGEST_LINE, Removal, Reply, Request, SOCKET, STATE_DIR};
+use super::protocol::{
+    Addresses, Attached, Attachment, LONGEST_LINE, Removal, Reply, Request, SOCKET, STATE_DIR,
+};
 use super::spool;
 use super::types::{CniError, Code, Config, Interface, Ip, Route, RuntimeConfig, Success, Version};
 use crate::net::pod::gateway;
+use delegate::{Delegate, Given};
 use environment::{Command, Environment};
 
 /// The name that runtimes start it under, where the verb cannot be named.
@@ -74,7 +78,7 @@ fn run(env: &dyn Fn(&str) -> Option<OsString>, input: &mut dyn Read, ask: Ask) -
         Err(error) => return (Version::NEWEST, Err(error)),
     };
     let version = config.cni_version.as_deref().and_then(Version::parse);
-    let outcome = Exchange { environment, config, version, ask }.run();
+    let outcome = Exchange { environment, config, version, ask, env, text: &text }.run();
     (version.unwrap_or(Version::NEWEST), outcome)
 }
 
@@ -120,23 +124,23 @@ fn versions(text: &[u8]) -> Result<Value, CniError> {
 }
 
 /// One command with its configuration.
-struct Exchange {
+struct Exchange<'a> {
     environment: Environment,
     config: Config,
     /// `None` where the configuration is of a version that is not spoken.
     version: Option<Version>,
     ask: Ask,
+    env: &'a dyn Fn(&str) -> Option<OsString>,
+    /// The configuration as it came.
+    text: &'a [u8],
 }
 
-impl Exchange {
+impl Exchange<'_> {
     fn run(&self) -> Outcome {
         match self.environment.command {
             Command::Version => Ok(None),
             Command::Add => self.add().map(Some),
-            Command::Del => {
-                self.del();
-                Ok(None)
-            }
+            Command::Del => self.del().map(|()| None),
             Command::Check => self.check().map(|()| None),
             Command::Status => self.status().map(|()| None),
             Command::Gc => self.gc().map(|()| None),
@@ -146,15 +150,43 @@ impl Exchange {
     fn add(&self) -> Result<Value, CniError> {
         let version = self.version(Version::V0_3_1)?;
         let attachment = self.attachment()?;
-        let before = self.previous()?.unwrap_or_default();
+        let mut before = self.previous()?.unwrap_or_default();
         let sandbox = attachment.netns.display().to_string();
-        match self.request(&Request::Add(attachment))? {
-            Reply::Attached(attached) => {
-                let success = self.success(before, &attached, sandbox);
-                success.to_json(version).map_err(|error| undecodable("the result", &error))
+        let attached = match self.delegate()? {
+            None => self.attach(attachment)?,
+            Some(delegate) => {
+                let Given { addresses, dns } = delegate.add()?;
+                before.more.extend(dns.map(|dns| ("dns".to_owned(), dns)));
+                let attachment = Attachment { given: Some(addresses), ..attachment };
+                self.attach(attachment).or_else(|error| delegate.give_back(error))?
             }
+        };
+        let success = self.success(before, &attached, sandbox);
+        success.to_json(version).map_err(|error| undecodable("the result", &error))
+    }
+
+    fn attach(&self, attachment: Attachment) -> Result<Attached, CniError> {
+        match self.request(&Request::Add(attachment))? {
+            Reply::Attached(attached) => Ok(attached),
             Reply::Failed(error) => Err(error),
             reply @ Reply::Done => Err(nonsense(&reply)),
+        }
+    }
+
+    /// Who gives addresses; `None` where the agent does.
+    fn delegate(&self) -> Result<Option<Delegate<'_>>, CniError> {
+        let kind = self.config.ipam.as_ref().and_then(|ipam| ipam.kind.as_deref()).unwrap_or_default();
+        if ["", "ferroflow", NAME].contains(&kind) {
+            return Ok(None);
+        }
+        Delegate::find(kind, self.env, self.text).map(Some)
+    }
+
+    /// Lets the plugin that gives addresses do its part of a command.
+    fn delegated(&self) -> Result<(), CniError> {
+        match self.delegate()? {
+            None => Ok(()),
+            Some(delegate) => delegate.run(self.environment.command).map(drop),
         }
     }
 
@@ -178,8 +210,14 @@ impl Exchange {
         success
     }
 
-    /// Rule 56: whatever is missing, what was to go is gone, or will be as soon as there is an agent.
-    fn del(&self) {
+    /// Rule 56: whatever is missing, what was to go is gone, or will be as soon as there is an agent. The addresses go back
+    /// to who gave them when nothing uses them any longer; if that one fails, the runtime is to come again.
+    fn del(&self) -> Result<(), CniError> {
+        self.detach();
+        self.delegated()
+    }
+
+    fn detach(&self) {
         let removal = Removal { owner: self.environment.owner() };
         let reason = match (self.ask)(self.socket(), &Request::Del(removal.clone())) {
             Ok(Reply::Done) => return,
@@ -198,6 +236,7 @@ impl Exchange {
     fn check(&self) -> Result<(), CniError> {
         self.version(Version::V0_4_0)?;
         let attachment = self.attachment()?;
+        self.delegated()?;
         let missing = |what: String| CniError::new(Code::INVALID_CONFIG, what);
         let previous = self
             .previous()?
@@ -211,8 +250,9 @@ impl Exchange {
 
     fn status(&self) -> Result<(), CniError> {
         self.version(Version::V1_1_0)?;
-        match (self.ask)(self.socket(), &Request::Status) {
-            Ok(Reply::Done) => Ok(()),
+        let addresses = if self.delegate()?.is_some() { Addresses::Given } else { Addresses::Own };
+        match (self.ask)(self.socket(), &Request::Status { addresses }) {
+            Ok(Reply::Done) => self.delegated(),
             Ok(Reply::Failed(error)) => Err(error),
             Ok(reply @ Reply::Attached(_)) => Err(nonsense(&reply)),
             Err(error) => Err(CniError { code: Code::NOT_AVAILABLE, ..CniError::from(error) }),
@@ -226,7 +266,9 @@ impl Exchange {
         let valid = self.config.valid_attachments.clone().ok_or_else(|| {
             CniError::new(Code::INVALID_CONFIG, "cni.dev/valid-attachments is missing: nothing is collected")
         })?;
-        self.done(&Request::Gc { network, valid })
+        let collected = self.done(&Request::Gc { network, valid });
+        // One goes on where the other failed.
+        collected.and(self.delegated())
     }
 
     /// The version of the configuration, if the command has been there since `first`.
@@ -256,14 +298,6 @@ impl Exchange {
 
     fn attachment(&self) -> Result<Attachment, CniError> {
         let network = self.name()?;
-        let ipam = self.config.ipam.as_ref().and_then(|ipam| ipam.kind.as_deref()).unwrap_or_default();
-        if !["", "ferroflow", NAME].contains(&ipam) {
-            return Err(CniError::new(
-                Code::UNSUPPORTED_FIELD,
-                format!("ipam.type {ipam:?} is not supported"),
-            )
-            .details("leave it out: addresses come from spec.podCIDRs of the Node object"));
-        }
         if let Some(mtu) = self.config.mtu.filter(|mtu| !(MTU_LEAST..=MTU_MOST).contains(mtu)) {
             let msg = format!("mtu {mtu} is not between {MTU_LEAST} and {MTU_MOST}");
             return Err(CniError::new(Code::INVALID_CONFIG, msg));
@@ -276,6 +310,7 @@ impl Exchange {
             netns: netns.as_ref().into(),
             network,
             mtu: self.config.mtu,
+            given: None,
             tenant: self.environment.tenant.clone(),
             host_ports: runtime::host_ports(&asked)?,
         })

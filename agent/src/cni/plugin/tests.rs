@@ -20,7 +20,7 @@ fn works(socket: &Path, request: &Request) -> Result<Reply, socket::Unreachable>
     assert_eq!(socket, Path::new("/x.sock"));
     Ok(match request {
         Request::Add(_) => Reply::Attached(attached()),
-        Request::Del(_) | Request::Check { .. } | Request::Gc { .. } | Request::Status => Reply::Done,
+        Request::Del(_) | Request::Check { .. } | Request::Gc { .. } | Request::Status { .. } => Reply::Done,
     })
 }
 
@@ -147,7 +147,8 @@ fn rule_60_each_fault_of_a_configuration_has_its_code() {
         (config("name", None), Code::INVALID_CONFIG, "name"),
         (config("name", Some(json!("a/b"))), Code::INVALID_CONFIG, "a/b"),
         (config("mtu", Some(json!(67))), Code::INVALID_CONFIG, "67"),
-        (config("ipam", Some(json!({ "type": "dhcp" }))), Code::UNSUPPORTED_FIELD, "dhcp"),
+        (config("ipam", Some(json!({ "type": "dhcp" }))), Code::INVALID_ENVIRONMENT, "dhcp"),
+        (config("ipam", Some(json!({ "type": "../dhcp" }))), Code::INVALID_CONFIG, "../dhcp"),
         (
             config(
                 "runtimeConfig",

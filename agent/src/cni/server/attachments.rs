@@ -17,7 +17,7 @@ use tokio::sync::{Semaphore, oneshot};
 use super::busy::Busy;
 use super::die::{self, Step};
 use super::order::{Order, Place, Readiness, Refused, View};
-use crate::cni::protocol::{Attached, Attachment, Removal};
+use crate::cni::protocol::{Addresses, Attached, Attachment, Removal};
 use crate::cni::spool;
 use crate::cni::types::{CniError, Code};
 use crate::ipam::host_port::HostPort;
@@ -146,12 +146,15 @@ impl Attachments {
     }
 
     /// Rule 58: whether ADD would do.
-    pub(super) async fn status(&self) -> Result<()> {
+    pub(super) async fn status(&self, addresses: Addresses) -> Result<()> {
         let unavailable = |error: CniError| CniError { code: Code::NOT_AVAILABLE, ..error };
         let ledger = self.ledger().map_err(unavailable)?;
         let view = self.view().await.map_err(unavailable)?;
         if view.readiness == Readiness::Starting {
             return Err(CniError::new(Code::NOT_AVAILABLE, "the agent has not read all objects yet"));
+        }
+        if addresses == Addresses::Given {
+            return Ok(());
         }
         let space = Space { ranges: &view.ranges, reserved: &view.reserved };
         let room = ledger.look(|pool| pool.room(space));
@@ -367,13 +370,18 @@ fn link(attachment: &Attachment, lease: &Lease, mtu: Mtu) -> PodLink {
 
 /// What an attachment is given.
 fn lease(pool: &mut Pool, attachment: &Attachment, space: Space<'_>) -> Result<Lease> {
-    let Attachment { owner, network, tenant, host_ports, .. } = attachment;
+    let Attachment { owner, network, given, tenant, host_ports, .. } = attachment;
     if let Some((port, other)) = pool.taken(owner, host_ports) {
         let msg = format!("{port} is taken: it leads to container {} of this node", other.container_id);
         return Err(CniError::new(Code::PORT_TAKEN, msg)
             .details("remove that one, or choose another hostPort or hostIP"));
     }
-    let lease = pool.allocate(owner, network, space).map_err(|error| no_address(&error, Code::EXHAUSTED))?;
+    let lease = match given {
+        None => pool.allocate(owner, network, space).map_err(|error| no_address(&error, Code::EXHAUSTED))?,
+        Some(addresses) => {
+            pool.adopt(owner, network, addresses).map_err(|error| no_address(&error, Code::IPAM))?
+        }
+    };
     if let Some(port) = host_ports.iter().find(|port| !port.serves(&lease.addresses)) {
         pool.release(owner);
         let msg = format!("runtimeConfig.portMappings: {port}: the pod has no address of this family");

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::{fs, io};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Options;
 use crate::cni::plugin;
@@ -15,6 +15,8 @@ use crate::durable;
 pub struct Conflist {
     pub dir: PathBuf,
     pub name: String,
+    /// The section `ipam`, where another plugin gives addresses.
+    pub ipam: Option<Value>,
 }
 
 /// What runtimes know that do not know `cniVersions`: containerd 1.6, CRI-O 1.23.
@@ -50,12 +52,15 @@ impl Conflist {
 fn text(options: &Options) -> String {
     let versions: Vec<_> =
         Version::ALL.iter().filter(|version| **version >= OLDEST).map(|version| version.as_str()).collect();
-    let plugin = json!({
+    let mut plugin = json!({
         "type": plugin::NAME,
         "socket": options.socket,
         "stateDir": options.state_dir,
         "capabilities": { "portMappings": true },
     });
+    if let Some(ipam) = &options.conflist.ipam {
+        plugin["ipam"] = ipam.clone();
+    }
     let list = json!({
         "cniVersion": OLDEST.as_str(),
         "cniVersions": versions,
@@ -72,7 +77,8 @@ mod tests {
     #[test]
     fn rule_61_the_file_is_whole_and_written_only_when_it_differs() {
         let dir = tempfile::tempdir().unwrap();
-        let conflist = Conflist { dir: dir.path().join("net.d"), name: "05-ferroflow.conflist".into() };
+        let conflist =
+            Conflist { dir: dir.path().join("net.d"), name: "05-ferroflow.conflist".into(), ipam: None };
         let options = Options {
             socket: "/run/a.sock".into(),
             state_dir: "/var/lib/a".into(),
@@ -80,9 +86,8 @@ mod tests {
         };
         conflist.write(&options).unwrap();
         let written = fs::metadata(conflist.path()).unwrap().modified().unwrap();
-        let read = || -> serde_json::Value {
-            serde_json::from_str(&fs::read_to_string(conflist.path()).unwrap()).unwrap()
-        };
+        let read =
+            || -> Value { serde_json::from_str(&fs::read_to_string(conflist.path()).unwrap()).unwrap() };
         let found = read();
         assert_eq!(found["name"], "ferroflow");
         assert_eq!(found["cniVersion"], "1.0.0");
@@ -97,5 +102,10 @@ mod tests {
         assert_eq!(fs::read_dir(&conflist.dir).unwrap().count(), 1);
         assert_eq!(found["plugins"].as_array().map(Vec::len), Some(1));
         assert_eq!(found["plugins"][0]["capabilities"], json!({ "portMappings": true }));
+        assert_eq!(found["plugins"][0].get("ipam"), None);
+        let ipam = json!({ "type": "host-local" });
+        let given = Conflist { ipam: Some(ipam.clone()), ..conflist.clone() };
+        given.write(&Options { conflist: given.clone(), ..moved }).unwrap();
+        assert_eq!(read()["plugins"][0]["ipam"], ipam);
     }
 }

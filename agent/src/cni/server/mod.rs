@@ -19,7 +19,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::protocol::{LONGEST_LINE, Reply, Request};
+use super::protocol::{Addresses, LONGEST_LINE, Reply, Request};
 use super::types::{CniError, Code};
 use crate::ipam::ledger::Ledger;
 use crate::lock::{Lock, LockError};
@@ -101,9 +101,10 @@ impl Server {
 /// Rule 61: the configuration is there as soon as pods can be attached, and stays.
 async fn upkeep(attachments: Arc<Attachments>, options: Options) {
     let mut ready = false;
+    let addresses = if options.conflist.ipam.is_some() { Addresses::Given } else { Addresses::Own };
     loop {
         if !ready {
-            ready = attachments.status().await.is_ok();
+            ready = attachments.status(addresses).await.is_ok();
         }
         if ready && let Err(error) = options.conflist.write(&options) {
             tracing::warn!("{}: {error}; trying again", options.conflist.path().display());
@@ -169,7 +170,7 @@ async fn answer(request: &Request, attachments: &Attachments) -> Reply {
         Request::Del(removal) => attachments.del(&removal.owner).await,
         Request::Check { attachment, addresses } => attachments.check(attachment, addresses).await,
         Request::Gc { network, valid } => attachments.gc(network, valid).await,
-        Request::Status => attachments.status().await,
+        Request::Status { addresses } => attachments.status(*addresses).await,
     };
     done.map_or_else(Reply::Failed, |()| Reply::Done)
 }

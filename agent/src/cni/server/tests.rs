@@ -10,7 +10,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::order::{Readiness, Refused, View};
 use super::*;
-use crate::cni::protocol::{Attached, Attachment, Removal};
+use crate::cni::protocol::{Addresses, Attached, Attachment, Removal};
 use crate::cni::spool;
 use crate::ipam::host_port::{HostPort, Transport};
 use crate::ipam::{Lease, Owner, Tenant};
@@ -125,6 +125,7 @@ fn attachment(id: &str) -> Attachment {
         netns: "/nowhere".into(),
         network: "net".into(),
         mtu: None,
+        given: None,
         tenant: None,
         host_ports: Vec::new(),
     }
@@ -207,18 +208,20 @@ async fn rule_58_status_is_that_of_the_next_add() {
     };
     let mut node = Node::new(&["10.0.0.0/30"]);
     let agent = node.agent();
-    assert_eq!(agent.status().await, Ok(()));
+    assert_eq!(agent.status(Addresses::Own).await, Ok(()));
     agent.add(&node.pod("a")).await.unwrap();
-    assert!(unavailable(agent.status().await).contains("no IPv4 address is left in 10.0.0.0/30"));
+    assert!(
+        unavailable(agent.status(Addresses::Own).await).contains("no IPv4 address is left in 10.0.0.0/30")
+    );
     let error = agent.add(&node.pod("b")).await.unwrap_err();
     assert_eq!(error.code, Code::EXHAUSTED);
     assert_eq!(node.left(), (1, 1, 1));
     agent.del(&owner("a")).await.unwrap();
-    assert_eq!(agent.status().await, Ok(()));
+    assert_eq!(agent.status(Addresses::Own).await, Ok(()));
     node.view.ranges.clear();
-    assert!(unavailable(node.agent().status().await).contains("spec.podCIDRs"));
+    assert!(unavailable(node.agent().status(Addresses::Own).await).contains("spec.podCIDRs"));
     node.view.readiness = Readiness::Starting;
-    unavailable(node.agent().status().await);
+    unavailable(node.agent().status(Addresses::Own).await);
     assert_eq!(node.agent().add(&node.pod("b")).await.unwrap_err().code, Code::TRY_AGAIN_LATER);
 }
 
@@ -304,7 +307,7 @@ async fn a_ledger_that_cannot_be_read_gives_nothing_and_is_named() {
     let agent = node.agent();
     let error = agent.add(&node.pod("b")).await.unwrap_err();
     assert!(error.code == Code::IO && error.msg.contains("leases.json"), "{error}");
-    assert_eq!(agent.status().await.unwrap_err().code, Code::NOT_AVAILABLE);
+    assert_eq!(agent.status(Addresses::Own).await.unwrap_err().code, Code::NOT_AVAILABLE);
     assert!(agent.del(&owner("a")).await.is_err(), "the plugin leaves it in the spool");
     assert_eq!(agent.take_over().await.unwrap(), []);
 }
@@ -379,4 +382,27 @@ async fn a_ledger_without_ports_of_the_host_is_read() {
     let text = fs::read_to_string(node.state.path().join("leases.json")).unwrap();
     assert!(!text.contains("host_ports") && text.contains("10.244.1.2"), "{text}");
     assert_eq!(node.leases()[0].1.host_ports, []);
+}
+
+#[tokio::test]
+async fn addresses_that_another_plugin_gave_are_taken_and_no_two_pods_have_them() {
+    let node = Node::new(&[]);
+    let agent = node.agent();
+    let given = |id: &str, addresses: &[&str]| {
+        let addresses = addresses.iter().map(|text| text.parse().unwrap()).collect();
+        Attachment { given: Some(addresses), ..node.pod(id) }
+    };
+    assert_eq!(agent.status(Addresses::Given).await, Ok(()), "no range is needed");
+    assert_eq!(agent.status(Addresses::Own).await.unwrap_err().code, Code::NOT_AVAILABLE);
+    let first = given("a", &["10.77.0.2", "fd00:77::2"]);
+    let attached = agent.add(&first).await.unwrap();
+    assert_eq!(addresses(&attached), ["10.77.0.2", "fd00:77::2"]);
+    assert_eq!(agent.check(&first, &attached.addresses).await, Ok(()));
+    let error = agent.add(&given("b", &["10.77.0.2"])).await.unwrap_err();
+    assert!(error.code == Code::IPAM && error.msg.contains("container a"), "{error}");
+    assert_eq!(node.left(), (1, 1, 2));
+    agent.del(&owner("a")).await.unwrap();
+    let again = agent.add(&given("b", &["10.77.0.2"])).await.unwrap();
+    assert_eq!(addresses(&again), ["10.77.0.2"], "it is not this agent's to let an address rest");
+    assert_eq!(node.leases()[0].1.addresses, again.addresses);
 }
