@@ -223,6 +223,9 @@ where
             }
             Ok(flow.admitted())
         }
+        Err(_) if origin == Origin::Inward && !lives && live::is_awaited::<F, T>(tables, tuple) => {
+            Ok(Outcome::STACK)
+        }
         // With the reason for which it is dropped, should it be no answer either.
         Err(reason) if flow == Outcome::GUARDED && middle => Ok(Outcome::turned(reason)),
         Err(reason) => Err(flow.reason_or(reason)),

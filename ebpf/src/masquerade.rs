@@ -256,6 +256,7 @@ mod tests {
         amid_a_connection_nothing_is_opened,
         a_half_that_was_evicted_is_mended,
         rule_48_answers_reach_a_pod_that_policies_isolate,
+        rule_48_answers_reach_a_pod_that_is_isolated_while_it_waits,
         an_echo_is_the_nodes_by_its_identifier,
         errors_are_translated_both_ways,
         an_error_about_an_echo_finds_who_asked,
@@ -347,6 +348,34 @@ mod tests {
             }
             let stranger = Frame::udp(world::<F>(53), (F::pod(1), 40_001));
             assert_eq!(stranger.enter_pod(&fake, Origin::Inward), Err(DropReason::PolicyIngress));
+        }
+    }
+
+    fn rule_48_answers_reach_a_pod_that_is_isolated_while_it_waits<F: Names>() {
+        let answered = Transport::Icmp { kind: kind::<F>(0), code: 0, parameter: 0 };
+        for frame in flows::<F>().into_iter().chain([ping::<F>(7)]) {
+            let mut fake = fake::<F>();
+            let out = leaves::<F>(&fake, &frame);
+            fake.settings = Some(Settings { flags: Settings::POLICIES, ..Settings::NONE });
+            let row = fake.endpoints.get_mut(&F::pod(1)).unwrap();
+            row.policy = EndpointPolicy { ingress: EndpointPolicy::CLOSED, ..EndpointPolicy::default() };
+            let answer = |frame: &Frame| {
+                let answer = frame.answer(SYN | ACK);
+                if frame.proto() == F::ICMP {
+                    Frame { transport: answered.clone(), ..answer }
+                } else {
+                    answer
+                }
+            };
+            let back = answer(&frame);
+            for _ in 0..2 {
+                assert_eq!(answer(&out).arrive(&fake), Ok((Verdict::Stack, back.build())));
+                assert_eq!(back.enter_pod(&fake, Origin::Inward), Ok((Verdict::Stack, back.build())));
+            }
+            let stranger = Frame { src: F::vip(66), ..back.clone() };
+            assert_eq!(stranger.enter_pod(&fake, Origin::Inward), Err(DropReason::PolicyIngress));
+            fake.clock.set(fake.clock.get() + 100_000);
+            assert!(back.enter_pod(&fake, Origin::Inward).is_err(), "it waits no longer");
         }
     }
 

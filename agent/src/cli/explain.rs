@@ -165,7 +165,7 @@ fn found(view: &View, (from, to): (IpAddr, IpAddr), wanted: Wanted, own: bool) -
         let policies = view.set_text(set);
         let (verdict, by) = match exempt {
             Some(why) => ("allowed", why.to_owned()),
-            None => (said(verdict), reason(set, &policies, cause)),
+            None => (said(verdict), reason(set, &policies, (verdict, cause))),
         };
         findings.push(Finding { from, to, side, verdict, by, policies, peer: view.class_text(class) });
     }
@@ -181,14 +181,23 @@ fn said(verdict: Verdict) -> &'static str {
 }
 
 /// `shop/web ingress[0]`, from the text of a set: its direction and its policies.
-fn reason(set: u32, text: &str, cause: Cause) -> String {
+fn reason(set: u32, text: &str, (verdict, cause): (Verdict, Cause)) -> String {
     if set == EndpointPolicy::OPEN || set == EndpointPolicy::CLOSED {
         return text.to_owned();
     }
-    let mut words = text.split(' ');
-    let direction = words.next().unwrap_or_default();
-    let named = cause.places().and_then(|(policy, rule)| Some((words.nth(policy)?, rule)));
-    named.map_or_else(|| "no rule".to_owned(), |(policy, rule)| format!("{policy} {direction}[{rule}]"))
+    let words: Vec<_> = text.split(' ').collect();
+    let direction = words.first().copied().unwrap_or_default();
+    if let Some((policy, rule)) = cause.places() {
+        // The names of very many policies are cut.
+        let number = format!("policy {} of these", policy + 1);
+        let name = words.get(policy + 1).map_or(number, |name| (*name).to_owned());
+        return format!("{name} {direction}[{rule}]");
+    }
+    match verdict {
+        _ if cause == Cause::UNNAMED => "a rule of these policies".into(),
+        Verdict::Allow => "no rule denies it".into(),
+        Verdict::Deny | Verdict::WouldDeny => "no rule allows it".into(),
+    }
 }
 
 /// Those of a pod that is named, as the agent knows it.
@@ -270,8 +279,8 @@ mod tests {
         };
         let open = "egress allowed by not isolated";
         assert_eq!(ask(1, 2, 80, false), [open, "ingress allowed by shop/web ingress[3]"]);
-        assert_eq!(ask(1, 2, 82, false), [open, "ingress denied by no rule"]);
-        assert_eq!(ask(9, 2, 80, false), ["ingress denied by no rule"]);
+        assert_eq!(ask(1, 2, 82, false), [open, "ingress denied by no rule allows it"]);
+        assert_eq!(ask(9, 2, 80, false), ["ingress denied by no rule allows it"]);
         assert_eq!(ask(9, 2, 80, true), ["ingress allowed by this node's own processes always may"]);
         assert_eq!(ask(2, 9, 80, false), [open]);
         assert_eq!(ask(2, 2, 80, false).len(), 2);

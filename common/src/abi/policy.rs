@@ -117,15 +117,17 @@ impl Rules {
 pub struct Cause(pub u16);
 
 impl Cause {
-    /// No rule: the pod is isolated, or it is not, or the rule's place has no room here.
+    /// No rule: the pod is isolated, or it is not.
     pub const NONE: Self = Self(0);
+    /// A rule whose place has no room here.
+    pub const UNNAMED: Self = Self(1);
     const RULES: usize = 512;
     const POLICIES: usize = 127;
 
     /// The rule at this place of the policy at that place.
     pub const fn new(policy: usize, rule: usize) -> Self {
         if policy >= Self::POLICIES || rule >= Self::RULES {
-            return Self::NONE;
+            return Self::UNNAMED;
         }
         Self(((policy + 1) * Self::RULES + rule) as u16)
     }
@@ -234,9 +236,8 @@ mod tests {
         for (policy, rule) in [(0, 0), (0, 511), (126, 511), (3, 7)] {
             assert_eq!(Cause::new(policy, rule).places(), Some((policy, rule)));
         }
-        for cause in [Cause::NONE, Cause::new(127, 0), Cause::new(0, 512)] {
-            assert_eq!(cause.places(), None);
-        }
+        assert_eq!((Cause::NONE.places(), Cause::UNNAMED.places()), (None, None));
+        assert_eq!((Cause::new(127, 0), Cause::new(0, 512)), (Cause::UNNAMED, Cause::UNNAMED));
     }
 
     #[test]
