@@ -31,6 +31,7 @@ use ferroflow_common::verdict::DropReason;
 
 use crate::conntrack::{self, Flow, Halves};
 use crate::icmp::Errors;
+use crate::masquerade;
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::policy::{self, Policies, Wanted};
@@ -175,6 +176,10 @@ where
     // Rule 49: the node's own processes always may, and are known by the way that the packet comes.
     if origin == Origin::Own {
         return Ok(flow.admitted());
+    }
+    // A reply of a flow that lives (rule 48).
+    if origin == Origin::Inward && masquerade::answers::<F, T>(tables, tuple) {
+        return Ok(Outcome::TRACKED);
     }
     let turned = flow.is_turned();
     let (mut from, mut to) = (F::addr(tuple.src), F::addr(tuple.dst));
