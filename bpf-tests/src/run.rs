@@ -190,8 +190,13 @@ pub fn options(bpffs: &Path, xdp: Xdp) -> Options {
 impl Programs {
     /// Loads the object that `FERROFLOW_OBJECT` names.
     pub fn load(place: &Place, constants: Constants) -> Result<Self> {
+        Self::load_with(place, constants.options(place))
+    }
+
+    /// The same with what else an agent may be told.
+    pub fn load_with(place: &Place, options: Options) -> Result<Self> {
         let bpffs = Bpffs { dir: place.bpffs.clone() };
-        let datapath = Datapath::load(&object()?, constants.options(place))?;
+        let datapath = Datapath::load(&object()?, options)?;
         let tables = KernelMaps::open(&bpffs.maps())?;
         Ok(Self { datapath, tables, bpffs })
     }

@@ -44,7 +44,7 @@ fn tables_hold_what_scenarios_say() -> Result<()> {
 fn held(scenario: &Scenario) -> Result<Vec<Vec<String>>> {
     let maps = FakeMaps::new(Sizes { hash: 1_000, slots: 4_000, backends: 500 }, Search::EveryWrite);
     let limits = Limits { services: 100, frontends: 1_000 };
-    let mut control = Control::new(maps, limits, Interfaces::imagined())?;
+    let mut control = Control::new(maps, limits, Interfaces::imagined(), scenario.configuration)?;
     random::ground().iter().try_for_each(|object| control.apply(object))?;
     let ground = tables::lines(control.maps())?;
     let mut held = Vec::new();

@@ -25,6 +25,7 @@ use ferroflow_common::family::{V4, V6};
 use ferroflow_common::verdict::DropReason;
 use network_types::icmp::Icmpv4Hdr;
 
+use crate::masquerade;
 use crate::nat::{self, Ends, Rewrite};
 use crate::packet::{L3, L4Change, Packet};
 use crate::parse::{Fragment, Parse};
@@ -184,7 +185,8 @@ fn try_find<F: Errors, P: Packet>(packet: &P) -> Option<Quote> {
 }
 
 /// Sends an error about a known flow to who is to get it: its own header gets new ends.
-/// [`Outcome::RARE`] where the error is about no flow that is known.
+/// [`Outcome::TRACKED`] where it is to go on as it is, as a packet of its flow would; [`Outcome::RARE`] where the error is
+/// about no flow that is known.
 ///
 /// # Errors
 /// Why the packet is dropped.
@@ -207,11 +209,15 @@ where
     if F::words(&tuple.dst) != F::words(&dst) {
         return Ok(Outcome::RARE);
     }
-    let Some(row) = flow(tables, &tuple) else { return Ok(Outcome::RARE) };
+    let Some(row) = flow(tables, &tuple) else {
+        // It is what the pod sent to the world already.
+        let known = origin == Origin::Inward && masquerade::answers::<F, T>(tables, &tuple);
+        return Ok(if known { Outcome::TRACKED } else { Outcome::RARE });
+    };
     let mut to = Rewrite::of(&row.load());
     // As its flow's packets, where it leaves the node.
     if origin == Origin::Pod && to.flags & Entry::MASQUERADED != 0 {
-        return Ok(Outcome::RARE);
+        return Ok(Outcome::TRACKED);
     }
     let back_inside = to.flags & Entry::MASQUERADED != 0;
     if F::words(&src) != F::words(&tuple.src)

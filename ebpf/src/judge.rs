@@ -33,6 +33,7 @@ use ferroflow_common::verdict::DropReason;
 use crate::conntrack::{self, Epoch, Flow, Halves};
 use crate::icmp::Errors;
 use crate::live;
+use crate::masquerade;
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Parse};
 use crate::policy::{self, Policies, Wanted};
@@ -184,6 +185,10 @@ where
     if origin == Origin::Own && !lives {
         return Ok(flow.exempt());
     }
+    // A reply of a flow that lives (rule 48).
+    if origin == Origin::Inward && !lives && masquerade::answers::<F, T>(tables, tuple) {
+        return Ok(Outcome::TRACKED);
+    }
     // First: should policies change meanwhile, a live flow is asked about once more.
     let epoch = tables.epoch();
     let turned = flow.is_turned();
@@ -222,9 +227,6 @@ where
                 live::mark::<F, T>(tables, tuple, epoch);
             }
             Ok(flow.admitted())
-        }
-        Err(_) if origin == Origin::Inward && !lives && live::is_awaited::<F, T>(tables, tuple) => {
-            Ok(Outcome::STACK)
         }
         // With the reason for which it is dropped, should it be no answer either.
         Err(reason) if flow == Outcome::GUARDED && middle => Ok(Outcome::turned(reason)),

@@ -43,24 +43,6 @@ pub(crate) fn ends<F: Family, T: Tables<F>>(
     })
 }
 
-/// Whether the packet answers a pod's flow to the world that began before any policy applied to the pod, and was
-/// masqueraded (rule 48): at the pod's interface nothing else is known of it.
-#[inline(always)]
-pub(crate) fn is_awaited<F: Family, T: Tables<F>>(tables: &T, tuple: &Aligned<Tuple<F::Bytes>>) -> bool {
-    let asked = Aligned(Tuple {
-        src: tuple.dst,
-        dst: tuple.src,
-        src_port: tuple.dst_port,
-        dst_port: tuple.src_port,
-        proto: tuple.proto,
-        reserved: [0; 3],
-    });
-    tables.tracked(&asked).is_some_and(|row| {
-        let entry = row.load();
-        entry.flags & Entry::MASQUERADED != 0 && entry.kind == Entry::FORWARD && entry.expires >= tables.now()
-    })
-}
-
 /// The flow was asked about in this epoch.
 #[inline(always)]
 pub(crate) fn mark<F: Family, T: Tables<F>>(tables: &T, tuple: &Aligned<Tuple<F::Bytes>>, epoch: u32) {

@@ -34,7 +34,7 @@ use crate::pod;
 use crate::route;
 use crate::service::{Origin, Outcome};
 use crate::steps::Steps;
-use crate::tables::{Aligned, Services, Tables};
+use crate::tables::{Aligned, Services, Tables, Tracked as _};
 
 /// What is known of the ways out of the node.
 pub trait Exits<P>: Services {
@@ -137,6 +137,23 @@ where
         is_taken::<F, P, T>(tables, packet, tuple)
     })?;
     Ok(Outcome::TRACKED)
+}
+
+/// Whether a packet with these ends, which the stack hands to a pod, answers what the pod sent to the world. It was addressed to
+/// the node, so the tuple by which the flow is known is no longer its own.
+#[inline(always)]
+pub fn answers<F: Family, T: Tables<F>>(tables: &T, tuple: &Tuple<F::Bytes>) -> bool {
+    let asked = Aligned(Tuple {
+        src: tuple.dst,
+        dst: tuple.src,
+        src_port: tuple.dst_port,
+        dst_port: tuple.src_port,
+        proto: tuple.proto,
+        reserved: [0; 3],
+    });
+    let Some(row) = tables.tracked(&asked) else { return false };
+    let entry = row.load();
+    entry.flags & Entry::MASQUERADED != 0 && entry.kind == Entry::FORWARD && entry.expires >= tables.now()
 }
 
 /// Whether packets with these ends, which arrive at the node, are somebody's: a service's, or a socket's of the host.

@@ -482,6 +482,7 @@ where
             let mended = tables.mend_error(packet, quote, changes);
             if mended.is_dropped() { mended } else { outcome }
         }
+        Ok(Fate::Unfinished) if outcome == Outcome::TRACKED => Outcome::STACK,
         Ok(Fate::Unfinished) => Outcome::PORTLESS,
         Err(_) => outcome,
     }

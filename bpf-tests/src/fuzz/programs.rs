@@ -13,6 +13,7 @@ use nix::net::if_::if_nametoindex;
 
 use super::{Effort, Report, corpus, mutate::mutate};
 use crate::packets::case::{Step, What};
+use crate::packets::cluster::Configuration;
 use crate::packets::node::{Node, PODS};
 use crate::packets::oracle::{From, Sent};
 use crate::packets::random;
@@ -38,7 +39,7 @@ const ROUND: u64 = 5_000;
 const POOL: usize = 64;
 
 pub(super) fn run(place: &Place, seed: u64, effort: Effort) -> Result<Report> {
-    let mut node = Node::new(place)?;
+    let mut node = Node::new(place, Configuration::Usual)?;
     let mut noise = Noise(seed);
     let kept = seeds()?;
     let interface = if_nametoindex(PODS[0])?;
@@ -181,11 +182,11 @@ fn cluster(node: &mut Node, noise: &mut Noise) -> Result<Vec<Vec<u8>>> {
     let mut cluster = node.ground().clone();
     let mut packets = Vec::new();
     let seed = noise.number() >> 8;
-    for step in (seed..seed + 8).flat_map(random::case) {
+    for step in (seed..seed + 8).flat_map(|seed| random::case(seed, Configuration::Usual)) {
         match step {
             Step::Apply(object) => cluster.apply(&object),
             Step::Send(send) => {
-                if let What::Packet { packet, fragments: None } = send.what {
+                if let What::Packet { packet, fragments: None, .. } = send.what {
                     packets.push(packet);
                 }
             }

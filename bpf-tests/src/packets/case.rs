@@ -42,6 +42,8 @@ pub enum What {
         packet: Packet,
         /// So many bytes of the transport in each, a multiple of eight.
         fragments: Option<usize>,
+        /// The pod that sends it, where its source is another's.
+        by: Option<IpAddr>,
     },
     /// Who got a packet answers it; nothing where nobody did, or it was of another protocol.
     Answer { to: u32, says: Says },
@@ -94,6 +96,8 @@ pub struct Counts {
     pub dropped: u64,
     /// Of those that were dropped: by policies.
     pub barred: u64,
+    /// Because a pod sent them from an address that is not its own.
+    pub spoofed: u64,
     pub errors: u64,
     pub fragmented: u64,
     pub unsure: u64,
@@ -128,7 +132,8 @@ pub fn run(steps: &[Step], node: &mut Node, counts: &mut Counts) -> Result<Optio
     }
     counts.cases += 1;
     counts.objects += node.become_like(&cluster)?;
-    let mut run = Run { node, oracle: Oracle::new(cluster), arrived: BTreeMap::new(), counts };
+    let mut run =
+        Run { oracle: Oracle::new(cluster, node.configuration()), node, arrived: BTreeMap::new(), counts };
     let result = run.steps(rest);
     if !matches!(result, Ok(None)) {
         // What the oracle does not know of may be there, too.
@@ -140,8 +145,19 @@ pub fn run(steps: &[Step], node: &mut Node, counts: &mut Counts) -> Result<Optio
 
 impl AddAssign for Counts {
     fn add_assign(&mut self, other: Self) {
-        let Self { cases, packets, objects, changed, refused, dropped, barred, errors, fragmented, unsure } =
-            other;
+        let Self {
+            cases,
+            packets,
+            objects,
+            changed,
+            refused,
+            dropped,
+            barred,
+            spoofed,
+            errors,
+            fragmented,
+            unsure,
+        } = other;
         self.cases += cases;
         self.packets += packets;
         self.objects += objects;
@@ -149,6 +165,7 @@ impl AddAssign for Counts {
         self.refused += refused;
         self.dropped += dropped;
         self.barred += barred;
+        self.spoofed += spoofed;
         self.errors += errors;
         self.fragmented += fragmented;
         self.unsure += unsure;
@@ -215,6 +232,7 @@ impl Run<'_> {
             Seen::Dropped(reason) => {
                 self.counts.dropped += 1;
                 self.counts.barred += u64::from(reason.is_some_and(|it| it.starts_with("policy-")));
+                self.counts.spoofed += u64::from(*reason == Some("spoofed-source"));
             }
             Seen::Went(To::Sender, _) => self.counts.refused += 1,
             Seen::Went(To::Pod(_) | To::Wire | To::Host, packet) => {
@@ -228,8 +246,8 @@ impl Run<'_> {
     /// The packet of a step; `None` where what it is about did not arrive.
     fn sent(&self, what: &What) -> Option<Sent> {
         match what {
-            What::Packet { packet, fragments } => {
-                let (from, packet) = (self.origin(packet.src), packet.clone());
+            What::Packet { packet, fragments, by } => {
+                let (from, packet) = (self.origin(by.unwrap_or(packet.src)), packet.clone());
                 Some(Sent { from, packet, fragments: *fragments, about: None })
             }
             What::Answer { to, says } => {
@@ -360,8 +378,8 @@ fn may_go(path: &[String]) -> bool {
         "sessionAffinityConfig",
     ];
     path.last().is_some_and(|last| FIELDS.contains(&last.as_str()) || last.parse::<usize>().is_ok())
-        // An endpoint has one address.
-        && !path.iter().any(|it| it == "addresses" || it == "clusterIPs")
+        // An endpoint has one address, and a pod keeps its own.
+        && !path.iter().any(|it| it == "addresses" || it == "clusterIPs" || it == "podIPs")
 }
 
 #[cfg(test)]
@@ -383,16 +401,19 @@ mod tests {
     fn what_does_not_matter_is_taken_away() {
         let line = |line: &str| line.parse::<Step>().unwrap();
         let steps = [
-            Step::Apply(serde_json::json!({"kind": "Pod", "status": {"podIPs": [{"ip": "a"}, {"ip": "b"}]}})),
+            Step::Apply(
+                serde_json::json!({"kind": "Pod", "spec": {"containers": [{"name": "a"}, {"name": "b"}]}}),
+            ),
             line("1: send udp 10.0.0.1:1 > 10.0.0.2:2"),
             line("wait 30"),
             line("2: answer 1 udp"),
         ];
         let fails = |steps: &[Step]| {
-            let object = steps.iter().any(|it| it.to_string().contains(r#""ip":"b""#));
+            let object = steps.iter().any(|it| it.to_string().contains(r#""name":"b""#));
             object && steps.iter().any(|it| *it == line("wait 30"))
         };
-        let expected = Step::Apply(serde_json::json!({"kind": "Pod", "status": {"podIPs": [{"ip": "b"}]}}));
+        let expected =
+            Step::Apply(serde_json::json!({"kind": "Pod", "spec": {"containers": [{"name": "b"}]}}));
         assert_eq!(shrink(&steps, fails).unwrap(), [expected, line("wait 30")]);
     }
 }

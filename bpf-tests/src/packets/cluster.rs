@@ -13,6 +13,20 @@ pub const NODE: &str = "here";
 
 pub type Socket = (IpAddr, u16);
 
+/// How the node's agent is told to work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Configuration {
+    /// As without options.
+    #[default]
+    Usual,
+    /// `--masquerade on` with [`KEPT`] for `--non-masquerade-cidrs`; and pods send from their own addresses alone, as under
+    /// `--cni`.
+    Masquerading,
+}
+
+/// Where pods are known by their own addresses, beside the cluster.
+pub const KEPT: [&str; 2] = ["198.51.100.0/24", "2001:db8:1::/64"];
+
 /// The objects of a cluster, the last version of each.
 #[derive(Clone, Debug, Default)]
 pub struct Cluster {
@@ -139,6 +153,20 @@ impl Cluster {
     /// The node's address that serves NodePorts and stands in for clients (rules 24, 26).
     pub fn primary(&self, like: IpAddr) -> Option<IpAddr> {
         self.node_addresses().into_iter().find(|it| it.is_ipv4() == like.is_ipv4())
+    }
+
+    /// Whether pods keep their addresses on the way there: to every node, to the pods of each, and to [`KEPT`].
+    pub fn is_near(&self, dst: IpAddr) -> bool {
+        let nodes = || self.of_kind("Node");
+        let addresses = nodes().flat_map(|node| list(&node["status"]["addresses"]));
+        let ranges = nodes().flat_map(|node| list(&node["spec"]["podCIDRs"])).filter_map(Value::as_str);
+        addresses.filter_map(|it| addr(&it["address"])).any(|it| it == dst)
+            || ranges.chain(KEPT).any(|range| within(dst, range))
+    }
+
+    /// Whether the two addresses are one local pod's.
+    pub fn are_one_pods(&self, a: IpAddr, b: IpAddr) -> bool {
+        self.pod_at(a).is_some_and(|name| self.pod_at(b) == Some(name))
     }
 
     /// Services that a service proxy serves (rule 12).

@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use ferroflow::clock;
 use ferroflow::maps::Maps;
-use ferroflow::model::{Change, Kind, Name, ObjectId};
+use ferroflow::model::{Change, Kind, Name, ObjectId, Prefix};
+use ferroflow::plan::masquerade::World;
 use ferroflow::plan::{self, ExternalIps};
 use ferroflow::reconcile::{Config, Limits, Reconciler};
 use ferroflow::watch::{cluster_policy, convert, policy};
 use serde_json::Value;
 
-use super::cluster::NODE;
+use super::cluster::{Configuration, KEPT, NODE};
 
 /// Over any tables.
 #[derive(Debug)]
@@ -44,12 +45,21 @@ impl Interfaces {
 impl<M: Maps> Control<M> {
     /// # Errors
     /// Where the tables cannot be read.
-    pub fn new(maps: M, limits: Limits, interfaces: Interfaces) -> Result<Self> {
+    pub fn new(
+        maps: M,
+        limits: Limits,
+        interfaces: Interfaces,
+        configuration: Configuration,
+    ) -> Result<Self> {
         let now = Instant::now();
         // Small tables are written soon, and collide more.
         let plan = plan::Config {
             external_ips: ExternalIps::Serve,
             maglev_lengths: &[31],
+            world: match configuration {
+                Configuration::Usual => World::Known,
+                Configuration::Masquerading => World::Unknown { kept: kept()? },
+            },
             ..plan::Config::default()
         };
         let config = Config { node: NODE.into(), limits, plan, grace: Duration::ZERO, clock: clock::seconds };
@@ -114,6 +124,14 @@ impl<M: Maps> Control<M> {
     pub fn maps(&self) -> &M {
         self.reconciler.maps()
     }
+}
+
+fn kept() -> Result<Box<[Prefix]>> {
+    let prefix = |text: &&str| {
+        let (addr, length) = text.split_once('/').context("no range")?;
+        Prefix::new(addr.parse::<IpAddr>()?.into(), length.parse()?).context("no range")
+    };
+    KEPT.iter().map(prefix).collect()
 }
 
 /// What an object, or one that has `gone: true`, is to the agent.

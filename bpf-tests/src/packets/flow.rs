@@ -11,6 +11,8 @@ pub(super) struct Flow {
     /// What the backend takes for the client.
     pub(super) seen: Socket,
     pub(super) proto: u8,
+    /// A pod's to the world, by an address of the node.
+    pub(super) masqueraded: bool,
     /// The service port through which it goes; none where it is of no service.
     pub(super) port_name: Option<String>,
     pub(super) life: u32,

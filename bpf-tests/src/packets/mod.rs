@@ -15,6 +15,7 @@ mod barriers;
 pub mod case;
 pub mod cluster;
 pub mod control;
+mod exits;
 mod flow;
 mod isolation;
 pub mod node;

@@ -14,6 +14,8 @@ use std::net::IpAddr;
 
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+use ferroflow::config::{Masquerade, Xdp};
+use ferroflow::datapath::{Options, Sources};
 use ferroflow::maps::kernel::KernelMaps;
 use ferroflow::maps::{Frontends, Services};
 use ferroflow::reconcile::Limits;
@@ -25,20 +27,21 @@ use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
-use super::cluster::{Cluster, NODE, Socket};
+use super::cluster::{Cluster, Configuration, NODE, Socket};
 use super::control::{Control, Interfaces};
 use super::isolation;
 use super::oracle::{From, Seen, Sent, To, Tuple};
 use super::random::ground as ground_objects;
 use super::wire::{HERE, Packet, SENDER, bytes_of, reassemble};
 use crate::netns::{End, Netns, Prefix, Route};
-use crate::run::{Action, DEFAULTS, Program, Programs};
+use crate::run::{Action, DEFAULTS, Program, Programs, options};
 use crate::sandbox::Place;
 
 /// The node under test, in the network namespace of the thread that made it.
 pub struct Node {
     programs: Programs,
     control: Control<KernelMaps>,
+    configuration: Configuration,
     /// For which addresses lead where.
     cluster: Cluster,
     /// What it was at first.
@@ -101,14 +104,25 @@ impl Node {
     ///
     /// # Errors
     /// Where the kernel refuses.
-    pub fn new(place: &Place) -> Result<Self> {
-        let programs = Programs::load(place, DEFAULTS)?;
+    pub fn new(place: &Place, configuration: Configuration) -> Result<Self> {
+        let programs = match configuration {
+            Configuration::Usual => Programs::load(place, DEFAULTS)?,
+            Configuration::Masquerading => Programs::load_with(
+                place,
+                Options {
+                    masquerade: Masquerade::On,
+                    sources: Sources::Checked,
+                    ..options(&place.bpffs, Xdp::Off)
+                },
+            )?,
+        };
         let maps = programs.maps()?;
         let limits =
             Limits { services: maps.capacity::<Services>()?, frontends: maps.capacity::<Frontends>()? };
         let index = |name: &str| if_nametoindex(name).with_context(|| format!("no interface {name}"));
         let pods = PODS.iter().map(|name| Ok(((*name).to_owned(), index(name)?))).collect::<Result<_>>()?;
-        let control = Control::new(maps, limits, Interfaces { device: index(DEVICE)?, pods })?;
+        let interfaces = Interfaces { device: index(DEVICE)?, pods };
+        let control = Control::new(maps, limits, interfaces, configuration)?;
         let lru =
             |name: &str| Ok::<_, anyhow::Error>(Map::LruHashMap(MapData::from_pin(programs.pin(name))?));
         let flows = Flows {
@@ -122,6 +136,7 @@ impl Node {
         let mut node = Self {
             programs,
             control,
+            configuration,
             cluster,
             ground,
             flows,
@@ -139,6 +154,10 @@ impl Node {
     /// For packets that need not be any.
     pub fn programs(&mut self) -> &mut Programs {
         &mut self.programs
+    }
+
+    pub fn configuration(&self) -> Configuration {
+        self.configuration
     }
 
     /// The objects that are there at the beginning.

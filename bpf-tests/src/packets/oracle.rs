@@ -15,7 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::rc::Rc;
 
-use super::cluster::{Cluster, Frontend, Kind, Policy, Socket};
+use super::cluster::{Cluster, Configuration, Frontend, Kind, Policy, Socket};
+use super::exits::{begins_anew, known_as};
 use super::flow::{Age, CLOCKS, Direction, Flow, Signal, State, connects};
 use super::isolation::{Isolation, Reason};
 use super::plain::{Echo, echo, ends};
@@ -100,6 +101,7 @@ pub struct Oracle {
     lives: BTreeMap<(String, Socket), u32>,
     serving: BTreeMap<String, BTreeSet<Socket>>,
     pub(super) isolation: Isolation,
+    pub(super) configuration: Configuration,
 }
 
 /// Where a client has to be: at one of these, each in one of its lives. Which is not seen where policies let the client
@@ -115,13 +117,19 @@ struct Kept {
 pub type Tuple = (u8, Socket, Socket);
 
 /// The source ports of masqueraded and of colliding flows: no socket chooses them by itself.
-const CHOSEN_PORTS: std::ops::RangeInclusive<u16> = 1024..=29_999;
+pub(super) const CHOSEN_PORTS: std::ops::RangeInclusive<u16> = 1024..=29_999;
 
 impl Oracle {
     /// Of a node that has seen no packet.
-    pub fn new(cluster: Cluster) -> Self {
+    pub fn new(cluster: Cluster, configuration: Configuration) -> Self {
         let isolation = Isolation::new(cluster.objects());
-        Self { serving: cluster.serving(), cluster: Rc::new(cluster), isolation, ..Self::default() }
+        Self {
+            serving: cluster.serving(),
+            cluster: Rc::new(cluster),
+            isolation,
+            configuration,
+            ..Self::default()
+        }
     }
 
     /// Takes a change of an object in.
@@ -160,13 +168,16 @@ impl Oracle {
 
     fn expect(&mut self, observed: &Observed<'_>) -> Result<(), Judgement> {
         let &Observed { sent: Sent { from, packet, .. }, now, .. } = observed;
+        if self.is_spoofed(observed.sent) {
+            return dropped(observed.seen, &["spoofed-source"]);
+        }
         if let Some(error) = self.translated_error(observed)? {
             return self.goes(&error, observed);
         }
         let Some(protocol) = protocol_of(packet) else { return self.portless(observed) };
         let ends = ends(packet);
         if let Some(rewritten) = self.known(packet, ends, now)? {
-            return self.goes(&rewritten, observed);
+            return self.goes_on(&rewritten, observed);
         }
         if *from == From::Host {
             // Of no service: the host's own processes are served at their sockets.
@@ -253,16 +264,16 @@ impl Oracle {
             self.keep(frontend, (src.0, &name), barred.keys().copied(), now);
             return dropped(seen, &barred.into_values().collect::<Vec<_>>());
         }
-        let stands_in = match self.stands_in(*from, frontend, dst.0) {
-            Ok(stands_in) => stands_in,
-            Err(NoAddress) => return dropped(seen, &["no-masquerade-address"]),
-        };
         let went =
             if let Seen::Went(_, went) = seen { went.ports().map(|ports| (went, ports)) } else { None };
         let Some((went, ports)) = went.filter(|(went, ports)| may.contains(&(went.dst, ports.dst))) else {
             return Err(Judgement::Wrong(format!("to one of {may:?}")));
         };
         let backend = (went.dst, ports.dst);
+        let stands_in = match self.stands_in(*from, frontend, backend.0) {
+            Ok(stands_in) => stands_in,
+            Err(NoAddress) => return dropped(seen, &["no-masquerade-address"]),
+        };
         let (ends, proto) = ((src, dst), packet.proto());
         let seen_as = self.source(ends, (proto, backend, ports.src), stands_in, now)?;
         let life = self.life(&name, backend);
@@ -275,6 +286,7 @@ impl Oracle {
             proto,
             port_name: Some(name),
             life,
+            masqueraded: false,
             state: State::default(),
             last: now,
         };
@@ -299,13 +311,13 @@ impl Oracle {
         &self,
         from: From,
         frontend: &Frontend<'_>,
-        dst: IpAddr,
+        backend: IpAddr,
     ) -> Result<Option<IpAddr>, NoAddress> {
         let keeps_client = frontend.kind != Kind::ClusterIp && frontend.policy() == Policy::Local;
-        if from != From::Wire || keeps_client {
+        if !self.is_masqueraded(from, backend) && (from != From::Wire || keeps_client) {
             return Ok(None);
         }
-        self.cluster.primary(dst).map(Some).ok_or(NoAddress)
+        self.cluster.primary(backend).map(Some).ok_or(NoAddress)
     }
 
     /// What a backend must take for the client, which used the source port `port` towards it.
@@ -410,6 +422,7 @@ impl Oracle {
         };
         let (flow, signal) = (&self.flows[index], Signal::of(packet));
         let over = match direction {
+            Direction::Forward if flow.masqueraded => begins_anew(packet, flow),
             // Rules 30, 31 and 35.
             Direction::Forward if !connects(packet.proto()) => self.is_gone(flow),
             Direction::Forward => signal.opens && (flow.state != State::default() || self.is_gone(flow)),
@@ -422,8 +435,8 @@ impl Oracle {
         }
         let flow = &self.flows[index];
         let rewritten = match direction {
-            Direction::Forward => packet.between(flow.seen, flow.backend),
-            Direction::Reply => packet.between(flow.frontend, flow.client),
+            Direction::Forward => known_as(packet, flow.seen, flow.backend),
+            Direction::Reply => known_as(packet, flow.frontend, flow.client),
         };
         self.flows[index].note(signal, direction, now);
         Ok(Some(rewritten))
@@ -466,21 +479,30 @@ impl Oracle {
         let Some((index, direction)) = self.find(&answered, observed.now)? else { return Ok(None) };
         let flow = &self.flows[index];
         // What the quoted packet was before it was sent on, and what its sender takes for the flow's other end.
-        let (before, (other, known_as)) = match direction {
+        let (before, (other, other_as)) = match direction {
             Direction::Reply => ((flow.client, flow.frontend), (flow.backend.0, flow.frontend.0)),
             Direction::Forward => ((flow.backend, flow.seen), (flow.client.0, flow.seen.0)),
         };
         let mut error = packet.clone();
         error.dst = before.0.0;
-        if packet.src == other || error.dst != packet.dst {
-            error.src = known_as;
+        if packet.src == other || (error.dst != packet.dst && !flow.masqueraded) {
+            error.src = other_as;
         }
-        let mut quoted = about.between(before.0, before.1).build()[ETHERNET..].to_vec();
+        let mut quoted = known_as(about, before.0, before.1).build()[ETHERNET..].to_vec();
         quoted.truncate(payload.len());
         if let Body::Icmp { payload, .. } = &mut error.body {
             *payload = quoted;
         }
         Ok(Some(error))
+    }
+
+    /// A packet of a known flow, as that makes it. Only policies know a flow whose packets stay what they are.
+    pub(super) fn goes_on(&mut self, packet: &Packet, observed: &Observed<'_>) -> Result<(), Judgement> {
+        if *packet == observed.sent.packet {
+            self.leaves(packet, observed)
+        } else {
+            self.goes(packet, observed)
+        }
     }
 
     /// Whether exactly this packet went where its destination is.

@@ -53,11 +53,12 @@ impl Oracle {
     /// A packet without ports. A node without policies does not look at it.
     pub(super) fn portless(&mut self, observed: &Observed<'_>) -> Result<(), Judgement> {
         let Sent { from, packet, .. } = observed.sent;
-        if !self.isolation.is_in_session() || !self.passes_a_pod(*from, packet) {
-            return self.goes(packet, observed);
+        let judged = self.isolation.is_in_session() && self.passes_a_pod(*from, packet);
+        if !judged && !self.passes_a_device(*from, packet) {
+            return self.plain(packet, observed);
         }
         match self.known(packet, ends(packet), observed.now)? {
-            Some(same) => self.goes(&same, observed),
+            Some(rewritten) => self.goes_on(&rewritten, observed),
             None => self.plain(packet, observed),
         }
     }
@@ -72,7 +73,7 @@ impl Oracle {
         let sends = matches!(from, From::Pod(_)) && self.isolation.isolates(src.0);
         let concerned = self.isolation.isolates(dst.0) || sends;
         if !concerned || !self.passes_a_pod(from, packet) {
-            return self.goes(packet, observed);
+            return self.leaves(packet, observed);
         }
         let middle = connects(packet.proto()) && !Signal::of(packet).synchronizes;
         let first = First { from: src.0, to: dst, proto: packet.proto(), middle };
@@ -86,15 +87,15 @@ impl Oracle {
         if self.is_taken(&(packet.proto(), dst, src), (src, dst), observed.now)? {
             return dropped(observed.seen, &["tuple-collision"]);
         }
-        self.goes(packet, observed)?;
         let (client, server) = if direction == Direction::Forward { (src, dst) } else { (dst, src) };
         let mut flow = Flow::plain(packet.proto(), client, server, observed.now);
         // What the stack hands to a pod is looked at once.
         if matches!(from, From::Pod(_)) && packet.ports().is_some() {
             flow.note(Signal::of(packet), direction, observed.now);
         }
+        // Known as it is, even where it is not let out then.
         self.enter(flow);
-        Ok(())
+        self.leaves(packet, observed)
     }
 
     /// Whether policies let the client reach a backend; why not.
@@ -114,6 +115,7 @@ impl Flow {
             proto,
             port_name: None,
             life: 0,
+            masqueraded: false,
             state: State::default(),
             last: now,
         }

@@ -7,12 +7,13 @@ use serde_json::{Value, json};
 
 use super::barriers;
 use super::case::{By, Says, Send, Step, What};
+use super::cluster::Configuration;
 use super::text::{chunk_bytes, segment};
 use super::wire::{ACK, Body, Extras, FIN, Packet, Ports, RST, SYN};
 
 /// The case of this number: some services and policies, which it shares with its neighbours, then packets and changes.
-pub fn case(seed: u64) -> Vec<Step> {
-    let (mut steps, place) = begin(&mut Noise(seed / NEIGHBOURS));
+pub fn case(seed: u64, configuration: Configuration) -> Vec<Step> {
+    let (mut steps, place) = begin(&mut Noise(seed / NEIGHBOURS), configuration);
     let noise = &mut Noise(seed ^ PACKETS);
     let mut sends = Vec::new();
     for _ in 0..4 + noise.below(14) {
@@ -35,6 +36,12 @@ pub fn case(seed: u64) -> Vec<Step> {
 struct Place {
     services: usize,
     policies: bool,
+    configuration: Configuration,
+}
+
+/// Of every ten groups of neighbours three are cases of a node that masquerades.
+pub fn configuration(seed: u64) -> Configuration {
+    if seed / NEIGHBOURS % 10 < 7 { Configuration::Usual } else { Configuration::Masquerading }
 }
 
 /// So many cases begin with the same services.
@@ -42,8 +49,8 @@ const NEIGHBOURS: u64 = 8;
 /// Makes packets another noise than services.
 const PACKETS: u64 = 0x70ac_4e75_0000_0000;
 
-fn begin(noise: &mut Noise) -> (Vec<Step>, Place) {
-    let place = Place { services: 1 + noise.below(SERVICES), policies: noise.percent(50) };
+fn begin(noise: &mut Noise, configuration: Configuration) -> (Vec<Step>, Place) {
+    let place = Place { services: 1 + noise.below(SERVICES), policies: noise.percent(50), configuration };
     let mut objects = if place.policies { barriers::objects(noise) } else { Vec::new() };
     for number in 0..place.services {
         objects.push(service(noise, number));
@@ -190,10 +197,11 @@ const HINTED: usize = 2;
 
 /// The same address has the same node.
 fn endpoint(noise: &mut Noise, family: usize) -> Value {
-    let (addr, node) = match noise.below(12) {
-        0 => (OWN[family], "here"),
-        1..=6 => (noise.pick(&LOCAL)[family], "here"),
-        _ => (noise.pick(&REMOTE)[family], "there"),
+    let (addr, node) = match noise.below(26) {
+        0 | 1 => (OWN[family], "here".into()),
+        2..14 => (noise.pick(&LOCAL)[family], "here".into()),
+        14..24 => (noise.pick(&REMOTE)[family], "there".into()),
+        _ => (noise.pick(&OUTSIDE)[family], Value::Null),
     };
     let mut object = json!({"addresses": [addr], "nodeName": node});
     match noise.below(10) {
@@ -265,17 +273,21 @@ fn what(noise: &mut Noise, before: &[What], place: Place) -> What {
             again(noise, &before[index])
         }
         _ => {
-            let packet = if place.policies && noise.percent(45) {
+            let masquerading = place.configuration == Configuration::Masquerading;
+            let packet = if masquerading && noise.percent(45) {
+                outward(noise)
+            } else if place.policies && noise.percent(45) {
                 direct(noise)
             } else {
                 packet(noise, place.services)
             };
+            let by = (masquerading && noise.percent(4)).then(|| another(noise, packet.src));
             let whole = !matches!(packet.body, Body::Udp { .. } | Body::Tcp(_)) || noise.percent(93);
             // A TCP header in two fragments is nobody's honest packet, and dropped (RFC 1858).
             let least = if matches!(packet.body, Body::Tcp(_)) { 32 } else { 8 };
             let fragments = (!whole).then(|| noise.pick(&[least, 40, 64]));
             let packet = if fragments.is_some() { long(noise, packet) } else { packet };
-            What::Packet { packet, fragments }
+            What::Packet { packet, fragments, by }
         }
     }
 }
@@ -283,7 +295,7 @@ fn what(noise: &mut Noise, before: &[What], place: Place) -> What {
 /// The same ends once more, with something else to say.
 fn again(noise: &mut Noise, what: &What) -> What {
     let mut what = what.clone();
-    if let What::Packet { packet, fragments } = &mut what {
+    if let What::Packet { packet, fragments, .. } = &mut what {
         *fragments = None;
         packet.extras = Extras::default();
         // A whole packet of IPv6 has none.
@@ -378,6 +390,32 @@ fn direct(noise: &mut Noise) -> Packet {
         Ports { src: 6_000 + noise.below(2) as u16, dst: noise.pick(&[target, target, target, 9_090, 80]) };
     let body = if noise.percent(20) { echo(noise, src) } else { body(noise, protocol, ports) };
     Packet::new(src, dst, body)
+}
+
+/// From a pod to who is outside of the cluster, or from there to a port of the node.
+fn outward(noise: &mut Noise) -> Packet {
+    let family = noise.below(2);
+    let (_, protocol, port, _) = noise.pick(&PORTS);
+    let (pod, other) = (addr(noise.pick(&LOCAL)[family]), addr(noise.pick(&OUTSIDE)[family]));
+    if noise.percent(8) {
+        let ports = Ports { src: port, dst: 1_024 + noise.below(28_976) as u16 };
+        return Packet::new(other, addr(OWN[family]), body(noise, protocol, ports));
+    }
+    let ports = Ports { src: 5_000 + noise.below(2) as u16, dst: port };
+    let body = match noise.below(20) {
+        0..4 => echo(noise, pod),
+        4 => Body::Other { proto: 47, bytes: noise.bytes(12) },
+        _ => body(noise, protocol, ports),
+    };
+    Packet::new(pod, other, body)
+}
+
+/// A local pod that does not have the address.
+fn another(noise: &mut Noise, src: IpAddr) -> IpAddr {
+    let family = usize::from(src.is_ipv6());
+    let pods = LOCAL.map(|pod| addr(pod[family]));
+    let others: Vec<_> = pods.into_iter().filter(|pod| *pod != src).collect();
+    noise.pick(&others)
 }
 
 fn echo(noise: &mut Noise, src: IpAddr) -> Body {

@@ -14,14 +14,16 @@
 //! 3: error 1 receiver 3/3 quoting 28
 //! wait 40
 //! remove Service default/web
-//! 4: send udp 10.244.1.3:4000 > 10.96.0.10:53 in fragments of 64
+//! 4: send udp 10.244.1.3:4000 > 10.96.0.10:53 by pod 10.244.1.2
+//! 5: send udp 10.244.1.3:4000 > 10.96.0.10:53 in fragments of 64
 //!   -> dropped fragment-of-service
 //! ```
 //! Each begins with the objects of [`super::random::ground`]: the node `here` (192.168.5.1, fd00:5::1, and 192.168.6.1,
 //! fd00:6::1 without NodePorts) with the pods p0 to p2 (10.244.1.2 to .4, fd00:244:1::2 to ::4), and a node `there`.
 //! `tables:` says what the tables hold beside what they hold then. `apply:` takes YAML documents; `->` lines are alternatives, in which a
 //! port may be `*`, and `dropped` alone is for whichever reason. Without them the oracle
-//! alone judges, which it does anyway. A packet comes from where its source address is.
+//! alone judges, which it does anyway. A packet comes from where its source address is, unless it says by which pod it is sent. A line `masquerading:` asks for a
+//! node of [`Configuration::Masquerading`].
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -31,6 +33,7 @@ use anyhow::{Context as _, Error, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::case::{By, Says, Send, Step, What};
+use super::cluster::Configuration;
 use super::oracle::{Seen, To};
 use super::text;
 use super::wire::Packet;
@@ -40,6 +43,7 @@ use super::wire::Packet;
 pub struct Scenario {
     /// The comment at its beginning.
     pub title: String,
+    pub configuration: Configuration,
     pub steps: Vec<Step>,
     /// What the tables hold after the steps before it.
     pub tables: Vec<(usize, Vec<String>)>,
@@ -73,6 +77,7 @@ impl FromStr for Scenario {
 impl Scenario {
     fn take(&mut self, line: &str, block: &[&str]) -> Result<()> {
         match line {
+            MASQUERADING => self.configuration = Configuration::Masquerading,
             "apply:" => {
                 let text = block.join("\n");
                 for document in text.split("\n  ---") {
@@ -130,13 +135,17 @@ impl FromStr for What {
         let words: Vec<_> = rest.split_whitespace().collect();
         match (verb, words.as_slice()) {
             ("send", _) => {
+                let (rest, by) = match rest.split_once(" by pod ") {
+                    Some((rest, pod)) => (rest, Some(pod.parse().context("the address of a pod")?)),
+                    None => (rest, None),
+                };
                 let (packet, size) = match rest.split_once(" in fragments of ") {
                     Some((packet, size)) => (packet, Some(size.parse::<usize>()?)),
                     None => (rest, None),
                 };
                 let whole = |size: &usize| size.is_multiple_of(8) && *size > 0;
                 ensure!(size.iter().all(whole), "fragments are multiples of eight bytes");
-                Ok(Self::Packet { packet: packet.parse::<Packet>()?, fragments: size })
+                Ok(Self::Packet { packet: packet.parse::<Packet>()?, fragments: size, by })
             }
             ("answer", [to, "udp"]) => Ok(Self::Answer { to: to.parse()?, says: Says::Udp }),
             ("answer", [to, "tcp", flags]) => {
@@ -180,9 +189,10 @@ impl fmt::Display for Step {
 impl fmt::Display for What {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Packet { packet, fragments } => {
+            Self::Packet { packet, fragments, by } => {
                 write!(f, "send {packet}")?;
-                fragments.map_or(Ok(()), |size| write!(f, " in fragments of {size}"))
+                fragments.map_or(Ok(()), |size| write!(f, " in fragments of {size}"))?;
+                by.map_or(Ok(()), |pod| write!(f, " by pod {pod}"))
             }
             Self::Answer { to, says: Says::Udp } => write!(f, "answer {to} udp"),
             Self::Answer { to, says: Says::Echo } => write!(f, "answer {to} echo"),
@@ -251,24 +261,32 @@ pub fn with_tables(text: &str, tables: &[Vec<String>]) -> String {
     written
 }
 
+/// The line of a scenario for a node of this kind.
+const MASQUERADING: &str = "masquerading:";
+
 /// A case as a file.
-pub fn write(title: &str, steps: &[Step]) -> String {
+pub fn write(title: &str, configuration: Configuration, steps: &[Step]) -> String {
     let title: String = title.lines().map(|line| format!("# {line}\n")).collect();
     let steps: String = steps.iter().map(|step| format!("{step}\n")).collect();
-    title + &steps
+    let kind = match configuration {
+        Configuration::Usual => String::new(),
+        Configuration::Masquerading => format!("{MASQUERADING}\n"),
+    };
+    title + &kind + &steps
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const LINES: [&str; 9] = [
+    const LINES: [&str; 10] = [
         r#"apply: {"kind":"Pod","metadata":{"name":"p0"}}"#,
         "1: send udp 10.0.0.1:1 > 10.0.0.2:2 data 01 in fragments of 8",
         "2: answer 1 udp",
         "3: answer 1 tcp SYN,ACK",
         "4: answer 2 sctp init-ack",
         "6: answer 2 echo",
+        "7: send udp 10.0.0.1:1 > 10.0.0.2:2 by pod 10.0.0.3",
         "5: error 1 router 3/4 quoting 28",
         "wait 40",
         "remove Service default/web",
@@ -280,7 +298,9 @@ mod tests {
             assert_eq!(line.parse::<Step>().unwrap().to_string(), line);
         }
         let steps: Vec<Step> = LINES.iter().map(|line| line.parse().unwrap()).collect();
-        let scenario: Scenario = write("a title\nof two lines", &steps).parse().unwrap();
+        let kind = Configuration::Masquerading;
+        let scenario: Scenario = write("a title\nof two lines", kind, &steps).parse().unwrap();
+        assert_eq!(scenario.configuration, kind);
         assert_eq!((scenario.steps, scenario.title.as_str()), (steps, "# a title\n# of two lines\n"));
     }
 
