@@ -446,7 +446,8 @@ fn bad_input_has_its_code_and_changes_nothing(sandbox: &Sandbox) -> Result<()> {
             (fine, with(json!({ "name": "" }))?, 7),
             (fine, with(json!({ "mtu": 1 }))?, 7),
             (fine, with(json!({ "mtu": -1 }))?, 6),
-            (fine, with(json!({ "ipam": { "type": "dhcp" } }))?, 2),
+            (fine, with(json!({ "ipam": { "type": "dhcp" } }))?, 4),
+            (fine, with(json!({ "ipam": { "type": "../dhcp" } }))?, 7),
             (fine, with(json!({ "prevResult": 3 }))?, 6),
             (fine, with(json!({ "socket": "/run/none.sock" }))?, 11),
         ] {

@@ -152,7 +152,7 @@ impl<'a> Asker<'a> {
 
     /// Of those that want the same frontend, the one with the lowest rank has it: a Service, which has its port on every
     /// node, before a port of this host.
-    pub fn rank<'n>(self, name: &'n Name) -> (bool, (i64, &'n Name)) {
+    pub fn rank(self, name: &Name) -> (bool, (i64, &Name)) {
         match self {
             Self::Service(service) => (false, service.rank(name)),
             Self::HostPorts(_) => (true, (0, name)),
