@@ -38,8 +38,10 @@ pub enum Kind {
 pub struct Total {
     /// Requests, or bytes of transfers.
     pub done: u64,
-    /// Requests without their answer, and transfers that broke off.
+    /// Requests without their answer, and transfers that broke off: one without a byte for five seconds has.
     pub lost: usize,
+    /// The longest time in which a transfer stood still; what is sent again has taken a while.
+    pub longest_gap: Duration,
     /// Of the first that was lost, and how many like it.
     pub why: Option<String>,
 }
@@ -104,8 +106,8 @@ impl Traffic {
             let last = stream.stop()?.pop().context("a stream said nothing")?;
             let total = totals.entry(Kind::TcpLong).or_default();
             total.done += last.verified;
-            let whole = last.ended == Some(Ok(()));
-            if !whole || Duration::from_micros(last.longest_gap_us) >= stretched(LONGEST_GAP) {
+            total.longest_gap = total.longest_gap.max(Duration::from_micros(last.longest_gap_us));
+            if last.ended != Some(Ok(())) {
                 total.lost += 1;
                 total.why.get_or_insert_with(|| format!("{last:?}"));
             }
@@ -113,13 +115,18 @@ impl Traffic {
         Ok(totals)
     }
 
-    /// Ends it; an error where anything was lost.
+    /// Ends it; an error where anything was lost, or stood still for a second.
     pub fn finish(self) -> Result<()> {
         for (kind, total) in self.totals()? {
             ensure!(total.done > 0, "{kind}: nothing was asked");
             if let Some(why) = total.why {
                 bail!("{kind}: {} lost: {why}", total.lost);
             }
+            ensure!(
+                total.longest_gap < stretched(LONGEST_GAP),
+                "{kind}: {:?} without a byte",
+                total.longest_gap
+            );
         }
         Ok(())
     }

@@ -154,7 +154,8 @@ fn rounds(
 fn judge(churn: &Churn, traffic: Traffic, report: &mut Report) -> Result<()> {
     for (kind, total) in traffic.totals()? {
         let seen = match total.why {
-            None => Ok(format!("{} done, none lost", total.done)),
+            None if total.longest_gap.is_zero() => Ok(format!("{} requests, none lost", total.done)),
+            None => Ok(format!("{} bytes, none lost; {:?} the longest pause", total.done, total.longest_gap)),
             Some(why) => Err(anyhow!("{} lost of {}: {why}", total.lost, total.done)),
         };
         report.add(&kind.to_string(), seen);
