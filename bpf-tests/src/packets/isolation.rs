@@ -25,9 +25,16 @@ pub(super) struct Isolation {
 #[derive(Clone, Debug)]
 struct Pod {
     object: Rc<Value>,
-    isolated: bool,
-    /// What it had going when its first policy came goes on (rule 52).
-    adopts: bool,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// No policy is about it.
+    Open,
+    Isolated,
+    /// Isolated, and what it had going when its first policy came goes on (rule 52).
+    Adopting,
 }
 
 /// A flow's first packet, after service translation and before any masquerade (rule 47).
@@ -70,23 +77,23 @@ impl Isolation {
         for (pod, addresses) in self.objects.pods_on(NODE) {
             let (object, isolated) = (Rc::new(pod.clone()), self.objects.isolates(pod));
             for addr in addresses {
-                let adopts = match before.get(&addr) {
-                    Some(it) if it.isolated => it.adopts,
-                    Some(_open) => isolated,
-                    None => false,
+                let state = match before.get(&addr).map(|pod| pod.state) {
+                    _ if !isolated => State::Open,
+                    Some(State::Open | State::Adopting) => State::Adopting,
+                    Some(State::Isolated) | None => State::Isolated,
                 };
-                self.pods.insert(addr, Pod { object: Rc::clone(&object), isolated, adopts });
+                self.pods.insert(addr, Pod { object: Rc::clone(&object), state });
             }
         }
     }
 
     /// Whether policies apply to any pod of the node.
     pub(super) fn is_in_session(&self) -> bool {
-        self.pods.values().any(|pod| pod.isolated)
+        self.pods.values().any(|pod| pod.state != State::Open)
     }
 
     pub(super) fn isolates(&self, addr: IpAddr) -> bool {
-        self.pods.get(&addr).is_some_and(|pod| pod.isolated)
+        self.pods.get(&addr).is_some_and(|pod| pod.state != State::Open)
     }
 
     /// Asks the sender's policies, then the receiver's (rule 48).
@@ -100,9 +107,9 @@ impl Isolation {
         for (own, peer, way, reason) in
             [(from, to, Way::Out, "policy-egress"), (to, from, Way::In, "policy-ingress")]
         {
-            let Some(pod) = self.pods.get(&own).filter(|pod| pod.isolated) else { continue };
+            let Some(pod) = self.pods.get(&own).filter(|pod| pod.state != State::Open) else { continue };
             let answer = self.objects.ask(&pod.object, way, Flow { peer, protocol, port });
-            if answer == Answer::Dropped && !(middle && pod.adopts) {
+            if answer == Answer::Dropped && !(middle && pod.state == State::Adopting) {
                 return Err(reason);
             }
         }

@@ -428,7 +428,8 @@ fn body(noise: &mut Noise, protocol: &str, ports: Ports) -> Body {
     let length = noise.pick(&[0, 1, 7, 40]);
     let payload = noise.bytes(length);
     if noise.percent(2) {
-        return Body::Icmp { kind: noise.pick(&[8, 128]), code: 0, rest: [0; 4], payload };
+        // Never all zeros: incremental sums do not tell the two zeros of one's complement apart (RFC 1624).
+        return Body::Icmp { kind: noise.pick(&[8, 128]), code: 0, rest: [0, 0, 0, 1], payload };
     }
     match protocol {
         "TCP" => {
