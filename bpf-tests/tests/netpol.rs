@@ -29,6 +29,10 @@ fn main() -> ExitCode {
     runner::main(&[
         ("rules_43_to_53_a_truth_table_holds", rules_43_to_53_a_truth_table_holds),
         ("rules_43_to_53_a_truth_table_holds_on_clsact", rules_43_to_53_a_truth_table_holds_on_clsact),
+        (
+            "cluster_policies_are_asked_in_tiers_and_explained",
+            cluster_policies_are_asked_in_tiers_and_explained,
+        ),
         ("rule_47_policies_see_backends_and_clients", rule_47_policies_see_backends_and_clients),
         (
             "rule_49_a_pod_reaches_itself_and_its_node_reaches_it",
@@ -339,6 +343,113 @@ fn rules_43_to_53_a_truth_table_holds_on_clsact(sandbox: &Sandbox) -> Result<()>
         }
         Ok(())
     })
+}
+
+/// Of both tiers, around a NetworkPolicy, one after the other; and the rules that the command line names.
+fn cluster_policies_are_asked_in_tiers_and_explained(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| {
+        let mut objects = Objects::new(world)?;
+        let of_tier = |(name, tier, priority): (&str, &str, u32), subject: &Value, rules: Value| {
+            let mut object = json!({
+                "apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy",
+                "metadata": {"name": name}, "spec": {"tier": tier, "priority": priority, "subject": subject},
+            });
+            for (direction, rule) in rules.as_object().into_iter().flatten() {
+                object["spec"][direction] = json!([rule]);
+            }
+            object
+        };
+        let team = |team: &str| json!({"namespaces": {"matchLabels": {"team": team}}});
+        let pods = |team: &str, it: &str| json!({"pods": {"namespaceSelector": {"matchLabels": {"team": team}}, "podSelector": app(it)}});
+        let web = json!([{"tcp": {"destinationPort": {"number": 8000}}}]);
+        let datagrams = json!([{"udp": {"destinationPort": {"range": {"start": 8000, "end": 8053}}}}]);
+        let b1 = format!("{}/32", world.cluster.pod("b1").v4);
+        let lets = json!({"podSelector": app("db"), "ingress": [{"from": [{"podSelector": {}}]}]});
+        let steps = [
+            of_tier(
+                ("first", "Admin", 10),
+                &team("shop"),
+                json!({"ingress": {"action": "Deny", "from": [team("pay")], "protocols": web}}),
+            ),
+            of_tier(
+                ("last", "Baseline", 0),
+                &team("shop"),
+                json!({"ingress": {"action": "Deny", "from": [{"namespaces": {}}], "protocols": datagrams}}),
+            ),
+            policy("shop", "lets", lets),
+            of_tier(
+                ("before", "Admin", 5),
+                &pods("shop", "db"),
+                json!({"ingress": {"action": "Accept", "from": [pods("pay", "client")], "protocols": web}}),
+            ),
+            of_tier(
+                ("away", "Admin", 7),
+                &team("shop"),
+                json!({"egress": {"action": "Deny", "to": [{"networks": [b1]}]}}),
+            ),
+            of_tier(
+                ("named", "Admin", 1),
+                &team("pay"),
+                json!({"ingress": {"action": "Deny", "from": [{"namespaces": {}}], "protocols": [{"destinationNamedPort": "web"}]}}),
+            ),
+            of_tier(
+                ("by", "Admin", 0),
+                &team("pay"),
+                json!({"ingress": {"action": "Pass", "from": [team("shop")]}}),
+            ),
+        ];
+        objects.agree()?;
+        for step in steps {
+            objects.apply(&step)?;
+            objects.agree().with_context(|| step.to_string())?;
+        }
+        explained(world)
+    })
+}
+
+/// By the names of pods, of this node or of another; for each family.
+fn explained(world: &World) -> Result<()> {
+    for (from, to, said) in [
+        ("pay/b1", "shop/a2:8000", &["ingress allowed Admin:before ingress[0]"; 2][..]),
+        ("pay/b2", "shop/a2:8000", &["ingress denied Admin:first ingress[0]"; 2]),
+        ("pay/b2", "shop/a2:8001", &["ingress denied no rule allows it"; 2]),
+        (
+            "shop/a2",
+            "shop/a1:8053/UDP",
+            &[
+                "egress allowed no rule denies it",
+                "ingress denied Baseline:last ingress[0]",
+                "egress allowed no rule denies it",
+                "ingress denied Baseline:last ingress[0]",
+            ],
+        ),
+        (
+            "shop/a1",
+            "shop/a2:8053/udp",
+            &[
+                "egress allowed no rule denies it",
+                "ingress allowed shop/lets ingress[0]",
+                "egress allowed no rule denies it",
+                "ingress allowed shop/lets ingress[0]",
+            ],
+        ),
+        (
+            "shop/a1",
+            "pay/b1:443",
+            &["egress denied Admin:away egress[0]", "egress allowed no rule denies it"],
+        ),
+    ] {
+        let text = world.agents[0].verb(&["policy", "explain", from, to, "-o", "json"])?;
+        let findings: Value = serde_json::from_str(&text).context(text.clone())?;
+        let word = |it: &Value, field: &str| it[field].as_str().unwrap_or_default().to_owned();
+        let line = |it: &Value| ["side", "verdict", "by"].map(|field| word(it, field)).join(" ");
+        let lines: Vec<_> = findings.as_array().into_iter().flatten().map(line).collect();
+        ensure!(lines == said, "{from} -> {to}: {text}");
+    }
+    let unknown = world.agents[0].verb(&["policy", "explain", "shop/a1", "nobody:80"]);
+    let error = unknown.err().context("nobody is explained")?.to_string();
+    ensure!(error.contains("no pod has the name nobody"), "{error}");
+    Ok(())
 }
 
 /// A pod that may go to one backend of a service reaches that one by the service's address; a client from outside is

@@ -96,20 +96,19 @@ mod tests {
         fake.settings = Some(Settings { flags: Settings::POLICIES, ..Settings::NONE });
         let policy = EndpointPolicy { ingress: SET, egress: EndpointPolicy::OPEN, adopts_until: 0, live };
         fake.endpoints.get_mut(&F::pod(2)).unwrap().policy = policy;
-        allow(&mut fake, true);
+        say(&mut fake, Verdict::Allow);
         fake
     }
 
     /// Port 80 of all protocols with ports, and all that has none; or nothing.
-    fn allow(fake: &mut Fake, allowed: bool) {
-        let verdict = if allowed { Verdict::Allow } else { Verdict::Deny };
+    fn say(fake: &mut Fake, verdict: Verdict) {
         let range = |proto| PortRange { first: 80, last: 80, proto, verdict: verdict as u8, cause: 0 };
         fake.policies.lay(SET, PolicyKey::OTHERS, verdict, &[Proto::TCP, Proto::UDP, Proto::SCTP].map(range));
     }
 
     /// As the agent does where something was taken away or given.
-    fn change(fake: &mut Fake, allowed: bool) {
-        allow(fake, allowed);
+    fn change(fake: &mut Fake, verdict: Verdict) {
+        say(fake, verdict);
         fake.settings.as_mut().unwrap().epoch += 1;
     }
 
@@ -136,12 +135,12 @@ mod tests {
             let mut fake = net::<F>(EndpointPolicy::CUT);
             let (there, back) = (next(&first), first.answer(ACK));
             assert!(first.leave(&fake).is_ok() && back.leave(&fake).is_ok());
-            change(&mut fake, false);
+            change(&mut fake, Verdict::Deny);
             for _ in 0..2 {
                 assert_eq!(back.leave(&fake), Err(DropReason::PolicyIngress), "{back:?}");
                 assert_eq!(there.leave(&fake), Err(DropReason::PolicyIngress), "{there:?}");
             }
-            change(&mut fake, true);
+            change(&mut fake, Verdict::Allow);
             for _ in 0..2 {
                 assert!(there.leave(&fake).is_ok() && back.leave(&fake).is_ok());
             }
@@ -149,7 +148,7 @@ mod tests {
             let from_far = Frame { src: F::pod(3), ..first.clone() };
             let (far_there, far_back) = (next(&from_far), from_far.answer(ACK));
             assert!(from_far.enter_pod(&fake, Origin::Inward).is_ok() && far_back.leave(&fake).is_ok());
-            change(&mut fake, false);
+            change(&mut fake, Verdict::Deny);
             assert_eq!(far_there.enter_pod(&fake, Origin::Inward), Err(DropReason::PolicyIngress));
             assert_eq!(far_back.leave(&fake), Err(DropReason::PolicyIngress));
         }
@@ -163,10 +162,10 @@ mod tests {
         let there = Frame::tcp((F::pod(1), 40_000), (vip, 8080), ACK);
         let back = Frame::tcp((F::pod(2), 80), (F::pod(1), 40_000), ACK);
         assert!(request.leave(&fake).is_ok() && back.leave(&fake).is_ok());
-        change(&mut fake, false);
+        change(&mut fake, Verdict::Deny);
         assert_eq!(there.leave(&fake), Err(DropReason::PolicyIngress));
         assert_eq!(back.leave(&fake), Err(DropReason::PolicyIngress));
-        change(&mut fake, true);
+        change(&mut fake, Verdict::Allow);
         assert_eq!(
             there.leave(&fake).map(|(_, bytes)| bytes),
             Ok(there.clone().sent_to((F::pod(2), 80)).build())
@@ -181,7 +180,7 @@ mod tests {
         for first in requests::<F>(1) {
             let mut fake = net::<F>(EndpointPolicy::FINISH);
             assert!(first.leave(&fake).is_ok() && first.answer(ACK).leave(&fake).is_ok());
-            change(&mut fake, false);
+            change(&mut fake, Verdict::Deny);
             assert!(next(&first).leave(&fake).is_ok() && first.answer(ACK).leave(&fake).is_ok());
         }
     }
@@ -190,7 +189,7 @@ mod tests {
         for first in requests::<F>(1).into_iter().filter(|it| it.proto().connects()) {
             for (live, passes) in [(EndpointPolicy::FINISH, true), (EndpointPolicy::CUT, false)] {
                 let mut fake = net::<F>(live);
-                allow(&mut fake, false);
+                say(&mut fake, Verdict::Deny);
                 for frame in [next(&first), next(&first).answer(ACK)] {
                     // Pod 2 may have opened it, for all that policies know.
                     assert_eq!(frame.leave(&fake).is_ok(), passes, "{live}: {frame:?}");
@@ -208,9 +207,9 @@ mod tests {
             let node = F::vip(200);
             fake.node.insert(node, NodeAddress { flags: 0 });
             let first = Frame { src: node, ..first };
-            change(&mut fake, false);
+            change(&mut fake, Verdict::Deny);
             assert!(first.enter_pod(&fake, Origin::Own).is_ok());
-            change(&mut fake, false);
+            change(&mut fake, Verdict::Deny);
             for _ in 0..2 {
                 assert!(first.answer(ACK).leave(&fake).is_ok());
                 assert!(next(&first).enter_pod(&fake, Origin::Own).is_ok());
@@ -224,9 +223,9 @@ mod tests {
         let mut fake = net::<F>(EndpointPolicy::CUT);
         let [first, ..] = requests::<F>(1);
         assert!(first.leave(&fake).is_ok() && first.answer(SYN | ACK).leave(&fake).is_ok());
-        change(&mut fake, false);
+        change(&mut fake, Verdict::Deny);
         assert_eq!(first.leave(&fake), Err(DropReason::PolicyIngress));
-        change(&mut fake, true);
+        change(&mut fake, Verdict::Allow);
         assert!(first.leave(&fake).is_ok());
     }
 
@@ -237,7 +236,7 @@ mod tests {
         let there = Frame::icmp(F::pod(1), F::pod(2), request, 0).payload(&identifier);
         let back = Frame::icmp(F::pod(2), F::pod(1), reply, 0).payload(&identifier);
         assert!(there.leave(&fake).is_ok() && back.leave(&fake).is_ok());
-        change(&mut fake, false);
+        change(&mut fake, Verdict::Deny);
         assert_eq!(back.leave(&fake), Err(DropReason::PolicyIngress));
         assert_eq!(there.leave(&fake), Err(DropReason::PolicyIngress));
     }
@@ -251,7 +250,7 @@ mod tests {
         assert!(next(&first).leave(&fake).is_ok());
         let usual = fake.lookups.take().hash;
         assert_eq!(usual, 2, "its flow, and the pod that it goes to");
-        change(&mut fake, true);
+        change(&mut fake, Verdict::Allow);
         assert!(next(&first).leave(&fake).is_ok());
         assert!(fake.lookups.take().hash > usual);
         assert!(next(&first).leave(&fake).is_ok());

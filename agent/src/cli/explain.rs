@@ -121,10 +121,10 @@ pub(super) fn explain(maps: &KernelMaps, question: &Question) -> Result<Answer, 
     let (froms, tos) = (addresses(from, *agent)?, addresses(&to.place, *agent)?);
     let wanted = Wanted { proto: to.proto, port: Port::new(to.port) };
     let mut findings = Vec::new();
+    let own: Vec<_> = maps.dump::<NodeAddresses>()?.into_iter().map(|(addr, _)| addr).collect();
     for from in &froms {
-        let own = maps.dump::<NodeAddresses>()?.into_iter().any(|(addr, _)| addr == Addr::from(*from));
         for to in tos.iter().filter(|to| to.is_ipv4() == from.is_ipv4()) {
-            findings.extend(found(&view, (*from, *to), wanted, own));
+            findings.extend(found(&view, (*from, *to), wanted, &own));
         }
     }
     if findings.is_empty() {
@@ -143,8 +143,8 @@ pub(super) fn explain(maps: &KernelMaps, question: &Question) -> Result<Answer, 
     Ok(Answer { table, json: serde_json::to_value(&findings)? })
 }
 
-/// What the ends that are pods of this node say.
-fn found(view: &View, (from, to): (IpAddr, IpAddr), wanted: Wanted, own: bool) -> Vec<Finding> {
+/// What the ends that are pods of this node say, which has these addresses of its `own`.
+fn found(view: &View, (from, to): (IpAddr, IpAddr), wanted: Wanted, own: &[Addr]) -> Vec<Finding> {
     let mut findings = Vec::new();
     let sides = [(Side::Egress, from, to), (Side::Ingress, to, from)];
     for (side, end, peer) in sides {
@@ -157,7 +157,7 @@ fn found(view: &View, (from, to): (IpAddr, IpAddr), wanted: Wanted, own: bool) -
         let (verdict, cause) = decided(view, set, class, wanted);
         let exempt = if from == to {
             Some("a pod always reaches itself")
-        } else if side == Side::Ingress && own {
+        } else if side == Side::Ingress && own.contains(&Addr::from(from)) {
             Some("this node's own processes always may")
         } else {
             None
@@ -271,19 +271,19 @@ mod tests {
             sets: [(5, Meaning::new([0; 16], "ingress shop/other shop/web Admin:first"))].into(),
             meanings: [(7, Meaning::new([0; 16], "pods app=client in shop"))].into(),
         };
-        let ask = |from: u8, to: u8, port, own| {
+        let ask = |from: u8, to: u8, port, own: &[Addr]| {
             let wanted = Wanted { proto: Proto::TCP, port: Port::new(port) };
             let findings = found(&view, (at(from).ip(), at(to).ip()), wanted, own);
             let line = |it: Finding| format!("{} {} by {}", it.side.name(), it.verdict, it.by);
             findings.into_iter().map(line).collect::<Vec<_>>()
         };
         let open = "egress allowed by not isolated";
-        assert_eq!(ask(1, 2, 80, false), [open, "ingress allowed by shop/web ingress[3]"]);
-        assert_eq!(ask(1, 2, 82, false), [open, "ingress denied by no rule allows it"]);
-        assert_eq!(ask(9, 2, 80, false), ["ingress denied by no rule allows it"]);
-        assert_eq!(ask(9, 2, 80, true), ["ingress allowed by this node's own processes always may"]);
-        assert_eq!(ask(2, 9, 80, false), [open]);
-        assert_eq!(ask(2, 2, 80, false).len(), 2);
-        assert_eq!(ask(8, 9, 80, false), [""; 0]);
+        assert_eq!(ask(1, 2, 80, &[]), [open, "ingress allowed by shop/web ingress[3]"]);
+        assert_eq!(ask(1, 2, 82, &[]), [open, "ingress denied by no rule allows it"]);
+        assert_eq!(ask(9, 2, 80, &[]), ["ingress denied by no rule allows it"]);
+        assert_eq!(ask(9, 2, 80, &[at(9)]), ["ingress allowed by this node's own processes always may"]);
+        assert_eq!(ask(2, 9, 80, &[]), [open]);
+        assert_eq!(ask(2, 2, 80, &[]).len(), 2);
+        assert_eq!(ask(8, 9, 80, &[]), [""; 0]);
     }
 }

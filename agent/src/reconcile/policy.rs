@@ -44,6 +44,8 @@ pub(super) struct Policies {
     rows: PortRows,
     /// Sets that lack rows, and why.
     closed: BTreeMap<u32, String>,
+    /// They may have changed, and the programs were not told to judge live flows again.
+    pub(super) unjudged: bool,
 }
 
 /// Lists of port ranges, each of which is in the table once.
@@ -102,6 +104,8 @@ impl Policies {
             sets,
             classes,
             closed: BTreeMap::new(),
+            // The agent before may have died before it told.
+            unjudged: true,
         })
     }
 
@@ -297,7 +301,7 @@ impl<M: Maps> Tables<M> {
     pub(super) fn apply_policies(&mut self, world: &World, now: Instant) -> Result<(), PolicyError> {
         let writes = self.maps.writes();
         let applied = self.lay_policies(world, now);
-        self.unjudged |= self.maps.writes() != writes;
+        self.policies.unjudged |= self.maps.writes() != writes;
         applied
     }
 

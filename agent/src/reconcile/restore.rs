@@ -60,7 +60,6 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
     }
     let policies = Policies::restore(&maps, config.plan.live_flows)?;
     let held = if policies.counts()[0] > 0 { Restored::Held } else { Restored::Planned };
-    let hold = Hold::new(services.keys().cloned(), endpoints.keys().copied(), held);
     Ok(Tables {
         maps,
         limits: config.limits,
@@ -70,18 +69,16 @@ pub(super) fn restore<M: Maps>(maps: M, config: &Config) -> Result<Tables<M>, Ma
         ids,
         indices,
         ranges,
+        hold: Hold::new(services.keys().cloned(), endpoints.keys().copied(), held),
         services,
         owners,
         cluster_ips: frontends.keys().filter(|key| key.is_cluster_ip()).count(),
         frontends,
-        // The agent before may have died before it told.
-        unjudged: true,
         // Where that was not told yet, the first row that is written tells it.
         enforced: enforced(&endpoints),
         endpoints,
         freed: false,
         displaced: BTreeSet::new(),
-        hold,
         policies,
     })
 }

@@ -44,8 +44,6 @@ pub(super) struct Tables<M> {
     pub(super) endpoints: BTreeMap<Addr, Endpoint>,
     /// [`Settings::POLICIES`] as long as policies apply to a pod: then the programs are told to ask them.
     pub(super) enforced: u32,
-    /// Policies may have changed, and the programs were not told to judge live flows again.
-    pub(super) unjudged: bool,
     /// A frontend was removed since this was last asked.
     pub(super) freed: bool,
     /// Services that lost a frontend to another since this was last asked.
@@ -155,7 +153,7 @@ impl<M: Maps> Tables<M> {
                 if row.is_isolated() {
                     self.enforce(Settings::POLICIES)?;
                 }
-                self.unjudged |= old.is_some_and(|old| old.policy != row.policy);
+                self.policies.unjudged |= old.is_some_and(|old| old.policy != row.policy);
                 self.maps.put::<Endpoints>(&addr, &row)?;
                 self.endpoints.insert(addr, row);
             }
@@ -183,11 +181,11 @@ impl<M: Maps> Tables<M> {
     /// Has the programs judge live flows again, where policies have changed and a pod's flows are to be cut.
     pub(super) fn judge_again(&mut self) -> Result<(), MapError> {
         let cuts = self.endpoints.values().any(|row| row.policy.live == EndpointPolicy::CUT);
-        if self.unjudged && cuts {
+        if self.policies.unjudged && cuts {
             let settings = self.maps.read::<SettingsRow>(0)?;
             let epoch = settings.epoch.wrapping_add(1);
             self.maps.write::<SettingsRow>(0, &Settings { epoch, ..settings })?;
-            self.unjudged = false;
+            self.policies.unjudged = false;
         }
         Ok(())
     }

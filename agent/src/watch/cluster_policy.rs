@@ -354,10 +354,12 @@ mod tests {
     }
 
     fn instead(spec: &Value) -> Option<ClusterNetworkPolicy> {
-        match closed(&Name::new("default", "p"), &object(spec)) {
-            Change::ClusterNetworkPolicy(name, policy) if &*name == "p" => policy,
-            other => panic!("{other:?}"),
-        }
+        let Change::ClusterNetworkPolicy(name, policy) = closed(&Name::new("default", "p"), &object(spec))
+        else {
+            panic!("an object of another kind");
+        };
+        assert_eq!(&*name, "p");
+        policy
     }
 
     #[test]

@@ -67,6 +67,9 @@ struct Cli {
     /// Sizes at which the agent alone is measured, and no traffic
     #[arg(long, value_delimiter = ',', value_name = "SERVICES")]
     control: Option<Vec<usize>>,
+    /// What policies cost, and nothing else: a minute
+    #[arg(long)]
+    policies: bool,
     /// Runs of each way, each between two of plain routing
     #[arg(long)]
     pairs: Option<usize>,
@@ -105,6 +108,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     let sandbox = Sandbox::enter()?;
     sandbox.exit_on_signals()?;
     let mut report = Report::default();
+    if cli.policies {
+        policies::measure(&sandbox, &mut report)?;
+        println!("\n{}", report.table());
+        return Ok(ExitCode::SUCCESS);
+    }
     for (number, &size) in plan.sizes.iter().enumerate() {
         // Not at the largest size: its rules would have to be loaded on a second node as well.
         let what = if number == 1.min(plan.sizes.len() - 1) { What::Everything } else { What::BySize };

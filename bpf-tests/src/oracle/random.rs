@@ -133,8 +133,10 @@ fn tier_rule(noise: &mut Noise, field: &str) -> Value {
         let ranges: Vec<_> = (0..1 + noise.below(2)).map(|_| noise.pick(&RANGES).0).collect();
         rule[field][0] = json!({"networks": ranges});
     }
+    // Networks name no ports.
+    let names: &[&str] = if networks { &[] } else { &PORT_NAMES };
     if noise.percent(60) {
-        rule["protocols"] = (0..1 + noise.below(3)).map(|_| protocol(noise, networks)).collect();
+        rule["protocols"] = (0..1 + noise.below(3)).map(|_| protocol(noise, names)).collect();
     }
     rule
 }
@@ -146,9 +148,9 @@ fn pods(noise: &mut Noise) -> Value {
     json!({"pods": {"namespaceSelector": selector(noise), "podSelector": selector(noise)}})
 }
 
-fn protocol(noise: &mut Noise, numbers_only: bool) -> Value {
-    if !numbers_only && noise.percent(30) {
-        return json!({"destinationNamedPort": noise.pick(&PORT_NAMES)});
+fn protocol(noise: &mut Noise, names: &[&str]) -> Value {
+    if !names.is_empty() && noise.percent(30) {
+        return json!({"destinationNamedPort": noise.pick(names)});
     }
     let (first, last) = (noise.pick(&PORTS), noise.pick(&PORTS));
     let port = if last > first && noise.percent(50) {

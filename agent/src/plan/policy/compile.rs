@@ -93,9 +93,10 @@ pub(super) fn compile(rules: &[Compiled], signature: &[(ElementId, Port)], isola
             Edge::Ends => active.ranks.remove(&key),
         };
         let Some((next, ..)) = edges.get(index + 1).filter(|(next, ..)| next > place) else { continue };
-        let (verdict, cause) = active.decision();
-        if verdict != otherwise {
-            push(&mut ranges, (*place, next - 1), verdict, cause);
+        let (verdict, by) = active.decision();
+        // What is denied says by which rule, also where all else is denied.
+        if verdict != otherwise || verdict == Verdict::Deny && by != cause {
+            push(&mut ranges, (*place, next - 1), verdict, by);
         }
     }
     Verdicts { otherwise, cause, ranges: ranges.into() }
