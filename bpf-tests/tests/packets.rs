@@ -123,11 +123,17 @@ fn cases_of(place: &Place, configuration: Configuration, seeds: impl Iterator<It
             bail!("seed {seed}: {failure}\ndrops so far: {drops:?}\nkept in {}: {smallest}", file.display());
         }
         if counts.cases.is_multiple_of(BATCH) {
-            let left = node.tracked()?;
-            ensure!(left == 0, "by seed {seed}: {left} flows are tracked that the oracle does not know");
+            nothing_is_left(&node).with_context(|| format!("by seed {seed}"))?;
         }
     }
+    nothing_is_left(&node)?;
     Ok(counts)
+}
+
+fn nothing_is_left(node: &Node) -> Result<()> {
+    let left = node.tracked()?;
+    ensure!(left == 0, "{left} flows are tracked that the oracle does not know");
+    Ok(())
 }
 
 fn number(variable: &str, usual: u64) -> Result<u64> {
