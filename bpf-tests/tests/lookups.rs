@@ -67,6 +67,7 @@ impl Net {
         fake.node.insert(node, NodeAddress { flags: NodeAddress::NODE_PORTS });
         fake.local(F::pod(1), 11);
         fake.local(F::pod(2), 12);
+        fake.elsewhere.push(F::pod(3));
         for backend in &mut fake.backends {
             backend.flags |= ferroflow_common::abi::lb::Backend::CLUSTER;
         }

@@ -211,11 +211,14 @@ where
     if middle && live::are_exchanged(client, server) {
         asked = Asked::BACKWARDS;
     }
+    let leaves = origin == Origin::Pod && !turned && !lives;
+    let adopted_at = if middle { tables.now() } else { u32::MAX };
+    // Whichever it is, what follows is followed once.
+    let flow = flow.forgotten(packet);
     let question = Question {
         wanted: Wanted { proto: tuple.proto, port },
-        leaves: origin == Origin::Pod && !turned && !lives,
-        adopted_at: if middle { tables.now() } else { u32::MAX },
-        // Whichever it is, what follows is followed once.
+        leaves: packet.forget(u32::from(leaves)),
+        adopted_at: packet.forget(adopted_at),
         asked: Asked(packet.forget(asked.0)),
     };
     // A pod and itself, directly or through a service (rule 49).
@@ -223,13 +226,15 @@ where
         if from.words() == to.words() { Ok(()) } else { ask::<F, T>(tables, (&from, &to), &question) };
     match verdict {
         Ok(()) => {
-            if lives {
+            if flow == Outcome::STALE {
                 live::mark::<F, T>(tables, tuple, epoch);
             }
             Ok(flow.admitted())
         }
         // With the reason for which it is dropped, should it be no answer either.
-        Err(reason) if flow == Outcome::GUARDED && middle => Ok(Outcome::turned(reason)),
+        Err(reason) if flow == Outcome::GUARDED && question.adopted_at != u32::MAX => {
+            Ok(Outcome::turned(reason))
+        }
         Err(reason) => Err(flow.reason_or(reason)),
     }
 }
@@ -244,8 +249,8 @@ fn in_the_middle(proto: Proto, flags: Flags) -> bool {
 /// What is asked of a flow.
 struct Question {
     wanted: Wanted,
-    /// The sender is a pod of this node, whatever address it uses.
-    leaves: bool,
+    /// Not 0: the sender is a pod of this node, whatever address it uses.
+    leaves: u32,
     /// When the middle of a connection was seen; the end of time for a packet that opens one.
     adopted_at: u32,
     asked: Asked,
@@ -294,7 +299,7 @@ where
             Verdict::Deny => return Err(DropReason::PolicyEgress),
             Verdict::WouldDeny => tables.would_drop(DropReason::DryRunEgress),
         },
-        None if question.leaves => return Err(DropReason::PolicyEgress),
+        None if question.leaves != 0 => return Err(DropReason::PolicyEgress),
         None => {}
     }
     let Some(row) = tables.endpoint(to) else { return Ok(()) };

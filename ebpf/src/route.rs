@@ -43,9 +43,10 @@ pub fn rewritten<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite) -> Verdict {
     if to.flags & Entry::MASQUERADED != 0 {
         return Verdict::Stack;
     }
-    let verdict = onto::<F, T>(tables, to.dst());
+    let verdict = route::<F, T>(tables, to.dst());
     let own_source = to.flags & Entry::OWN_SOURCE != 0;
-    if own_source && verdict == Verdict::Stack { Verdict::Forward } else { verdict }
+    let passes = verdict == Verdict::Stack && (own_source || tables.is_elsewhere(to.dst()));
+    if passes { Verdict::Forward } else { verdict }
 }
 
 /// The same for a packet from anywhere: what the node's stack has routed goes on there.

@@ -239,6 +239,12 @@ impl Outcome {
         }
     }
 
+    /// The same, of which the verifier forgets what it knew.
+    #[inline(always)]
+    pub(crate) fn forgotten<P: Packet>(self, packet: &P) -> Self {
+        Self::new(packet.forget((self.0 >> 32) as u32), packet.forget(self.0 as u32))
+    }
+
     /// A first fragment that is no whole packet either has no ports.
     #[inline(always)]
     fn or_portless(self) -> Self {

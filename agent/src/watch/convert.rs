@@ -28,11 +28,9 @@ type Result<T> = std::result::Result<T, Invalid>;
 /// The first field that makes no sense.
 pub fn service(object: &core::Service) -> Result<Change> {
     let name = name_of(&object.metadata, LABEL)?;
-    let labels = object.metadata.labels.as_ref();
-    let proxy = labels.and_then(|labels| labels.get("service.kubernetes.io/service-proxy-name"));
     let spec = object.spec.as_ref();
     let external = spec.and_then(|spec| spec.type_.as_deref()) == Some("ExternalName");
-    let (Some(spec), false) = (spec, external || proxy.is_some_and(|proxy| proxy != PROXY_NAME)) else {
+    let (Some(spec), false) = (spec, external || is_for_others(&object.metadata)) else {
         return Ok(Change::Service(name, None));
     };
     let cluster_ips = cluster_ips(spec)?;
@@ -61,10 +59,10 @@ pub fn service(object: &core::Service) -> Result<Change> {
 /// The first field that makes no sense.
 pub fn endpoint_slice(object: &discovery::EndpointSlice, node: &str) -> Result<Change> {
     let name = name_of(&object.metadata, SUBDOMAIN)?;
-    let label = |key| object.metadata.labels.as_ref().and_then(|labels| labels.get(key));
-    let headless = label("service.kubernetes.io/headless").is_some();
-    let owner = label("kubernetes.io/service-name").filter(|owner| !owner.is_empty());
-    let (Some(service), false) = (owner, headless) else {
+    let labels = object.metadata.labels.as_ref();
+    let owner = labels.and_then(|labels| labels.get("kubernetes.io/service-name"));
+    let owner = owner.filter(|owner| !owner.is_empty());
+    let (Some(service), false) = (owner, is_for_others(&object.metadata)) else {
         return Ok(Change::EndpointSlice(name, None));
     };
     let family = match object.address_type.as_str() {
@@ -86,6 +84,14 @@ pub fn endpoint_slice(object: &discovery::EndpointSlice, node: &str) -> Result<C
         zones: zones.into(),
     };
     Ok(Change::EndpointSlice(name, Some(slice)))
+}
+
+/// Whether a Service or EndpointSlice says by label that no proxy is to serve it, or another one (rule 12): Services too
+/// say that they are headless by label, with a cluster IP.
+fn is_for_others(metadata: &ObjectMeta) -> bool {
+    let label = |key| metadata.labels.as_ref().and_then(|labels| labels.get(key));
+    label("service.kubernetes.io/headless").is_some()
+        || label("service.kubernetes.io/service-proxy-name").is_some_and(|proxy| proxy != PROXY_NAME)
 }
 
 /// A range that contains every address is none of a cluster: all traffic would be for services.
@@ -482,13 +488,23 @@ mod tests {
             let change = service_of(&spec);
             assert_eq!(change, Ok(Change::Service(Name::new("shop", "web"), None)), "{spec}");
         }
-        for (proxy, ours) in [("other", false), ("", false), (PROXY_NAME, true)] {
+        let proxy = "service.kubernetes.io/service-proxy-name";
+        for (label, value, ours) in [
+            (proxy, "other", false),
+            (proxy, "", false),
+            (proxy, PROXY_NAME, true),
+            ("service.kubernetes.io/headless", "", false),
+            ("service.kubernetes.io/other", "", true),
+        ] {
             let object = json!({
-                "metadata": {"name": "web", "labels": {"service.kubernetes.io/service-proxy-name": proxy}},
+                "metadata": {"name": "web", "labels": {label: value}},
                 "spec": {"clusterIP": "10.96.0.1", "ports": ports},
             });
             let change = service(&serde_json::from_value(object).unwrap()).unwrap();
-            assert!(matches!(change, Change::Service(_, service) if service.is_some() == ours), "{proxy}");
+            assert!(
+                matches!(change, Change::Service(_, service) if service.is_some() == ours),
+                "{label} {value}"
+            );
         }
     }
 
@@ -628,9 +644,12 @@ mod tests {
     #[test]
     fn slices_that_are_not_for_us_are_no_error() {
         let labels = json!({"kubernetes.io/service-name": "web", "service.kubernetes.io/headless": ""});
+        let others =
+            json!({"kubernetes.io/service-name": "web", "service.kubernetes.io/service-proxy-name": "other"});
         for object in [
             json!({"metadata": {"name": "s"}, "addressType": "IPv4"}),
             json!({"metadata": {"name": "s", "labels": labels}, "addressType": "IPv4"}),
+            json!({"metadata": {"name": "s", "labels": others}, "addressType": "IPv4"}),
             json!({"metadata": {"name": "s", "labels": {"kubernetes.io/service-name": "w"}}, "addressType": "FQDN"}),
         ] {
             let change = endpoint_slice(&serde_json::from_value(object.clone()).unwrap(), "here");

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use super::cluster::{Configuration, Socket};
 use super::flow::{Direction, Flow, Signal, connects};
 use super::oracle::{CHOSEN_PORTS, From, Judgement, Observed, Oracle, Seen, Sent, To};
-use super::plain::{Echo, echo, ends};
+use super::plain::{Echo, echo, ends, is_echo};
 use super::refusal::dropped;
 use super::wire::{Body, Packet};
 
@@ -28,7 +28,7 @@ impl Oracle {
     /// Whether a packet without ports is looked at where it leaves the node, or comes to it.
     pub(super) fn passes_a_device(&self, from: From, packet: &Packet) -> bool {
         self.configuration == Configuration::Masquerading
-            && matches!(&packet.body, Body::Icmp { kind, .. } if echo(*kind, packet.src).is_some())
+            && is_echo(packet)
             && (from == From::Wire || To::of(&self.cluster, packet.dst) == To::Wire)
     }
 

@@ -34,6 +34,14 @@ pub(super) fn ends(packet: &Packet) -> (Socket, Socket) {
     ((packet.src, src), (packet.dst, dst))
 }
 
+fn is_message(packet: &Packet) -> bool {
+    matches!(packet.body, Body::Icmp { .. })
+}
+
+pub(super) fn is_echo(packet: &Packet) -> bool {
+    matches!(&packet.body, Body::Icmp { kind, .. } if echo(*kind, packet.src).is_some())
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Echo {
     Request,
@@ -58,6 +66,8 @@ impl Oracle {
             return self.plain(packet, observed);
         }
         match self.known(packet, ends(packet), observed.now)? {
+            // The flow of an echo of the identifier 0 has the tuple of all other messages, which are none of it.
+            Some(_) if is_message(packet) && !is_echo(packet) => self.goes(packet, observed),
             Some(rewritten) => self.goes_on(&rewritten, observed),
             None => self.plain(packet, observed),
         }
