@@ -18,18 +18,18 @@ use ferroflow_ebpf::tables::fake::{Fake, Lookups};
 const COSTS: &str = "\
 what                                          hash  array
 pod to local pod                                 3      2
-pod to remote pod                                4      3
+pod to remote pod                                4      2
 known flow to a local backend                    2      1
-known flow to a remote backend                   2      1
+known flow to a remote backend                   3      1
 known flow, answer of a local backend            2      1
 known flow, answer from another node             2      1
 new flow to a local backend                      8      8
 new flow, affinity                              10      9
 new flow that keeps its backend                 10      8
 no endpoints                                     3      0
-new flow of a NodePort, masqueraded             16      8
+new flow of a NodePort, masqueraded             18      8
 known flow of a NodePort                         2      1
-from outside, for no service                     4      1
+from outside, for no service                     6      1
 from the stack to a pod                          1      0
 ";
 
