@@ -33,6 +33,16 @@ pub enum Kind {
     UdpFixed,
 }
 
+impl Kind {
+    /// What is lost is not sent again.
+    pub fn is_datagrams(self) -> bool {
+        match self {
+            Self::TcpLong | Self::TcpShort => false,
+            Self::UdpRandom | Self::UdpFixed => true,
+        }
+    }
+}
+
 /// What became of one kind.
 #[derive(Clone, Debug, Default)]
 pub struct Total {
