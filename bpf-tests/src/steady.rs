@@ -33,16 +33,6 @@ pub enum Kind {
     UdpFixed,
 }
 
-impl Kind {
-    /// What is lost is not sent again.
-    pub fn is_datagrams(self) -> bool {
-        match self {
-            Self::TcpLong | Self::TcpShort => false,
-            Self::UdpRandom | Self::UdpFixed => true,
-        }
-    }
-}
-
 /// What became of one kind.
 #[derive(Clone, Debug, Default)]
 pub struct Total {
@@ -128,17 +118,25 @@ impl Traffic {
     /// Ends it; an error where anything was lost, or stood still for a second.
     pub fn finish(self) -> Result<()> {
         for (kind, total) in self.totals()? {
-            ensure!(total.done > 0, "{kind}: nothing was asked");
-            if let Some(why) = total.why {
-                bail!("{kind}: {} lost: {why}", total.lost);
-            }
-            ensure!(
-                total.longest_gap < stretched(LONGEST_GAP),
-                "{kind}: {:?} without a byte",
-                total.longest_gap
-            );
+            total.verdict().with_context(|| kind.to_string())?;
         }
         Ok(())
+    }
+}
+
+impl Total {
+    /// What came through; an error where anything was lost, or stood still for a second.
+    pub fn verdict(&self) -> Result<String> {
+        let Self { done, lost, longest_gap, why } = self;
+        ensure!(*done > 0, "nothing was asked");
+        if let Some(why) = why {
+            bail!("{lost} lost of {done}: {why}");
+        }
+        ensure!(*longest_gap < stretched(LONGEST_GAP), "{longest_gap:?} without a byte");
+        if longest_gap.is_zero() {
+            return Ok(format!("{done} requests, none lost"));
+        }
+        Ok(format!("{done} bytes, none lost; {longest_gap:?} the longest pause"))
     }
 }
 

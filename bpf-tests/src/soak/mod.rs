@@ -1,7 +1,6 @@
 //! A cluster that is never left alone: services, endpoints, pods and policies come and go, agents are killed and
 //! upgraded, their API fails, what they attached is removed, and all the while pods and a host talk through a service.
-//! Nothing of that talk may be lost, but for a datagram in ten thousand; and when all that came has gone, nothing may be left
-//! of it.
+//! Nothing of that talk may be lost, and when all that came has gone, nothing may be left of it.
 //!
 //! ```text
 //!   base ──churn and faults, deaths too──▶ base: the same rows, leases, interfaces, pins
@@ -151,23 +150,10 @@ fn rounds(
     Ok(())
 }
 
-/// One datagram in so many may be lost: nobody sends it again. Why one of 200,000 was, beside 90 programs and routes that
-/// were removed under traffic, is not known.
-const FEW: u64 = 10_000;
-
 /// What became of the traffic, and of its traces.
 fn judge(churn: &Churn, traffic: Traffic, report: &mut Report) -> Result<()> {
     for (kind, total) in traffic.totals()? {
-        let seen = match total.why {
-            None if total.longest_gap.is_zero() => Ok(format!("{} requests, none lost", total.done)),
-            None => Ok(format!("{} bytes, none lost; {:?} the longest pause", total.done, total.longest_gap)),
-            Some(why) => {
-                let text = format!("{} lost of {}: {why}", total.lost, total.done);
-                let is_few = total.lost as u64 * FEW <= total.done;
-                if kind.is_datagrams() && is_few { Ok(text) } else { Err(anyhow!(text)) }
-            }
-        };
-        report.add(&kind.to_string(), seen);
+        report.add(&kind.to_string(), total.verdict());
     }
     for (fault, count) in churn.faults() {
         println!("{fault}: {count} times");
