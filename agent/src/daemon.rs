@@ -144,6 +144,7 @@ fn load(config: &config::Agent, cgroup: &Path) -> Result<Datapath, DaemonError> 
         xdp: config.xdp,
         masquerade: config.masquerades(),
         sources: if config.cni.enabled { Sources::Checked } else { Sources::Any },
+        tunnel_port: (config.routing == Routing::Vxlan).then_some(config.vxlan_port),
         max_endpoints: config.max_endpoints,
         log_drops: config.log_drops,
     };

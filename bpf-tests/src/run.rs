@@ -182,6 +182,7 @@ pub fn options(bpffs: &Path, xdp: Xdp) -> Options {
         xdp,
         masquerade: Masquerade::Off,
         sources: Sources::Any,
+        tunnel_port: Some(8472),
         max_endpoints: MAX_ENDPOINTS,
         log_drops: false,
     }

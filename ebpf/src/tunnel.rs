@@ -1,11 +1,12 @@
-//! What goes out of the tunnel's device: which node has its destination.
+//! What goes out of the tunnel's device: which node has its destination; and what comes for it from other nodes.
 
 use ferroflow_common::abi::tunnel::{DEVICE_MAC, SENDER_MAC, Tunnel};
-use ferroflow_common::addr::Addr;
+use ferroflow_common::addr::{Addr, Proto};
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::DropReason;
 
 use crate::packet::{L3, Packet};
+use crate::tables::Services;
 
 /// To the device at the other end, and where that stands in the Ethernet header.
 const ENDS: [u8; 12] = ends();
@@ -40,15 +41,72 @@ pub fn leaving<P: Packet, T: Tunnels>(packet: &mut P, tunnels: &T) -> Result<Tun
     Ok(tunnel)
 }
 
+/// The length of a UDP header (RFC 768).
+const UDP: u32 = 8;
+/// How every VXLAN header begins: a network's identifier follows (RFC 7348 section 5).
+const VXLAN: u32 = u32::from_ne_bytes([8, 0, 0, 0]);
+
+/// Whether the packet carries another in VXLAN to a tunnel of this node, at UDP port `port`. Then it is the stack's, which
+/// hands what is inside to the tunnel's device, and the program there has its say.
+///
+/// The header is looked at, too: an answer to a masqueraded client may come to any port. Fragments and packets with
+/// options are none; nodes send neither.
+#[inline(always)]
+pub fn is_for_tunnel<P: Packet, T: Services>(packet: &P, tables: &T, port: u16) -> bool {
+    let to = match packet.ethertype() {
+        V4::ETHERTYPE => outer_v4(packet, port),
+        V6::ETHERTYPE => outer_v6(packet, port),
+        _ => None,
+    };
+    to.is_some_and(|to| tables.node_address(&to).is_some())
+}
+
+#[inline(always)]
+fn outer_v4<P: Packet>(packet: &P, port: u16) -> Option<Addr> {
+    const PLAIN: u32 = u32::from_ne_bytes([0x45, 0, 0, 0]);
+    /// `More fragments`, and where the fragment begins.
+    const PART: u32 = u32::from_ne_bytes([0, 0, 0x3f, 0xff]);
+    const PROTO: u32 = u32::from_ne_bytes([0, Proto::UDP.number, 0, 0]);
+    let [first, part, proto, _, to] = packet.words(L3)?;
+    let plain = first & u32::from_ne_bytes([0xff, 0, 0, 0]) == PLAIN && part & PART == 0;
+    let udp = proto & u32::from_ne_bytes([0, 0xff, 0, 0]) == PROTO;
+    (plain && udp && is_vxlan(packet, L3 + V4::HDR_LEN, port))
+        .then(|| V4::addr(V4::from_words([to, 0, 0, 0])))
+}
+
+#[inline(always)]
+fn outer_v6<P: Packet>(packet: &P, port: u16) -> Option<Addr> {
+    const PROTO: u32 = u32::from_ne_bytes([0, 0, Proto::UDP.number, 0]);
+    let [_, proto] = packet.words(L3)?;
+    let udp = proto & u32::from_ne_bytes([0, 0, 0xff, 0]) == PROTO;
+    if !udp || !is_vxlan(packet, L3 + V6::HDR_LEN, port) {
+        return None;
+    }
+    packet.words(L3 + V6::DST_OFF).map(|words| V6::addr(V6::from_words(words)))
+}
+
+#[inline(always)]
+fn is_vxlan<P: Packet>(packet: &P, udp: u32, port: u16) -> bool {
+    packet.words(udp).is_some_and(|[ports, _, vxlan]: [u32; UDP as usize / 4 + 1]| {
+        (u32::from_be(ports) as u16, vxlan) == (port, VXLAN)
+    })
+}
+
 #[cfg(test)]
 mod tests {
+    use ferroflow_common::abi::node::NodeAddress;
     use ferroflow_common::tcp::Flags;
 
     use super::*;
-    use crate::frame::{Frame, Names, both_families};
+    use crate::frame::{Frame, Names, Part, both_families};
     use crate::packet::Bytes;
+    use crate::tables::fake::Fake;
 
-    both_families!(the_node_that_has_the_destination_gets_the_packet, what_nobody_has_is_dropped_by_name,);
+    both_families!(
+        the_node_that_has_the_destination_gets_the_packet,
+        what_nobody_has_is_dropped_by_name,
+        what_a_tunnel_of_this_node_carries_is_the_stacks,
+    );
 
     /// One pod of one node.
     struct One(Addr);
@@ -79,5 +137,26 @@ mod tests {
         assert_eq!(leaving(&mut packet, &One(F::pod(3))), Err(DropReason::NoTunnel), "truncated");
         packet.0[12] = 0;
         assert_eq!(leaving(&mut packet, &One(F::pod(3))), Err(DropReason::NoTunnel), "no IP");
+    }
+
+    fn what_a_tunnel_of_this_node_carries_is_the_stacks<F: Names>() {
+        const PORT: u16 = 8472;
+        let mut fake = Fake::default();
+        let (node, peer) = (F::vip(200), F::vip(201));
+        fake.node.insert(node, NodeAddress { flags: 0 });
+        let is_for_tunnel = |frame: Frame| is_for_tunnel(&Bytes(frame.build()), &fake, PORT);
+        let outer = Frame::udp((peer, 40_000), (node, PORT)).payload(&[8, 0, 0, 0, 0, 0, 7, 0, 1, 2, 3, 4]);
+        assert!(is_for_tunnel(outer.clone()));
+        for (what, frame) in [
+            ("another's", outer.clone().sent_to((peer, PORT))),
+            ("another port", outer.clone().sent_to((node, PORT + 1))),
+            ("no VXLAN", outer.clone().payload(&[8, 1, 0, 0, 0, 0, 7, 0, 1, 2, 3, 4])),
+            ("TCP", Frame::tcp((peer, 40_000), (node, PORT), Flags::SYN).payload(&[8, 0, 0, 0])),
+            ("extended", outer.clone().extended()),
+            ("a fragment", outer.clone().part(Part::First)),
+            ("too short", Frame::udp((peer, 40_000), (node, PORT)).payload(&[8, 0, 0])),
+        ] {
+            assert!(!is_for_tunnel(frame), "{what}");
+        }
     }
 }

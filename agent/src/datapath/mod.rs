@@ -36,6 +36,8 @@ pub struct Options {
     pub xdp: Xdp,
     pub masquerade: Masquerade,
     pub sources: Sources,
+    /// The UDP port at which other nodes' tunnels end; `None` without tunnels.
+    pub tunnel_port: Option<u16>,
     /// How many rows `backends` has; `slots` has [`SLOTS_PER_ENDPOINT`] times as many.
     pub max_endpoints: u32,
     /// Compiles the programs' log statements in.
@@ -131,6 +133,7 @@ fn create(
     let pod_udp = u8::from(options.socket_lb == SocketLb::All);
     let masquerade = u8::from(options.masquerade == Masquerade::On);
     let check_sources = u8::from(options.sources == Sources::Checked);
+    let tunnel_port = options.tunnel_port.unwrap_or_default();
     let host_netns = host::netns_cookie();
     let coarse_clock = u8::from(kernel_is_at_least(5, 11));
     let slots = options.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
@@ -147,6 +150,7 @@ fn create(
         .override_global("MASQUERADE", &masquerade, true)
         .override_global("POD_TCP", &pod_tcp, true)
         .override_global("POD_UDP", &pod_udp, true)
+        .override_global("TUNNEL_PORT", &tunnel_port, true)
         .verifier_log_level(verifier_log);
     for (name, pin) in moving.pins() {
         loader.map_pin_path(name, pin);

@@ -133,6 +133,7 @@ pub(super) fn stages(sandbox: &Sandbox, arena: &Arena, scale: &Scale, changes: u
         xdp: Xdp::Off,
         masquerade: Masquerade::Off,
         sources: Sources::Any,
+        tunnel_port: None,
         max_endpoints: scale.max_endpoints(),
         log_drops: false,
     };

@@ -8,7 +8,7 @@ use aya_ebpf::{EbpfContext as _, Global};
 use ferroflow_common::verdict::{DropReason, Verdict};
 use ferroflow_ebpf::service::Origin;
 use ferroflow_ebpf::source::Senders;
-use ferroflow_ebpf::{device, pod};
+use ferroflow_ebpf::{device, pod, tunnel};
 
 use crate::maps::{self, Kernel};
 use crate::mtu;
@@ -18,6 +18,10 @@ use crate::steps;
 /// Pods send from their own addresses alone. Where that is not checked, the verifier drops what is about it.
 #[unsafe(no_mangle)]
 static CHECK_SOURCES: Global<u8> = Global::new(0);
+
+/// The UDP port at which other nodes' tunnels end here; 0 without tunnels, and the verifier drops what is about them.
+#[unsafe(no_mangle)]
+static TUNNEL_PORT: Global<u16> = Global::new(0);
 
 impl Senders<Skb> for Kernel {
     #[inline(always)]
@@ -60,8 +64,18 @@ pub(crate) fn pod_ingress(ctx: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn device_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
+    let port = TUNNEL_PORT.load();
+    if port != 0 && is_for_tunnel(&skb, port) {
+        return TC_ACT_UNSPEC;
+    }
     let verdict = device::arriving(&mut skb, &Kernel);
     action(&skb, verdict)
+}
+
+/// With a frame of its own, which no step's comes on top of.
+#[inline(never)]
+fn is_for_tunnel(skb: &Skb, port: u16) -> bool {
+    tunnel::is_for_tunnel(skb, &Kernel, port)
 }
 
 #[inline(always)]

@@ -22,7 +22,11 @@ pub(crate) fn tunnel_egress(ctx: TcContext) -> i32 {
     let verdict = if skb.is_finished() { Ok(Verdict::Stack) } else { pod::entering(&mut skb, &Kernel) };
     match verdict {
         Ok(Verdict::Stack) => match encapsulate(&mut skb) {
-            Ok(()) => TC_ACT_UNSPEC,
+            Ok(()) => {
+                // So it is for the program at the device that the outer packet leaves by.
+                skb.finish();
+                TC_ACT_UNSPEC
+            }
             Err(reason) => shot(reason),
         },
         verdict => action(&skb, verdict),
@@ -33,6 +37,8 @@ pub(crate) fn tunnel_egress(ctx: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn tunnel_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
+    // Of the node that sent it, where no program of its device took that away: a veth keeps it.
+    let _of_its_sender = skb.is_finished();
     let verdict = device::arriving(&mut skb, &Kernel);
     action(&skb, verdict)
 }
