@@ -1,6 +1,10 @@
 //! Traffic that runs while something else happens.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -44,6 +48,8 @@ pub struct Total {
     pub longest_gap: Duration,
     /// Of the first that was lost, and how many like it.
     pub why: Option<String>,
+    /// When requests were made that have no answer.
+    pub lost_at: Vec<SystemTime>,
 }
 
 const LONGEST_GAP: Duration = Duration::from_secs(1);
@@ -98,7 +104,9 @@ impl Traffic {
             let total = totals.entry(kind).or_default();
             total.done += outcomes.len() as u64;
             if let Some(failure) = outcomes.iter().find_map(Outcome::failure) {
-                total.lost += outcomes.iter().filter(|outcome| outcome.failure().is_some()).count();
+                let lost = outcomes.iter().filter(|outcome| outcome.failure().is_some());
+                total.lost_at.extend(lost.map(|outcome| outcome.started()));
+                total.lost = total.lost_at.len();
                 total.why.get_or_insert_with(|| format!("{failure}; {}", failures(&outcomes)));
             }
         }
@@ -127,7 +135,7 @@ impl Traffic {
 impl Total {
     /// What came through; an error where anything was lost, or stood still for a second.
     pub fn verdict(&self) -> Result<String> {
-        let Self { done, lost, longest_gap, why } = self;
+        let Self { done, lost, longest_gap, why, lost_at: _ } = self;
         ensure!(*done > 0, "nothing was asked");
         if let Some(why) = why {
             bail!("{lost} lost of {done}: {why}");

@@ -1,6 +1,9 @@
 //! What comes and goes, by chance.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::SystemTime,
+};
 
 use anyhow::{Context as _, Result};
 use ferroflow_ebpf::noise::Noise;
@@ -25,6 +28,8 @@ pub(super) struct Churn {
     pods: Vec<(usize, String)>,
     changes: usize,
     faults: BTreeMap<Fault, usize>,
+    /// When each thing was done.
+    done: Vec<(SystemTime, &'static str)>,
 }
 
 /// Whether faults end agents.
@@ -33,6 +38,9 @@ pub(super) enum Deaths {
     Some,
     None,
 }
+
+/// Seconds: as long as a request waits for its answer.
+const AROUND: f64 = 2.0;
 
 const NODES: [&str; 2] = ["a", "b"];
 const SERVICES: usize = 20;
@@ -43,7 +51,17 @@ impl Churn {
     pub(super) fn new(world: World, runtimes: Vec<Runtime>, seed: u64) -> Self {
         let (services, policies) = (BTreeSet::new(), BTreeSet::new());
         let (noise, faults) = (Noise(seed), BTreeMap::new());
-        Self { world, runtimes, noise, services, policies, pods: Vec::new(), changes: 0, faults }
+        Self {
+            world,
+            runtimes,
+            noise,
+            services,
+            policies,
+            pods: Vec::new(),
+            changes: 0,
+            faults,
+            done: Vec::new(),
+        }
     }
 
     pub(super) fn changes(&self) -> usize {
@@ -59,20 +77,51 @@ impl Churn {
     pub(super) fn step(&mut self, deaths: Deaths) -> Result<()> {
         self.changes += 1;
         match self.noise.below(100) {
-            0..50 => self.change_service(),
-            50..60 => self.change_backends(),
-            60..75 => self.change_policy(),
-            75..85 if self.pods.len() < PODS => self.add_pod(),
-            75..92 => self.remove_pod(),
+            0..50 => {
+                self.note("service changed");
+                self.change_service()
+            }
+            50..60 => {
+                self.note("backends of the traffic changed");
+                self.change_backends()
+            }
+            60..75 => {
+                self.note("policy changed");
+                self.change_policy()
+            }
+            75..85 if self.pods.len() < PODS => {
+                self.note("pod added");
+                self.add_pod()
+            }
+            75..92 => {
+                self.note("pod removed");
+                self.remove_pod()
+            }
             _ => {
                 let possible: Vec<_> =
                     Fault::ALL.into_iter().filter(|it| deaths == Deaths::Some || !it.is_deadly()).collect();
                 let fault = self.noise.pick(&possible);
+                self.note(fault.name());
                 self.suffer(fault).with_context(|| fault.to_string())?;
                 *self.faults.entry(fault).or_default() += 1;
                 Ok(())
             }
         }
+    }
+
+    fn note(&mut self, what: &'static str) {
+        self.done.push((SystemTime::now(), what));
+    }
+
+    /// What was done around the time at which a request was made that has no answer: seconds, and what.
+    pub(super) fn done_around(&self, made: SystemTime) -> String {
+        let seconds = |at: &SystemTime| match at.duration_since(made) {
+            Ok(after) => after.as_secs_f64(),
+            Err(before) => -before.duration().as_secs_f64(),
+        };
+        let near = self.done.iter().map(|(at, what)| (seconds(at), what));
+        let near = near.filter(|(at, _)| at.abs() < AROUND);
+        near.map(|(at, what)| format!("{at:+.3} {what}")).collect::<Vec<_>>().join(", ")
     }
 
     /// Takes everything away that was added.

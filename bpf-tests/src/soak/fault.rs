@@ -55,6 +55,20 @@ impl Fault {
         Self::Unpinned,
     ];
 
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Api => "API failed",
+            Self::Compacted => "API history gone",
+            Self::ApiAway => "API away",
+            Self::Killed => "agent killed",
+            Self::Restarted => "agent restarted",
+            Self::Resized => "tables resized",
+            Self::Detached => "programs detached",
+            Self::Unrouted => "routes removed",
+            Self::Unpinned => "pins removed",
+        }
+    }
+
     /// Whether the agent's process ends by it.
     pub(super) fn is_deadly(self) -> bool {
         match self {
@@ -71,17 +85,7 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Api => "API failed",
-            Self::Compacted => "API history gone",
-            Self::ApiAway => "API away",
-            Self::Killed => "agent killed",
-            Self::Restarted => "agent restarted",
-            Self::Resized => "tables resized",
-            Self::Detached => "programs detached",
-            Self::Unrouted => "routes removed",
-            Self::Unpinned => "pins removed",
-        })
+        f.write_str(self.name())
     }
 }
 

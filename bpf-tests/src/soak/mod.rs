@@ -23,6 +23,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use clap::Parser;
+use ferroflow::maps::kernel::KernelMaps;
 use ferroflow_ebpf::noise::Noise;
 use nix::unistd::geteuid;
 
@@ -154,6 +155,14 @@ fn rounds(
 fn judge(churn: &Churn, traffic: Traffic, report: &mut Report) -> Result<()> {
     for (kind, total) in traffic.totals()? {
         report.add(&kind.to_string(), total.verdict());
+        for made in total.lost_at {
+            println!("around what was lost: {}", churn.done_around(made));
+        }
+    }
+    for node in churn.world.cluster.nodes() {
+        let drops = KernelMaps::open(&node.bpffs.join("maps"))?.drops()?;
+        let drops: Vec<_> = drops.iter().filter(|(_, count)| *count > 0).collect();
+        println!("dropped by the programs of {}: {drops:?}", node.name);
     }
     for (fault, count) in churn.faults() {
         println!("{fault}: {count} times");
