@@ -554,6 +554,9 @@ impl Daemon {
             NetEvent::Uplink(Moved { addr: ifindex, ifindex: now }) => {
                 Change::Uplink { ifindex, leads: now.is_some() }
             }
+            NetEvent::Queue(Moved { addr: ifindex, ifindex: now }) => {
+                Change::Queue { ifindex, there: now.is_some() }
+            }
             NetEvent::Synced => return self.source_synced(),
         };
         self.reconciler.handle(change, Instant::now());
@@ -681,7 +684,7 @@ impl Daemon {
 
     /// Attaches to the interfaces of the local pods and to the node's devices, and lets go of others.
     fn attach(&mut self) {
-        let pods = self.reconciler.endpoints().map(|endpoint| (Interface::Pod, endpoint.ifindex));
+        let pods = self.reconciler.endpoints().map(|endpoint| (Interface::Pod, endpoint.ifindex()));
         let devices = plan::node::devices(self.reconciler.world());
         let exits = self.reconciler.exits();
         let wanted: BTreeSet<_> = pods

@@ -6,7 +6,8 @@
 pub enum Verdict {
     /// On to the kernel's stack, as it now is.
     Stack,
-    /// Into the local pod behind this host-side interface.
+    /// Into the local pod behind this host-side interface: an
+    /// [`Endpoint::link`](crate::abi::endpoint::Endpoint::link).
     Pod { ifindex: u32 },
     /// To the next hop that the kernel's routes name, past the stack: it would not forward a packet that carries the
     /// node's own address as its source.

@@ -13,7 +13,7 @@ use crate::tables::Tables;
 #[inline(always)]
 pub fn route<F: Family, T: Tables<F>>(tables: &T, dst: &Addr) -> Verdict {
     match tables.endpoint(dst) {
-        Some(endpoint) => Verdict::Pod { ifindex: endpoint.ifindex },
+        Some(endpoint) => Verdict::Pod { ifindex: endpoint.link },
         None => Verdict::Stack,
     }
 }

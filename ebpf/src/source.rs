@@ -35,7 +35,7 @@ where
         return Ok(());
     }
     let Aligned([src, _]) = F::ends(packet, L3).ok_or(DropReason::Truncated)?;
-    let sender = tables.endpoint(&F::addr(src)).map_or(0, |endpoint| endpoint.ifindex);
+    let sender = tables.endpoint(&F::addr(src)).map_or(0, |endpoint| endpoint.ifindex());
     if sender == tables.sender(packet) {
         return Ok(());
     }

@@ -24,7 +24,7 @@ pub(super) fn dump(maps: &KernelMaps, name: &str) -> Result<Answer, CliError> {
         }
         Endpoints::NAME => hash::<Endpoints>(
             maps,
-            |addr, endpoint| json!({ "key": addr.to_string(), "value": { "ifindex": endpoint.ifindex } }),
+            |addr, endpoint| json!({ "key": addr.to_string(), "value": { "ifindex": endpoint.ifindex() } }),
         )?,
         Slots::NAME => array::<Slots>(maps, |&slot| (slot != 0).then(|| json!(slot)))?,
         Backends::NAME => array::<Backends>(maps, backend)?,

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::types::CniError;
 use crate::ipam::host_port::HostPort;
 use crate::ipam::{Owner, Tenant};
+use crate::net::queue::Limits;
 
 /// Where the agent listens by default: root alone may connect.
 pub const SOCKET: &str = "/run/ferroflow/cni.sock";
@@ -69,6 +70,8 @@ pub struct Attachment {
     pub tenant: Option<Tenant>,
     #[serde(default)]
     pub host_ports: Vec<HostPort>,
+    #[serde(default, skip_serializing_if = "Limits::is_empty")]
+    pub limits: Limits,
 }
 
 /// An attachment that is to go. Also the form of a file in the spool.

@@ -239,19 +239,19 @@ mod tests {
         for last in 1..=2 {
             maps.put::<Endpoints>(
                 &Addr::v4([10, 0, 0, last]),
-                &Endpoint { ifindex: last.into(), ..Endpoint::default() },
+                &Endpoint { link: last.into(), ..Endpoint::default() },
             )
             .unwrap();
         }
         let full =
-            maps.put::<Endpoints>(&Addr::v4([10, 0, 0, 3]), &Endpoint { ifindex: 3, ..Endpoint::default() });
+            maps.put::<Endpoints>(&Addr::v4([10, 0, 0, 3]), &Endpoint { link: 3, ..Endpoint::default() });
         assert!(matches!(full, Err(MapError::Full { map: "endpoints" })));
-        maps.put::<Endpoints>(&Addr::v4([10, 0, 0, 2]), &Endpoint { ifindex: 4, ..Endpoint::default() })
+        maps.put::<Endpoints>(&Addr::v4([10, 0, 0, 2]), &Endpoint { link: 4, ..Endpoint::default() })
             .unwrap();
         maps.delete::<Endpoints>(&Addr::v4([10, 0, 0, 1])).unwrap();
         assert_eq!(
             maps.dump::<Endpoints>().unwrap(),
-            [(Addr::v4([10, 0, 0, 2]), Endpoint { ifindex: 4, ..Endpoint::default() })]
+            [(Addr::v4([10, 0, 0, 2]), Endpoint { link: 4, ..Endpoint::default() })]
         );
         maps.write::<Slots>(3, &7).unwrap();
         assert_eq!((maps.read::<Slots>(3).unwrap(), maps.len::<Slots>(), maps.writes()), (7, 4, 5));

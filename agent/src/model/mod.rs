@@ -79,6 +79,11 @@ pub enum Change {
         ifindex: u32,
         leads: bool,
     },
+    /// Whether packets that leave by the interface wait in a queue of its own.
+    Queue {
+        ifindex: u32,
+        there: bool,
+    },
     /// An address that this agent gave to a pod, and the interface it made for it: known before any object says so.
     Attachment(Addr, Option<u32>),
     /// The pod that it was given to.

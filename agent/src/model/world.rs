@@ -40,6 +40,7 @@ pub struct World {
     local_addresses: BTreeMap<Addr, u32>,
     local_subnets: BTreeMap<Prefix, u32>,
     uplinks: BTreeSet<u32>,
+    queues: BTreeSet<u32>,
     topology: u64,
     attachments: BTreeMap<Addr, u32>,
     tenants: BTreeMap<Addr, Tenant>,
@@ -164,6 +165,7 @@ impl World {
                     if leads { self.uplinks.insert(ifindex) } else { self.uplinks.remove(&ifindex) };
                 if changed { vec![Touched::Node] } else { Vec::new() }
             }
+            Change::Queue { ifindex, there } => self.apply_queue(ifindex, there),
             Change::LocalSubnet(subnet, ifindex) => {
                 let old = set(&mut self.local_subnets, subnet, ifindex);
                 self.topology += u64::from(old != ifindex);
@@ -191,6 +193,13 @@ impl World {
         let there = self.host_ports.iter().filter(|(_, ports)| moved && ports.name_address(addr));
         let there = there.map(|(name, _)| Touched::Service(name.clone()));
         there.chain([Touched::Node]).collect()
+    }
+
+    fn apply_queue(&mut self, ifindex: u32, there: bool) -> Vec<Touched> {
+        let changed = if there { self.queues.insert(ifindex) } else { self.queues.remove(&ifindex) };
+        let behind = self.attachments.iter().chain(&self.local_routes).filter(|(_, at)| **at == ifindex);
+        let behind: BTreeSet<_> = behind.filter(|_| changed).map(|(addr, _)| *addr).collect();
+        behind.into_iter().map(Touched::Endpoint).collect()
     }
 
     fn apply_policy(&mut self, name: Name, policy: Option<NetworkPolicy>) -> Vec<Touched> {
@@ -358,6 +367,11 @@ impl World {
     /// The ranges that this host reaches without a gateway, and the interface each is on.
     pub fn local_subnets(&self) -> &BTreeMap<Prefix, u32> {
         &self.local_subnets
+    }
+
+    /// Whether packets that leave by the interface wait in a queue of its own.
+    pub fn has_queue(&self, ifindex: u32) -> bool {
+        self.queues.contains(&ifindex)
     }
 
     /// The interfaces that default routes of this host lead out of.

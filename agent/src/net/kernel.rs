@@ -1,4 +1,4 @@
-//! Routes and addresses by netlink.
+//! Routes, addresses and queues by netlink.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -12,16 +12,17 @@ use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, 
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
 use tokio::sync::mpsc::Sender;
 
-use super::{NetError, NetEvent, Snapshot, report};
+use super::{NetError, NetEvent, Snapshot, queue, report};
 use crate::model::Prefix;
 
 /// What can change a host route or an address. Links too: a route that goes with its device is not announced.
-const GROUPS: [MulticastGroup; 5] = [
+const GROUPS: [MulticastGroup; 6] = [
     MulticastGroup::Link,
     MulticastGroup::Ipv4Ifaddr,
     MulticastGroup::Ipv6Ifaddr,
     MulticastGroup::Ipv4Route,
     MulticastGroup::Ipv6Route,
+    MulticastGroup::Tc,
 ];
 
 /// Events come in bursts, and a list of everything answers any number of them.
@@ -76,6 +77,7 @@ pub(super) async fn list(handle: &Handle) -> Result<Snapshot, rtnetlink::Error> 
             found.uplinks.insert(ifindex, ifindex);
         }
     }
+    found.queues = queue::list(handle).await?.into_iter().map(|ifindex| (ifindex, ifindex)).collect();
     let mut addresses = Box::pin(handle.address().get().execute());
     while let Some(address) = addresses.try_next().await? {
         let Some((addr, ifindex)) = own_address(&address) else { continue };

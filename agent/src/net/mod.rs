@@ -6,6 +6,7 @@ pub(crate) mod fake;
 mod kernel;
 mod netns;
 pub mod pod;
+pub mod queue;
 pub mod routes;
 pub mod sockets;
 pub mod tunnel;
@@ -35,6 +36,8 @@ struct Snapshot {
     subnets: BTreeMap<Prefix, u32>,
     /// The Ethernet interfaces that default routes lead out of, each by itself.
     uplinks: BTreeMap<u32, u32>,
+    /// The interfaces with a queue, each by itself.
+    queues: BTreeMap<u32, u32>,
 }
 
 /// One address, or range of them, that is now at another interface, or at none.
@@ -52,6 +55,8 @@ pub enum NetEvent {
     Subnet(Moved<Prefix>),
     /// An interface that a default route leads out of.
     Uplink(Moved<u32>),
+    /// An interface whose packets wait in a queue of its own before they leave by it.
+    Queue(Moved<u32>),
     /// What was there at the start has all been reported. Sent once.
     Synced,
 }
@@ -71,7 +76,9 @@ async fn report(events: &Sender<NetEvent>, old: &Snapshot, new: &Snapshot) {
     let addresses = changes(&old.addresses, &new.addresses).into_iter().map(NetEvent::Address);
     let subnets = changes(&old.subnets, &new.subnets).into_iter().map(NetEvent::Subnet);
     let uplinks = changes(&old.uplinks, &new.uplinks).into_iter().map(NetEvent::Uplink);
-    for event in addresses.chain(routes).chain(subnets).chain(uplinks) {
+    let queues = changes(&old.queues, &new.queues).into_iter().map(NetEvent::Queue);
+    // A limit holds from the first packet on: queues come before the routes to who is behind them.
+    for event in addresses.chain(queues).chain(routes).chain(subnets).chain(uplinks) {
         // A receiver that is gone ends the watch at its next turn.
         let _closed = events.send(event).await;
     }

@@ -16,6 +16,7 @@ use std::path::PathBuf;
 
 use ferroflow_common::hash::mix;
 
+use super::queue::Limits;
 use crate::ipam::Owner;
 use crate::model::Family;
 
@@ -35,6 +36,7 @@ pub struct PodLink {
     pub netns: PathBuf,
     pub addresses: Vec<IpAddr>,
     pub mtu: Mtu,
+    pub limits: Limits,
 }
 
 /// Bytes of an IP packet.
@@ -81,7 +83,13 @@ impl PodLink {
             netns,
             addresses,
             mtu,
+            limits: Limits::default(),
         }
+    }
+
+    #[must_use]
+    pub fn limits(self, limits: Limits) -> Self {
+        Self { limits, ..self }
     }
 }
 

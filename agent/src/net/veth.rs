@@ -16,6 +16,7 @@ use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use super::kernel;
 use super::netns::{Netns, Session, sysctl};
 use super::pod::{End, Kind, Mac, Mtu, Netlink, PodError, PodLink, Wired, gateway};
+use super::queue;
 use crate::model::Family;
 
 /// The kernel of this host.
@@ -38,7 +39,7 @@ impl Netlink for Kernel {
         match link.kind {
             Kind::Veth => add_veth(&host, link, mtu, &netns)?,
         }
-        let wired = configure(&host, link, &netns).map(|ifindex| Wired { ifindex, mtu });
+        let wired = configure(&host, link, &netns, mtu).map(|ifindex| Wired { ifindex, mtu });
         if wired.is_err() {
             // The first error says more than one of the clean-up; both ends, their addresses and routes go together.
             let _left = self.detach(&link.host.name);
@@ -69,6 +70,9 @@ impl Netlink for Kernel {
                 let what = format!("the host has no route to {addr} out of {}", link.host.name);
                 return Err(PodError::Different(what));
             }
+        }
+        if link.limits.ingress.is_some() && !has_queue(&host, ifindex)? {
+            return Err(PodError::Different(format!("{} does not limit what the pod gets", link.host.name)));
         }
         let mtu = smallest_mtu(&host, &[ifindex])?;
         Ok(Wired { ifindex, mtu })
@@ -138,7 +142,7 @@ fn add_veth(host: &Session, link: &PodLink, mtu: u32, netns: &Netns) -> Result<(
 }
 
 /// Configures both ends, the way to the pod last; the host's index.
-fn configure(host: &Session, link: &PodLink, netns: &Netns) -> Result<u32, PodError> {
+fn configure(host: &Session, link: &PodLink, netns: &Netns, mtu: u32) -> Result<u32, PodError> {
     let name = &link.host.name;
     let ifindex = found(name)?;
     let families = families(link);
@@ -149,8 +153,11 @@ fn configure(host: &Session, link: &PodLink, netns: &Netns) -> Result<u32, PodEr
         settings.push(("ipv6", "forwarding", "1"));
     }
     apply(&settings, name)?;
+    if let Some(limit) = link.limits.ingress {
+        queue::limit(host, (name, ifindex), limit, mtu)?;
+    }
     up(host, name, ifindex)?;
-    netns.inside(|pod| configure_pod(pod, link))?;
+    netns.inside(|pod| configure_pod(pod, link, mtu))?;
     for &addr in &link.addresses {
         lead(host, link, ifindex, addr)?;
     }
@@ -168,11 +175,14 @@ fn lead(host: &Session, link: &PodLink, ifindex: u32, addr: IpAddr) -> Result<()
 const V6: [(&str, &str, &str); 3] =
     [("ipv6", "disable_ipv6", "0"), ("ipv6", "accept_dad", "0"), ("ipv6", "accept_ra", "0")];
 
-fn configure_pod(pod: &Session, link: &PodLink) -> Result<(), PodError> {
+fn configure_pod(pod: &Session, link: &PodLink, mtu: u32) -> Result<(), PodError> {
     let name = &link.pod.name;
     let ifindex = found(name)?;
     if families(link).contains(&Family::V6) {
         apply(&V6, name)?;
+    }
+    if let Some(limit) = link.limits.egress {
+        queue::limit(pod, (name, ifindex), limit, mtu)?;
     }
     up(pod, name, ifindex)?;
     for &addr in &link.addresses {
@@ -194,6 +204,9 @@ fn check_pod(pod: &Session, link: &PodLink) -> Result<(), PodError> {
     let different = |what: String| PodError::Different(format!("{}: {what}", link.netns.display()));
     let ifindex = index(name)?.ok_or_else(|| different(format!("there is no interface {name}")))?;
     let seen = pod.request(|| "list routes and addresses".into(), kernel::list(&pod.netlink))?;
+    if link.limits.egress.is_some() && !has_queue(pod, ifindex)? {
+        return Err(different(format!("{name} does not limit what the pod sends")));
+    }
     let defaults = pod.request(|| "list routes".into(), default_gateways(pod))?;
     for &addr in &link.addresses {
         if seen.addresses.get(&Addr::from(addr)) != Some(&ifindex) {
@@ -204,6 +217,11 @@ fn check_pod(pod: &Session, link: &PodLink) -> Result<(), PodError> {
         }
     }
     Ok(())
+}
+
+fn has_queue(session: &Session, ifindex: u32) -> Result<bool, PodError> {
+    let queues = session.request(|| "list queues".into(), queue::list(&session.netlink))?;
+    Ok(queues.contains(&ifindex))
 }
 
 async fn default_gateways(session: &Session) -> Result<Vec<(IpAddr, u32)>, rtnetlink::Error> {

@@ -97,6 +97,7 @@ impl Metrics {
             | Change::LocalAddress(..)
             | Change::LocalSubnet(..)
             | Change::Uplink { .. }
+            | Change::Queue { .. }
             | Change::Attachment(..)
             | Change::Tenant(..)
             | Change::HostPorts(..) => {}

@@ -12,17 +12,21 @@ use crate::model::World;
 ///
 /// `policy` is what applies to it.
 pub fn endpoint(world: &World, addr: Addr, policy: EndpointPolicy) -> Option<Endpoint> {
-    if let Some(ifindex) = world.attachment(addr) {
-        return Some(Endpoint { ifindex, policy });
-    }
-    world.pods_at(addr).next()?;
-    world.local_route(addr).map(|ifindex| Endpoint { ifindex, policy })
+    let ifindex = match world.attachment(addr) {
+        Some(ifindex) => ifindex,
+        None => {
+            world.pods_at(addr).next()?;
+            world.local_route(addr)?
+        }
+    };
+    let queued = if world.has_queue(ifindex) { Endpoint::QUEUED } else { 0 };
+    Some(Endpoint { link: ifindex | queued, policy })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Change, Name, Pod};
+    use crate::model::{Change, Name, Pod, Touched};
 
     #[test]
     fn a_local_pod_needs_an_address_and_an_interface() {
@@ -30,7 +34,7 @@ mod tests {
         let mut world = World::new("here");
         let mut row_after = |change| {
             world.apply(change);
-            endpoint(&world, addr, EndpointPolicy::default()).map(|row| row.ifindex)
+            endpoint(&world, addr, EndpointPolicy::default()).map(|row| row.link)
         };
         let pod = |node: &str, addresses: &[Addr]| {
             let pod = Pod { node: node.into(), addresses: addresses.into(), ..Pod::default() };
@@ -51,7 +55,7 @@ mod tests {
         let mut world = World::new("here");
         let mut row_after = |change| {
             world.apply(change);
-            endpoint(&world, addr, EndpointPolicy::default()).map(|row| row.ifindex)
+            endpoint(&world, addr, EndpointPolicy::default()).map(|row| row.link)
         };
         assert_eq!(row_after(Change::Attachment(addr, Some(7))), Some(7));
         assert_eq!(row_after(Change::LocalRoute(addr, Some(7))), Some(7));
@@ -60,5 +64,19 @@ mod tests {
         assert_eq!(row_after(Change::LocalRoute(addr, Some(7))), Some(8), "an old route says nothing");
         assert_eq!(row_after(Change::LocalRoute(addr, None)), Some(8));
         assert_eq!(row_after(Change::Attachment(addr, None)), None);
+    }
+
+    #[test]
+    fn a_row_says_whether_packets_wait_at_the_interface() {
+        let addr = Addr::v4([10, 244, 1, 5]);
+        let mut world = World::new("here");
+        let queue = |there| Change::Queue { ifindex: 7, there };
+        assert_eq!(world.apply(queue(true)), []);
+        world.apply(Change::Attachment(addr, Some(7)));
+        world.apply(Change::LocalRoute(addr, Some(7)));
+        let link = |world: &World| endpoint(world, addr, EndpointPolicy::default()).map(|row| row.link);
+        assert_eq!(link(&world), Some(7 | Endpoint::QUEUED));
+        assert_eq!(world.apply(queue(false)), [Touched::Endpoint(addr)]);
+        assert_eq!((link(&world), world.apply(queue(false))), (Some(7), Vec::new()));
     }
 }

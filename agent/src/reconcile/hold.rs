@@ -86,7 +86,7 @@ impl Hold {
             Touched::Service(name) if HostPorts::are(name) => false,
             Touched::Service(name) => self.services.contains(name) && self.keeps_service(world, name),
             Touched::Endpoint(addr) => {
-                let row = rows.get(addr).map(|row| row.ifindex);
+                let row = rows.get(addr).map(|row| row.ifindex());
                 self.endpoints.contains(addr)
                     && self.withheld.pods()
                     && world.pods_at(*addr).next().is_none()

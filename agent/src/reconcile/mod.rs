@@ -236,7 +236,7 @@ impl<M: Maps> Reconciler<M> {
 
     /// The interface that the table has for a local address.
     pub fn served_by(&self, addr: Addr) -> Option<u32> {
-        self.tables.endpoints.get(&addr).map(|endpoint| endpoint.ifindex)
+        self.tables.endpoints.get(&addr).map(|endpoint| endpoint.ifindex())
     }
 
     /// The interfaces that pods leave the node by, where they are masqueraded.

@@ -354,7 +354,7 @@ pub(super) fn range_of(row: &Frontend) -> Range {
 
 /// The row, with what the pod adopts: what it had going when the first policy came to isolate it may finish (rule 52).
 fn adopting(old: Option<&Endpoint>, mut row: Endpoint, clock: fn() -> u32) -> Endpoint {
-    row.policy.adopts_until = match old.filter(|old| old.ifindex == row.ifindex && row.is_isolated()) {
+    row.policy.adopts_until = match old.filter(|old| old.ifindex() == row.ifindex() && row.is_isolated()) {
         _ if row.policy.live == EndpointPolicy::CUT => 0,
         None => 0,
         Some(old) if old.is_isolated() => old.policy.adopts_until,

@@ -86,6 +86,7 @@ impl Model {
             | Change::LocalAddress(..)
             | Change::LocalSubnet(..)
             | Change::Uplink { .. }
+            | Change::Queue { .. }
             | Change::Attachment(..)
             | Change::Tenant(..)
             | Change::HostPorts(..)

@@ -7,12 +7,22 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Endpoint {
-    /// The host's end of the pod's veth.
-    pub ifindex: u32,
+    /// The host's end of the pod's veth; with [`Endpoint::QUEUED`] where packets to the pod wait there for their turn.
+    pub link: u32,
     pub policy: EndpointPolicy,
 }
 
 impl Endpoint {
+    /// A bit that no index of an interface has: the interface has a queue of its own, as a limit of the pod's bandwidth
+    /// is, which packets are not to pass by.
+    pub const QUEUED: u32 = 1 << 31;
+
+    /// The index of the interface.
+    #[inline(always)]
+    pub const fn ifindex(&self) -> u32 {
+        self.link & !Self::QUEUED
+    }
+
     /// Whether policies apply to the pod: its flows are tracked then.
     #[inline(always)]
     pub const fn is_isolated(&self) -> bool {

@@ -5,6 +5,7 @@ use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_redirec
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use aya_ebpf::{EbpfContext as _, Global};
+use ferroflow_common::abi::endpoint::Endpoint;
 use ferroflow_common::verdict::{DropReason, Verdict};
 use ferroflow_ebpf::service::Origin;
 use ferroflow_ebpf::source::Senders;
@@ -55,6 +56,9 @@ pub(crate) fn pod_egress(ctx: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn pod_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
+    if skb.is_finished() {
+        return TC_ACT_UNSPEC;
+    }
     let origin = if skb.is_own() { Origin::Own } else { Origin::Inward };
     let verdict = pod::entering_pod(&mut skb, &Kernel, origin);
     action(&skb, verdict)
@@ -64,6 +68,8 @@ pub(crate) fn pod_ingress(ctx: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn device_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
+    // Neither does another node, where no program of its device took that away: a veth keeps it.
+    let _of_its_sender = skb.is_finished();
     let port = TUNNEL_PORT.load();
     if port != 0 && is_for_tunnel(&skb, port) {
         return TC_ACT_UNSPEC;
@@ -83,8 +89,7 @@ pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
     match verdict {
         // Other programs on the interface see the packet next; without any, it passes.
         Ok(Verdict::Stack) => TC_ACT_UNSPEC,
-        // SAFETY: the helper takes numbers and checks them.
-        Ok(Verdict::Pod { ifindex }) => (unsafe { bpf_redirect_peer(ifindex, 0) }) as i32,
+        Ok(Verdict::Pod { ifindex }) => hand(skb, ifindex),
         Ok(Verdict::Forward) => forward(skb),
         Ok(Verdict::Reply) => {
             // SAFETY: the context is the program's own `__sk_buff`.
@@ -96,6 +101,19 @@ pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
         Ok(Verdict::Taken) => TC_ACT_SHOT,
         Err(reason) => shot(reason),
     }
+}
+
+/// Into the pod; past its interface, unless it is to wait there.
+#[inline(always)]
+fn hand(skb: &Skb, link: u32) -> i32 {
+    if link & Endpoint::QUEUED == 0 {
+        // SAFETY: the helper takes numbers and checks them.
+        return (unsafe { bpf_redirect_peer(link, 0) }) as i32;
+    }
+    skb.finish();
+    let ifindex = link & !Endpoint::QUEUED;
+    // SAFETY: as above; without parameters the next hop is the packet's own destination.
+    (unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) }) as i32
 }
 
 #[inline(always)]

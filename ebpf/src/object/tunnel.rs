@@ -37,7 +37,7 @@ pub(crate) fn tunnel_egress(ctx: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn tunnel_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
-    // Of the node that sent it, where no program of its device took that away: a veth keeps it.
+    // As on any other device.
     let _of_its_sender = skb.is_finished();
     let verdict = device::arriving(&mut skb, &Kernel);
     action(&skb, verdict)

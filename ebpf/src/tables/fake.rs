@@ -96,7 +96,7 @@ impl Fake {
 
     /// A pod of this node.
     pub fn local(&mut self, addr: Addr, ifindex: u32) {
-        self.endpoints.insert(addr, Endpoint { ifindex, ..Endpoint::default() });
+        self.endpoints.insert(addr, Endpoint { link: ifindex, ..Endpoint::default() });
     }
 
     /// These have the cluster IPs `F::vip` of the numbers, and all of `F::vip` is a range of such.

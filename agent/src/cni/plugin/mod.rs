@@ -18,7 +18,7 @@ use super::protocol::{
     Addresses, Attached, Attachment, LONGEST_LINE, Removal, Reply, Request, SOCKET, STATE_DIR,
 };
 use super::spool;
-use super::types::{CniError, Code, Config, Interface, Ip, Route, RuntimeConfig, Success, Version};
+use super::types::{CniError, Code, Config, Interface, Ip, Route, Success, Version};
 use crate::net::pod::gateway;
 use delegate::{Delegate, Given};
 use environment::{Command, Environment};
@@ -303,7 +303,6 @@ impl Exchange<'_> {
             return Err(CniError::new(Code::INVALID_CONFIG, msg));
         }
         let asked = self.config.runtime_config.clone().unwrap_or_default();
-        unsupported(&asked)?;
         let Environment { netns, .. } = &self.environment;
         Ok(Attachment {
             owner: self.environment.owner(),
@@ -313,6 +312,7 @@ impl Exchange<'_> {
             given: None,
             tenant: self.environment.tenant.clone(),
             host_ports: runtime::host_ports(&asked)?,
+            limits: runtime::limits(&asked)?,
         })
     }
 
@@ -341,21 +341,6 @@ impl Exchange<'_> {
 /// What an IPv4 host must take (RFC 791), and the most a veth has.
 const MTU_LEAST: u32 = 576;
 const MTU_MOST: u32 = 65_535;
-
-/// The runtime asks for what a configuration declares as a capability of this plugin; silence would be a pod without
-/// its limit.
-fn unsupported(runtime: &RuntimeConfig) -> Result<(), CniError> {
-    match &runtime.bandwidth {
-        Some(limit) if limit.ingress_rate != 0 || limit.egress_rate != 0 => Err(CniError::new(
-            Code::UNSUPPORTED_FIELD,
-            format!("runtimeConfig.bandwidth is not supported: {limit:?}"),
-        )
-        .details(format!(
-            "declare the capability `bandwidth` at the `bandwidth` plugin, after {NAME} in the list of plugins"
-        ))),
-        _ => Ok(()),
-    }
-}
 
 fn nonsense(reply: &Reply) -> CniError {
     CniError::new(Code::DECODING, format!("the agent answered something else: {reply:?}"))

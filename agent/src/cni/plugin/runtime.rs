@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use crate::cni::types::{CniError, Code, PortMapping, RuntimeConfig};
 use crate::ipam::host_port::{HostPort, Transport};
+use crate::net::queue::{Limit, Limits};
 
 /// `runtimeConfig.portMappings`. What is there twice counts once: containers of one pod may name the same. A hostPort of 0
 /// is none.
@@ -28,6 +29,26 @@ pub(super) fn host_ports(runtime: &RuntimeConfig) -> Result<Vec<HostPort>, CniEr
         ports.push(port);
     }
     Ok(ports)
+}
+
+/// `runtimeConfig.bandwidth`, in bits. A rate of 0 is no limit.
+///
+/// # Errors
+/// [`Code::INVALID_CONFIG`] with the name of the field.
+pub(super) fn limits(runtime: &RuntimeConfig) -> Result<Limits, CniError> {
+    let Some(asked) = &runtime.bandwidth else { return Ok(Limits::default()) };
+    let limit = |direction: &str, rate: u64, burst: u64| match rate {
+        0 => Ok(None),
+        1..8 => {
+            let msg = format!("runtimeConfig.bandwidth.{direction}Rate: {rate} bits a second are no byte");
+            Err(CniError::new(Code::INVALID_CONFIG, msg).details("8 or more; 0 for no limit"))
+        }
+        _ => Ok(Some(Limit { rate: rate / 8, burst: burst / 8 })),
+    };
+    Ok(Limits {
+        ingress: limit("ingress", asked.ingress_rate, asked.ingress_burst)?,
+        egress: limit("egress", asked.egress_rate, asked.egress_burst)?,
+    })
 }
 
 fn host_port(index: usize, mapping: &PortMapping) -> Result<HostPort, CniError> {
@@ -114,5 +135,18 @@ mod tests {
             let field = format!("runtimeConfig.portMappings[1].{field}:");
             assert!(error.msg.starts_with(&field), "{field} {error}");
         }
+    }
+
+    #[test]
+    fn rule_61_limits_are_bits_and_zero_is_none() {
+        let read =
+            |bandwidth: Value| limits(&serde_json::from_value(json!({ "bandwidth": bandwidth })).unwrap());
+        let both = json!({ "ingressRate": 8_000, "ingressBurst": 4_294_967_295u32, "egressRate": 80 });
+        let ingress = Some(Limit { rate: 1_000, burst: 536_870_911 });
+        assert_eq!(read(both), Ok(Limits { ingress, egress: Some(Limit { rate: 10, burst: 0 }) }));
+        assert_eq!(read(json!({ "ingressBurst": 8 })), Ok(Limits::default()));
+        assert_eq!(read(Value::Null), Ok(Limits::default()));
+        let error = read(json!({ "egressRate": 7 })).unwrap_err();
+        assert!(error.msg.starts_with("runtimeConfig.bandwidth.egressRate:"), "{error}");
     }
 }

@@ -160,9 +160,9 @@ fn rule_60_each_fault_of_a_configuration_has_its_code() {
             "runtimeConfig.portMappings[0].protocol",
         ),
         (
-            config("runtimeConfig", Some(json!({ "bandwidth": { "ingressRate": 8000 } }))),
-            Code::UNSUPPORTED_FIELD,
-            "bandwidth",
+            config("runtimeConfig", Some(json!({ "bandwidth": { "ingressRate": 7 } }))),
+            Code::INVALID_CONFIG,
+            "runtimeConfig.bandwidth.ingressRate",
         ),
     ] {
         let error = error("ADD", &input);

@@ -366,6 +366,7 @@ impl Interfaces {
 
 fn link(attachment: &Attachment, lease: &Lease, mtu: Mtu) -> PodLink {
     PodLink::new(&attachment.owner, attachment.netns.clone(), lease.addresses.clone(), mtu)
+        .limits(attachment.limits)
 }
 
 /// What an attachment is given.

@@ -56,7 +56,7 @@ fn text(options: &Options) -> String {
         "type": plugin::NAME,
         "socket": options.socket,
         "stateDir": options.state_dir,
-        "capabilities": { "portMappings": true },
+        "capabilities": { "bandwidth": true, "portMappings": true },
     });
     if let Some(ipam) = &options.conflist.ipam {
         plugin["ipam"] = ipam.clone();
@@ -101,7 +101,7 @@ mod tests {
         assert!(fs::read_to_string(conflist.path()).unwrap().contains("/run/b.sock"));
         assert_eq!(fs::read_dir(&conflist.dir).unwrap().count(), 1);
         assert_eq!(found["plugins"].as_array().map(Vec::len), Some(1));
-        assert_eq!(found["plugins"][0]["capabilities"], json!({ "portMappings": true }));
+        assert_eq!(found["plugins"][0]["capabilities"], json!({ "bandwidth": true, "portMappings": true }));
         assert_eq!(found["plugins"][0].get("ipam"), None);
         let ipam = json!({ "type": "host-local" });
         let given = Conflist { ipam: Some(ipam.clone()), ..conflist.clone() };

@@ -16,6 +16,7 @@ use crate::ipam::host_port::{HostPort, Transport};
 use crate::ipam::{Lease, Owner, Tenant};
 use crate::model::Prefix;
 use crate::net::fake::Fake;
+use crate::net::queue::Limits;
 
 /// One agent after the other on one machine.
 struct Node {
@@ -128,6 +129,7 @@ fn attachment(id: &str) -> Attachment {
         given: None,
         tenant: None,
         host_ports: Vec::new(),
+        limits: Limits::default(),
     }
 }
 

@@ -230,7 +230,7 @@ fn local_pods_follow_interfaces_and_pods() {
     run.apply(&[Change::Pod(name("p"), Some(pod)), Change::LocalRoute(addr("10.244.1.5"), Some(7))]);
     let rows = |run: &Run| {
         let rows = run.it.maps().dump::<Endpoints>().unwrap();
-        rows.into_iter().map(|(addr, row)| (addr.to_string(), row.ifindex)).collect::<Vec<_>>()
+        rows.into_iter().map(|(addr, row)| (addr.to_string(), row.ifindex())).collect::<Vec<_>>()
     };
     assert_eq!(rows(&run), [("10.244.1.5".into(), 7)]);
     run.apply(&[Change::LocalRoute(addr("10.244.1.5"), Some(8))]);
