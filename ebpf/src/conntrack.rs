@@ -220,6 +220,10 @@ pub fn open<F: Family, T: Tables<F>>(
 ) -> Result<(), DropReason> {
     let tuple = &headers.tuple;
     let backend = tables.backend(index).ok_or(DropReason::NoBackend)?;
+    // Released since it was chosen: its new generation would keep the flow there.
+    if backend.flags & Backend::LIVE == 0 {
+        return Err(DropReason::NoBackend);
+    }
     // The node takes nothing from its own address, and what its own processes answer passes it anyway.
     let masquerade = masquerade.filter(|_| tables.node_address(&backend.addr).is_none());
     let random = masquerade.is_some() || source_port == SourcePort::Random;

@@ -161,6 +161,8 @@ where
 
 #[cfg(test)]
 mod tests {
+    use core::cell::Cell;
+
     use ferroflow_common::abi::lb::Frontend;
     use ferroflow_common::abi::node::{NodeAddress, Settings};
     use ferroflow_common::addr::Addr;
@@ -170,7 +172,7 @@ mod tests {
     use crate::frame::{Frame, Names, Socket, Transport, UdpChecksum, both_families, verify};
     use crate::noise::{Noise, world};
     use crate::packet::Bytes;
-    use crate::tables::fake::Fake;
+    use crate::tables::fake::{Fake, Release};
 
     both_families!(
         a_service_is_reached_and_answers_as_itself,
@@ -184,6 +186,7 @@ mod tests {
         truncated_at_every_length,
         a_datagram_without_checksum_is_served,
         a_slot_without_backend_is_told,
+        rule_31_a_backend_released_under_a_packet_costs_nothing_and_keeps_nobody,
         noise_leaves_packets_whole,
     );
 
@@ -403,6 +406,34 @@ mod tests {
             assert_eq!(frame.leave(&fake), Err(DropReason::NoBackend));
         }
         assert!(fake.tracked().is_empty());
+    }
+
+    fn rule_31_a_backend_released_under_a_packet_costs_nothing_and_keeps_nobody<F: Names>() {
+        for (frame, port) in flows::<F>() {
+            let proto = frame.proto();
+            let index = |fake: &Fake, addr| {
+                fake.backends
+                    .iter()
+                    .position(|it| (it.addr, it.proto, it.port.host()) == (addr, proto, port))
+                    .unwrap()
+            };
+            let mut moved = 0;
+            for looks in 0..8 {
+                let mut fake = only(F::pod(2));
+                let (old, new) = (index(&fake, F::pod(2)) as u32, index(&fake, F::pod(3)) as u32);
+                fake.release = Some(Release { index: old, instead: new, looks: Cell::new(looks) });
+                assert!(frame.leave(&fake).is_ok(), "{proto:?} after {looks} looks");
+                let entry =
+                    fake.entry((frame.src, frame.src_port), (frame.dst, frame.dst_port), proto).unwrap();
+                moved += u32::from(entry.backend == new);
+                assert!([old, new].contains(&entry.backend));
+                assert_eq!(
+                    entry.generation, 1,
+                    "{proto:?} after {looks} looks: what was released has another"
+                );
+            }
+            assert!((1..8).contains(&moved), "{proto:?}: {moved} of 8");
+        }
     }
 
     /// Whatever comes, a packet is dropped as it was, or goes as it was, or goes with right checksums if it came so.

@@ -262,6 +262,12 @@ impl Outcome {
         Self(self.0 | (ELSEWHERE as u64) << 32)
     }
 
+    /// The backend that was chosen serves no more, as was found before its flow was tracked, or after.
+    #[inline(always)]
+    fn has_lost_backend(self) -> bool {
+        self == Self::new(DROPPED, DropReason::NoBackend as u32) || self == Self::OPENS
+    }
+
     /// The source port that was tried is not free.
     #[inline(always)]
     fn is_collision(self) -> bool {
@@ -324,6 +330,33 @@ where
         }
     }
     let way = Way(packet.forget(way.0));
+    outcome = settle::<F, P, T>(packet, tables, outcome, (origin, way));
+    if outcome.has_lost_backend() {
+        // It stopped serving between two looks at the tables, which name another by now.
+        outcome = tables.known(packet, origin, way.settled());
+        outcome = settle::<F, P, T>(packet, tables, outcome, (origin, way));
+    }
+    if outcome == Outcome::REFUSED {
+        outcome = tables.refuse(packet);
+    } else if way == Way::FIRST_FRAGMENT && !outcome.is_dropped() {
+        tables.remember_fragment(packet, outcome, origin);
+    }
+    match outcome.fate()? {
+        Fate::Goes(verdict) => Ok(verdict),
+        // Another flow took the place of the one that was tracked a moment ago.
+        Fate::Unfinished => Err(DropReason::ConntrackInsert),
+    }
+}
+
+/// Opens the flow of a packet that may, as far as policies let it, and says what then is known.
+#[inline(always)]
+fn settle<F, P, T>(packet: &mut P, tables: &T, known: Outcome, (origin, way): (Origin, Way)) -> Outcome
+where
+    F: Answer + Errors,
+    P: Reshape,
+    T: Steps<F, P>,
+{
+    let mut outcome = known;
     if outcome == Outcome::OPENS {
         outcome = tables.choose(packet, origin);
     }
@@ -342,19 +375,7 @@ where
             chosen = chosen.elsewhere();
         }
     }
-    if outcome == Outcome::TRACKED {
-        outcome = tables.known(packet, origin, way.settled());
-    }
-    if outcome == Outcome::REFUSED {
-        outcome = tables.refuse(packet);
-    } else if way == Way::FIRST_FRAGMENT && !outcome.is_dropped() {
-        tables.remember_fragment(packet, outcome, origin);
-    }
-    match outcome.fate()? {
-        Fate::Goes(verdict) => Ok(verdict),
-        // Another flow took the place of the one that was tracked a moment ago.
-        Fate::Unfinished => Err(DropReason::ConntrackInsert),
-    }
+    if outcome == Outcome::TRACKED { tables.known(packet, origin, way.settled()) } else { outcome }
 }
 
 /// The same for a packet that opens no flow of a service, because the node's stack has routed it. A pod's to the world

@@ -17,7 +17,7 @@
 //! address is left alone: the kernel sends nothing from there to another host, so it would lose an error that is clear
 //! (nobody listens: connection refused) for one that is not.
 
-use ferroflow_common::abi::lb::{Frontend, FrontendKey, ServiceClient};
+use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey, ServiceClient};
 use ferroflow_common::abi::node::Settings;
 use ferroflow_common::abi::socket::Translation;
 use ferroflow_common::addr::{Addr, Port, Proto};
@@ -107,6 +107,18 @@ pub fn host<T: Tables<V4> + Tables<V6>>(
     match lb::kept_or_chosen(tables, &frontend, own, Tables::<V4>::now(tables), || entropy) {
         Ok(Some(index)) => Decision::translate(index),
         Ok(None) => Decision::REFUSE,
+        // It stopped serving between two looks at the tables, which name another by now.
+        Err(DropReason::NoBackend) => chosen_again(tables, &key, entropy),
+        Err(reason) => Decision::deny(reason),
+    }
+}
+
+#[inline(always)]
+fn chosen_again<T: Services>(tables: &T, key: &FrontendKey, entropy: u32) -> Decision {
+    let Some(frontend) = tables.frontend(key) else { return Decision::deny(DropReason::NoBackend) };
+    match lb::choose(tables, &frontend, entropy) {
+        Ok(Choice::Backend { index, .. }) => Decision::translate(index),
+        Ok(Choice::Reject) => Decision::REFUSE,
         Err(reason) => Decision::deny(reason),
     }
 }
@@ -187,7 +199,8 @@ fn own_address<T: Tables<V4> + Tables<V6>>(tables: &T, addr: &Addr) -> Addr {
 /// What a socket that goes from this peer to this backend remembers.
 #[inline(always)]
 pub fn translation<T: Services>(tables: &T, peer: &Peer, index: u32) -> Option<Translation> {
-    let backend = tables.backend(index)?;
+    // Where it was released since it was chosen, its new generation would keep the socket there.
+    let backend = tables.backend(index).filter(|backend| backend.flags & Backend::LIVE != 0)?;
     Some(Translation {
         frontend: peer.addr,
         backend: backend.addr,
@@ -218,17 +231,20 @@ pub fn is_backend(known: &Translation, addr: Addr, port: Port) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use ferroflow_common::abi::lb::{AffinityKey, Backend, Slot};
+    use core::cell::Cell;
+
+    use ferroflow_common::abi::lb::{AffinityKey, Slot};
     use ferroflow_common::abi::node::NodeAddress;
 
     use super::*;
     use crate::frame::{Names, both_families};
-    use crate::tables::fake::Fake;
+    use crate::tables::fake::{Fake, Release};
 
     both_families!(
         a_service_becomes_its_backend_and_is_seen_as_itself,
         what_a_pod_needs_the_packet_path_for_is_left_to_it,
         rules_14_and_15_the_host_is_refused_or_denied_at_once,
+        rule_31_a_backend_released_under_a_call_costs_nothing_and_keeps_nobody,
         rules_16_and_18_the_host_uses_the_internal_row,
         rules_17_24_and_25_node_ports_are_on_the_hosts_serving_addresses,
         rule_21_other_ports_of_a_service_address_are_left_alone,
@@ -353,6 +369,22 @@ mod tests {
         const NOBODY: Slot = 0;
         fake.slots.fill(NOBODY);
         assert_eq!(host_to::<F>(&fake, F::vip(1), 80), Decision::deny(DropReason::NoBackend));
+    }
+
+    fn rule_31_a_backend_released_under_a_call_costs_nothing_and_keeps_nobody<F: Names>() {
+        for looks in 0..3 {
+            let mut fake = tables::<F>();
+            let old = fake.slots[0];
+            let instead = fake.backends.len() as u32;
+            fake.backends.push(fake.backends[old as usize]);
+            fake.slots.fill(old);
+            fake.release = Some(Release { index: old, instead, looks: Cell::new(looks) });
+            let decision = host_to::<F>(&fake, F::vip(1), 80);
+            assert_eq!(decision.verb, Verb::Translate, "after {looks} looks");
+            let peer = Peer { addr: F::vip(1), port: Port::new(80), proto: Proto::TCP };
+            let found = translation(&fake, &peer, decision.number);
+            assert!(found.is_none_or(|it| it.generation == 1), "after {looks} looks: {found:?}");
+        }
     }
 
     fn rules_16_and_18_the_host_uses_the_internal_row<F: Names>() {

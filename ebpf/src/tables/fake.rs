@@ -34,6 +34,8 @@ pub struct Fake {
     pub settings: Option<Settings>,
     /// Open connections by backend index.
     pub connections: RefCell<HashMap<u32, Connections>>,
+    /// What the agent does while a program runs.
+    pub release: Option<Release>,
     /// Who is admitted where ranges say so, one by one.
     pub ranges: Vec<ServiceClient>,
     pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
@@ -66,6 +68,24 @@ pub struct Fake {
     pub sender: Option<u32>,
     /// What sockets of the host have.
     pub host_ports: Vec<(Proto, u16)>,
+}
+
+/// A backend that is released between two looks of one program at the tables: slots named it, and then another.
+#[derive(Clone, Debug)]
+pub struct Release {
+    pub index: u32,
+    pub instead: u32,
+    /// How many more looks at the slot and at its row find it serving.
+    pub looks: Cell<u32>,
+}
+
+impl Release {
+    /// Whether it has been released by this look.
+    fn is_done(&self) -> bool {
+        let looks = self.looks.get();
+        self.looks.set(looks.saturating_sub(1));
+        looks == 0
+    }
 }
 
 impl Fake {
@@ -325,12 +345,16 @@ impl Services for Fake {
 
     fn slot(&self, slot: u32) -> Option<u32> {
         self.count_array();
-        self.slots.get(slot as usize).copied()
+        let index = self.slots.get(slot as usize).copied()?;
+        let released = self.release.as_ref().filter(|it| it.index == index && it.is_done());
+        Some(released.map_or(index, |it| it.instead))
     }
 
     fn backend(&self, index: u32) -> Option<Backend> {
         self.count_array();
-        self.backends.get(index as usize).copied()
+        let row = self.backends.get(index as usize).copied()?;
+        let released = self.release.as_ref().is_some_and(|it| it.index == index && it.is_done());
+        Some(if released { Backend { generation: row.generation + 1, flags: 0, ..row } } else { row })
     }
 
     fn connections(&self, index: u32) -> Connections {
