@@ -73,8 +73,8 @@ impl Net {
 
     /// All policies go.
     pub(crate) fn clean(&mut self) -> Result<()> {
-        let files = std::mem::take(&mut self.policies).into_keys();
-        files.map(|file| self.cluster.manifests().remove(&file)).collect()
+        let mut files = std::mem::take(&mut self.policies).into_keys();
+        files.try_for_each(|file| self.cluster.manifests().remove(&file))
     }
 
     /// A pod of this name has these labels, beside its own.
