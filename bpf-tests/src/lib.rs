@@ -5,7 +5,7 @@
 //!     └─ cluster: nodes and pods as network namespaces ── manifests (ordinary Kubernetes YAML)
 //!           ├─ agent: the real binary on a node ── cni: the network plugin beside it, as a runtime runs it
 //!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
-//!           ├─ probe: many first packets at once, and which of them are answered ── tests/netpol.rs
+//!           ├─ probe: many first packets at once, and which of them are answered ── tests/netpol
 //!           (outside: a world around it)
 //!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
 //!     └─ packets: objects and packets through agent, tables and programs, judged by an oracle ── tests/packets.rs

@@ -21,7 +21,8 @@ impl Addr {
 
     #[inline(always)]
     pub const fn v4(a: [u8; 4]) -> Self {
-        Self { bytes: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a[0], a[1], a[2], a[3]] }
+        // By words, as programs read it.
+        Self { bytes: transmute!([0, 0, u32::from_ne_bytes([0, 0, 0xff, 0xff]), u32::from_ne_bytes(a)]) }
     }
 
     #[inline(always)]

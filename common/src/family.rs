@@ -7,6 +7,7 @@ use core::mem::offset_of;
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use zerocopy::transmute;
 
+use crate::abi::conntrack::Tuple;
 use crate::addr::{Addr, Proto};
 
 /// What differs between the families on the wire. Offsets are from the start of the IP header, lengths in bytes.
@@ -29,6 +30,15 @@ pub trait Family: Copy + 'static {
     fn bytes(addr: &Addr) -> Self::Bytes;
     /// The address as 32-bit words in memory order, unused ones zero: what checksums and hashes add up.
     fn words(bytes: &Self::Bytes) -> [u32; 4];
+    /// A flow's key from its ends and its ports, which are side by side in memory order: by words, as the kernel reads it to
+    /// hash it.
+    fn tuple(ends: [Self::Bytes; 2], ports: u32, proto: Proto) -> Tuple<Self::Bytes>;
+
+    /// The key of what comes back.
+    #[inline(always)]
+    fn turned(tuple: &Tuple<Self::Bytes>) -> Tuple<Self::Bytes> {
+        Self::tuple([tuple.dst, tuple.src], tuple.ports().rotate_left(16), tuple.proto)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +76,12 @@ impl Family for V4 {
     fn words(bytes: &[u8; 4]) -> [u32; 4] {
         [u32::from_ne_bytes(*bytes), 0, 0, 0]
     }
+
+    #[inline(always)]
+    fn tuple([src, dst]: [[u8; 4]; 2], ports: u32, proto: Proto) -> Tuple<[u8; 4]> {
+        let [src, dst] = [src, dst].map(u32::from_ne_bytes);
+        transmute!([src, dst, ports, u32::from_ne_bytes([proto.number, 0, 0, 0])])
+    }
 }
 
 impl Family for V6 {
@@ -96,5 +112,11 @@ impl Family for V6 {
     #[inline(always)]
     fn words(bytes: &[u8; 16]) -> [u32; 4] {
         transmute!(*bytes)
+    }
+
+    #[inline(always)]
+    fn tuple([src, dst]: [[u8; 16]; 2], ports: u32, proto: Proto) -> Tuple<[u8; 16]> {
+        let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (Self::words(&src), Self::words(&dst));
+        transmute!([s0, s1, s2, s3, d0, d1, d2, d3, ports, u32::from_ne_bytes([proto.number, 0, 0, 0])])
     }
 }

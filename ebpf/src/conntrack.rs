@@ -323,14 +323,7 @@ pub fn open_plain<F: Family, T: Tables<F>>(
         generation: 0,
         expires: tables.now().wrapping_add(State::NEW.lifetime(tuple.proto)),
     };
-    let turned = Aligned(Tuple {
-        src: tuple.dst,
-        dst: tuple.src,
-        src_port: tuple.dst_port,
-        dst_port: tuple.src_port,
-        proto: tuple.proto,
-        reserved: [0; 3],
-    });
+    let turned = Aligned(F::turned(tuple));
     claim(tables, headers, &turned, &entry, |_| false)?;
     entry.src = F::addr(tuple.src);
     entry.dst = F::addr(tuple.dst);

@@ -18,6 +18,9 @@
 //! first policy came (rule 52). Where live flows are cut nothing is adopted, and who opened it is told by the ports, if
 //! they tell; what is tracked is asked about again in [`crate::live`].
 //!
+//! A datagram does not show whether it is the middle of anything. One whose flow nobody tracked, because no policy isolated the
+//! pod when that began, opens it: to let it pass for what it might be would let every new one pass for as long.
+//!
 //! What has no ports is judged by what policies say of no port: a rule without ports lets it pass (rule 45). Echoes are
 //! flows by their identifier. Errors about a known flow belong to that flow, whatever policies say of ICMP; neighbour
 //! discovery and the groups that it needs stay on the link, and pass (rule 39).

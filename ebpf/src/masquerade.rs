@@ -143,14 +143,7 @@ where
 /// the node, so the tuple by which the flow is known is no longer its own.
 #[inline(always)]
 pub fn answers<F: Family, T: Tables<F>>(tables: &T, tuple: &Tuple<F::Bytes>) -> bool {
-    let asked = Aligned(Tuple {
-        src: tuple.dst,
-        dst: tuple.src,
-        src_port: tuple.dst_port,
-        dst_port: tuple.src_port,
-        proto: tuple.proto,
-        reserved: [0; 3],
-    });
+    let asked = Aligned(F::turned(tuple));
     let Some(row) = tables.tracked(&asked) else { return false };
     let entry = row.load();
     entry.flags & Entry::MASQUERADED != 0 && entry.kind == Entry::FORWARD && entry.expires >= tables.now()

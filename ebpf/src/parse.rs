@@ -284,15 +284,7 @@ pub fn transport<F: Parse, P: Packet>(
     if network.l4 + length > network.end {
         return Err(DropReason::Truncated);
     }
-    let ports = ports.to_ne_bytes();
-    let tuple = Aligned(Tuple {
-        src: network.src,
-        dst: network.dst,
-        src_port: Port { be: [ports[0], ports[1]] },
-        dst_port: Port { be: [ports[2], ports[3]] },
-        proto,
-        reserved: [0; 3],
-    });
+    let tuple = Aligned(F::tuple([network.src, network.dst], ports, proto));
     Ok(Some(Headers { tuple, l4: network.l4, end: network.end, flags }))
 }
 
@@ -331,17 +323,9 @@ pub fn flow<F: Parse, P: Packet>(packet: &P) -> Result<Option<Headers<F>>, DropR
 /// The headers of a whole packet that [`headers`] found ports in, but for its flags; `None` where it ends before.
 #[inline(always)]
 pub fn again<F: Parse, P: Packet>(packet: &P, proto: Proto, l4: u32, end: u32) -> Option<Headers<F>> {
-    let [src, dst] = F::ends(packet, L3)?.0;
+    let ends = F::ends(packet, L3)?.0;
     let [ports] = packet.words(l4)?;
-    let ports = ports.to_ne_bytes();
-    let tuple = Aligned(Tuple {
-        src,
-        dst,
-        src_port: Port { be: [ports[0], ports[1]] },
-        dst_port: Port { be: [ports[2], ports[3]] },
-        proto,
-        reserved: [0; 3],
-    });
+    let tuple = Aligned(F::tuple(ends, ports, proto));
     Some(Headers { tuple, l4, end, flags: Flags::NONE })
 }
 

@@ -25,14 +25,7 @@ pub fn shadowed<F: Family, T: Tables<F>>(tables: &T, headers: &Headers<F>) -> Op
     if tuple.proto.connects() && !headers.flags.opens() {
         return None;
     }
-    let answer = Aligned(Tuple {
-        src: tuple.dst,
-        dst: tuple.src,
-        src_port: tuple.dst_port,
-        dst_port: tuple.src_port,
-        proto: tuple.proto,
-        reserved: [0; 3],
-    });
+    let answer = Aligned(F::turned(tuple));
     let row = tables.tracked(&answer)?;
     let entry = row.load();
     let of_no_service = entry.flags & (Entry::PLAIN | Entry::MASQUERADED) != 0;

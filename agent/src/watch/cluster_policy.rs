@@ -2,7 +2,13 @@
 //! (kubernetes-sigs/network-policy-api, `apis/v1alpha2/clusternetworkpolicy_types.go`). As [`super::convert`]: pure, and
 //! whatever passes makes sense.
 //!
-//! Peers by nodes and by domain names, which the API has as experiments, are refused by name.
+//! Peers by nodes and by domain names, which the API has as experiments, are refused by name; a rule with one fails closed, as
+//! the API has it for what an implementation cannot read: [`closed`].
+//!
+//! No `status` is written. The API leaves it to implementations (`+optional`), has no type of condition, and lists conditions by
+//! their type, one of each: the agents of all nodes would write over each other's, or each have a type of its own on every
+//! policy, and every policy would be written as often as there are nodes. Nobody here sees a policy for the whole cluster.
+//! What is wrong with one is an event on the object, by each node that it is wrong on (`InvalidObject`, `PolicyOverflow`).
 
 use ferroflow_common::addr::Proto;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};

@@ -33,6 +33,15 @@ pub struct Tuple<A> {
     pub reserved: [u8; 3],
 }
 
+impl<A> Tuple<A> {
+    /// Both ports, as they stand side by side.
+    #[inline(always)]
+    pub const fn ports(&self) -> u32 {
+        let ([s0, s1], [d0, d1]) = (self.src_port.be, self.dst_port.be);
+        u32::from_ne_bytes([s0, s1, d0, d1])
+    }
+}
+
 /// One direction of a tracked flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
