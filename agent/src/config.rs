@@ -232,7 +232,7 @@ pub struct Api {
     pub kubeconfig: Option<PathBuf>,
 
     /// Addresses of API servers, tried in turn, separated by commas: needed where the address that the credentials name
-    /// is a Service, which nobody serves before this agent does
+    /// is a Service, which nobody serves before this agent does. That of a pod's service account is tried last
     #[arg(long, env = "FERROFLOW_API_SERVER", value_name = "URL", value_delimiter = ',',
         value_parser = crate::watch::kube::server)]
     pub api_server: Vec<hyper::Uri>,

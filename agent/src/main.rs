@@ -37,9 +37,11 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
-    let called = std::env::args_os().next();
-    if called.is_some_and(|path| Path::new(&path).file_name().is_some_and(|name| name == plugin::NAME)) {
-        return plugin::main();
+    let called = std::env::args_os().next().unwrap_or_default();
+    match Path::new(&called).file_name().and_then(|name| name.to_str()) {
+        Some(plugin::NAME) => return plugin::main(),
+        Some(plugin::LOOPBACK) => return plugin::loopback(),
+        Some(_) | None => {}
     }
     let outcome = match Command::parse().verb {
         Verb::Agent(config) => agent(&config),

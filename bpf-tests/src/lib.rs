@@ -7,6 +7,7 @@
 //!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
 //!           ├─ probe: many first packets at once, and which of them are answered ── tests/netpol
 //!           (outside: a world around it)
+//!           (installed: nodes with the chart's settings ── tests/e2e.rs)
 //!     └─ run: programs on single packets, beside the library ── tests/programs.rs, verify (their cost)
 //!     └─ packets: objects and packets through agent, tables and programs, judged by an oracle ── tests/packets.rs
 //!  checks (what must hold) ── demo, tests/wire.rs, tests/restart.rs
@@ -34,6 +35,7 @@ pub mod exposed;
 pub mod forwarded;
 pub mod fuzz;
 pub mod guarded;
+pub mod installed;
 pub mod kubelet;
 pub mod live;
 pub mod manifests;

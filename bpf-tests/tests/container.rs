@@ -36,6 +36,7 @@ fn main() -> ExitCode {
     runner::main(&[
         ("a_fresh_node_comes_up_from_the_rendered_chart", a_fresh_node_comes_up),
         ("a_full_disk_attaches_no_pod_and_keeps_those_that_are", a_full_disk_attaches_no_pod),
+        ("an_agent_whose_api_servers_are_gone_asks_the_service", the_service_is_asked_last),
     ])
 }
 
@@ -46,7 +47,7 @@ struct Fresh<'a> {
     node: &'a Node,
     host: Host,
     pod: Pod,
-    _api: ApiServer,
+    api: ApiServer,
     _follower: Follower,
 }
 
@@ -64,8 +65,11 @@ impl<'a> Fresh<'a> {
         for (name, text) in [("token", "secret"), ("ca.crt", &authority), ("namespace", "kube-system")] {
             fs::write(account.join(name), text)?;
         }
+        // As a kubelet tells every container of the Service `kubernetes`; which nobody serves on a fresh node.
         let pod = Pod::rendered()?.variable("NODE_NAME", &node.name).argument("--api-server", &api.url());
-        Ok(Self { node, host, pod, _api: api, _follower: follower })
+        let pod =
+            pod.variable("KUBERNETES_SERVICE_HOST", "127.0.0.1").variable("KUBERNETES_SERVICE_PORT", "1");
+        Ok(Self { node, host, pod, api, _follower: follower })
     }
 
     /// Runs the init container, then the agent's, until the runtime finds its configuration.
@@ -296,4 +300,16 @@ fn a_full_disk_attaches_no_pod(sandbox: &Sandbox) -> Result<()> {
         ensure!(deleted.is_ok(), "DEL of {id}: {deleted:?}");
     }
     Ok(())
+}
+
+/// The addresses that the chart was installed with are nobody's any more.
+fn the_service_is_asked_last(sandbox: &Sandbox) -> Result<()> {
+    let cluster = Cluster::with_pods(sandbox, &["a"], 0)?;
+    let mut fresh = Fresh::new(&cluster)?;
+    let url = fresh.api.url();
+    let port = url.rsplit(':').next().context("no port")?.trim_end_matches('/').to_owned();
+    let gone = "https://127.0.0.1:1,https://127.0.0.1:2";
+    fresh.pod = fresh.pod.argument("--api-server", gone).variable("KUBERNETES_SERVICE_PORT", &port);
+    let mut agent = fresh.start()?;
+    agent.kill()
 }

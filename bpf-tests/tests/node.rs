@@ -3,7 +3,8 @@
 
 use std::{
     fs,
-    net::TcpListener,
+    io::Write as _,
+    net::{TcpListener, UdpSocket},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Output, Stdio},
 };
@@ -13,6 +14,7 @@ use bpf_tests::{
     agent::{Agent, binary},
     checks::{World, failures, pod_target},
     cluster::{Cluster, Family, Node},
+    netns::Netns,
     runner,
     sandbox::Sandbox,
     traffic::Protocol,
@@ -110,6 +112,7 @@ fn cleanup(world: &mut World, stays: &str) -> Result<()> {
     for name in ["bin/ferroflow-cni", "bin/bridge", "state/leases.json", "run/cni.sock"] {
         places.write(name, "")?;
     }
+    std::os::unix::fs::symlink("ferroflow-cni", places.0.join("bin/loopback"))?;
     tool(node, "ip link add ff0123456789ab type veth peer name other0")?;
     tool(node, "ip link add ff01234 type veth peer name other1")?;
 
@@ -140,6 +143,7 @@ fn is_clean(node: &Node, places: &Places, stays: &str) -> Result<()> {
     for gone in ["net.d/05-ferroflow.conflist", "bin/ferroflow-cni", "state", "run"] {
         ensure!(!places.has(gone), "{gone} is still there");
     }
+    ensure!(!places.0.join("bin/loopback").is_symlink(), "our loopback plugin is still there");
     for other in ["net.d/99-other.conflist", "bin/bridge"] {
         ensure!(places.has(other), "{other} was another's");
     }
@@ -298,11 +302,44 @@ fn prepare_mounts_and_installs_once(sandbox: &Sandbox) -> Result<()> {
     ensure!(prepare()?.contains("is this version"), "installed again");
     same(&bin.join("ferroflow-cni"), &binary()?)?;
     ensure!(node.bpffs.join("maps").is_dir(), "no directory for maps");
-    ensure!(fs::read_dir(&bin)?.count() == 1, "something is left beside the plugin");
+    let mut names: Vec<_> =
+        fs::read_dir(&bin)?.map(|it| it.map(|it| it.file_name())).collect::<Result<_, _>>()?;
+    names.sort();
+    ensure!(names == ["ferroflow-cni", "loopback"], "{names:?}");
+    loopback_comes_up(node, &bin)?;
     let mut elsewhere = Command::new(binary()?);
     elsewhere.arg("prepare").arg("--bpffs").arg(&bin);
     let refused = run(node, elsewhere)?;
     ensure!(!refused.status.success(), "an ordinary directory was taken for a BPF file system");
+    Ok(())
+}
+
+/// As containerd runs it for every pod, before the pod's network.
+fn loopback_comes_up(node: &Node, bin: &Path) -> Result<()> {
+    let pod = Netns::new("pod")?;
+    pod.run(|inside| inside.down("lo"))??;
+    let addresses =
+        || pod.run(|_| [UdpSocket::bind("127.0.0.1:0").is_ok(), UdpSocket::bind("[::1]:0").is_ok()]);
+    ensure!(pod.proc_net("if_inet6")?.is_empty(), "lo is not down");
+    let plugin = |command: &str| -> Result<Output> {
+        let mut plugin = Command::new(bin.join("loopback"));
+        plugin.env_clear().env("CNI_COMMAND", command).env("CNI_CONTAINERID", "pod").env("CNI_IFNAME", "lo");
+        plugin.env("CNI_NETNS", pod.path()?).env("CNI_PATH", bin);
+        plugin.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = node.netns.spawn(plugin)?;
+        let config = r#"{"cniVersion": "0.3.1", "name": "cni-loopback", "type": "loopback"}"#;
+        child.stdin.take().context("no standard input")?.write_all(config.as_bytes())?;
+        Ok(child.wait_with_output()?)
+    };
+    for _again in 0..2 {
+        let added = plugin("ADD")?;
+        ensure!(added.status.success(), "{}", String::from_utf8_lossy(&added.stdout));
+        let answer: Value = serde_json::from_slice(&added.stdout)?;
+        ensure!(answer["ips"][0]["address"] == "127.0.0.1/8" && answer["cniVersion"] == "0.3.1", "{answer}");
+        ensure!(addresses()? == [true, true], "{:?}", addresses()?);
+    }
+    let removed = plugin("DEL")?;
+    ensure!(removed.status.success() && removed.stdout.is_empty(), "{removed:?}");
     Ok(())
 }
 

@@ -137,8 +137,7 @@ where
     let Some(Aligned([src, dst])) = F::ends(packet, L3) else { return };
     let mut datagram = known(tables, &key, tables.now());
     (datagram.src, datagram.dst) = (F::addr(src), F::addr(dst));
-    let forwarded = outcome == Outcome::FORWARD;
-    let rewritten = forwarded || datagram.src != key.src || datagram.dst != key.dst;
+    let rewritten = outcome.is_past_the_stack() || datagram.src != key.src || datagram.dst != key.dst;
     let dropped = outcome.is_dropped();
     // What the stack has routed is of no service unless it is changed here.
     if origin.is_routed() && !rewritten && !dropped {
@@ -151,7 +150,8 @@ where
     } else {
         Datagram::PASSES
     };
-    // The others go where this one goes: out at once, or by the stack.
+    // The others go where this one goes: to a pod, out at once, or by the stack. A stack that tracks connections keeps
+    // fragments until the first one comes, and would keep those for ever whose first one went past it.
     datagram.flags = match outcome {
         Outcome::FORWARD => Entry::OWN_SOURCE,
         Outcome::STACK => Entry::MASQUERADED,
@@ -372,12 +372,14 @@ mod tests {
         }
         let own = Frame::tcp((F::pod(1), 4000), (F::vip(1), 443), Flags::SYN).payload(&[9; 130]);
         in_any_order(LEAVE, &world(), &own, (Verdict::Stack, &own));
-        // A fragment of a local pod's is the stack's, whichever it is; the first one is delivered at once.
+        // Past the stack all of them, or none.
         let local = query::<F>().sent_to((F::pod(2), 5353));
-        let parts = local.fragments(40);
-        let out = through(LEAVE, &world(), &parts);
-        assert_eq!(out[0], (Verdict::Pod { ifindex: 12 }, parts[0].build()));
-        assert_eq!(out[3], (Verdict::Stack, parts[3].build()));
+        in_any_order(LEAVE, &world(), &local, (Verdict::Pod { ifindex: 12 }, &local));
+        let mut fake = world();
+        fake.elsewhere = vec![F::pod(3)];
+        in_any_order(LEAVE, &fake, &direct, (Verdict::Forward, &direct));
+        let back = direct.answer(0).payload(&[5; 140]);
+        in_any_order(ARRIVE, &fake, &back, (Verdict::Pod { ifindex: 11 }, &back));
     }
 
     fn rule_38_masqueraded_fragments_go_one_way<F: Names>() {

@@ -274,6 +274,13 @@ impl Outcome {
         self == Self::new(DROPPED, DropReason::TupleCollision as u32)
     }
 
+    /// To a pod of this node, or out of it, without the node's stack.
+    #[inline(always)]
+    pub(crate) const fn is_past_the_stack(self) -> bool {
+        let kind = (self.0 >> 32) as u32;
+        kind == POD || kind == FORWARD
+    }
+
     #[inline(always)]
     pub(crate) const fn is_dropped(self) -> bool {
         (self.0 >> 32) as u32 == DROPPED

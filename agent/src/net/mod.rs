@@ -4,6 +4,7 @@
 #[cfg(test)]
 pub(crate) mod fake;
 mod kernel;
+pub mod loopback;
 mod netns;
 pub mod pod;
 pub mod queue;

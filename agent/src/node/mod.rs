@@ -12,6 +12,9 @@ use clap::Args;
 /// The file that runtimes execute.
 pub const PLUGIN: &str = "ferroflow-cni";
 
+/// The file that some execute for the loopback interface; ours is a link to [`PLUGIN`].
+pub use crate::cni::plugin::LOOPBACK;
+
 /// Where container runtimes look for network plugins, and where the agent keeps what is its own.
 #[derive(Args, Clone, Debug)]
 pub struct Places {

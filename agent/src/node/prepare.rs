@@ -2,12 +2,12 @@
 
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::PLUGIN;
+use super::{LOOPBACK, PLUGIN};
 use crate::config::Bpffs;
 use crate::datapath::{self, DatapathError};
 
@@ -30,7 +30,9 @@ pub fn run(asked: &Prepare) -> Result<Vec<String>, PrepareError> {
     let mut done = vec![format!("{} is on a BPF file system", asked.bpffs.dir.display())];
     if let Some(dir) = &asked.bin_dir {
         let own = std::env::current_exe().and_then(fs::read).map_err(PrepareError::Own)?;
-        done.push(install(&own, dir).map_err(|source| PrepareError::Io { path: dir.clone(), source })?);
+        let failed = |source| PrepareError::Io { path: dir.clone(), source };
+        done.push(install(&own, dir).map_err(failed)?);
+        done.push(install_loopback(dir).map_err(failed)?);
     }
     Ok(done)
 }
@@ -53,6 +55,18 @@ fn install(binary: &[u8], dir: &Path) -> io::Result<String> {
         return Err(error);
     }
     Ok(format!("installed {}", path.display()))
+}
+
+/// containerd has the plugin of this name set up every pod's loopback interface. One that is there is somebody's.
+fn install_loopback(dir: &Path) -> io::Result<String> {
+    let path = dir.join(LOOPBACK);
+    match symlink(PLUGIN, &path) {
+        Ok(()) => Ok(format!("installed {}: there was none", path.display())),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            Ok(format!("{} is there", path.display()))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -85,5 +99,19 @@ mod tests {
         assert_eq!(io::read_to_string(running).unwrap(), "one");
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(fs::read_dir(dir.path().join("bin")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_loopback_plugin_is_ours_only_where_there_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(LOOPBACK);
+        for _again in 0..2 {
+            install_loopback(dir.path()).unwrap();
+            assert_eq!(fs::read_link(&path).unwrap(), Path::new(PLUGIN));
+        }
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, b"the distribution's").unwrap();
+        install_loopback(dir.path()).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"the distribution's");
     }
 }

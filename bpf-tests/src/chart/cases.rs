@@ -53,7 +53,7 @@ pub(super) const GOOD: &[Good] = &[
     Good { values: "{}", has: &["--api-server=https://10.0.0.1:6443", "image: localhost/ferroflow:0.1.0", "- --cni\n",
         "--socket-lb=tcp", "--xdp=off", "--metrics-port=10249", "--metrics-address=127.0.0.1", "mountPropagation: Bidirectional", "operator: Exists", "maxUnavailable: 1\n", "/ferroflow cleanup --all", "--bpffs=/host/sys/fs/bpf/ferroflow"],
         lacks: &["--log-drops", "--masquerade", "--service-cidr", "--node-port-addresses", "[patch]",
-            "imagePullSecrets", "affinity:", "annotations:", "PodMonitor", "name: metrics"] },
+            "imagePullSecrets", "affinity:", "annotations:", "PodMonitor", "ServiceMonitor", "name: metrics"] },
     Good { values: EVERYTHING, has: &["--service-cidr=10.96.0.0/12,fd00:10:96::/112", "name: registry-key",
         "image: registry.example:5000/net/ferroflow:v9", "imagePullPolicy: Always", "--node-port-addresses=10.0.0.0/8,fd00::/8",
         "--socket-lb=all", "--xdp=best-effort", "--attach=clsact", "--external-ips=serve", "--masquerade-all",
@@ -61,8 +61,9 @@ pub(super) const GOOD: &[Good] = &[
         "--max-endpoints=4194304", "--log-drops", "value: debug,", "path: /usr/lib/cni", "path: /etc/cni/other", "path: /bpf",
         "--cni-conf-name=00-ferroflow.conflist", "--routing=native", "path: /sys/fs/cgroup/unified", "--startup-taint=example.com/network", "resources: [nodes/status]",
         "resources: [nodes]", "--set-network-available", "maxUnavailable: 25%", "memory: 1Gi", "example.com/pool: net",
-        "key: only", "nodeAffinity:", "example.com/note: \"1\"", "--metrics-port=9249", "--metrics-address=::",
-        "kind: PodMonitor", "{name: metrics, containerPort: 9249, protocol: TCP}"], lacks: &["operator: Exists"] },
+        "key: only", "nodeAffinity:", "example.com/note: \"1\"", "k8s-app: kube-proxy", "--metrics-port=9249", "--metrics-address=::",
+        "kind: PodMonitor", "kind: ServiceMonitor", "{name: metrics, port: 9249, targetPort: metrics, protocol: TCP}",
+        "{name: metrics, containerPort: 9249, protocol: TCP}"], lacks: &["operator: Exists"] },
     Good { values: r#"{"apiServer": ["https://[fd00::1]:6443", "[fd00::2]:6443"], "serviceCIDR": ["fd00:10:96::/112"],
         "nodePortAddresses": ["fd00::/8"]}"#, has: &["--api-server=https://[fd00::1]:6443,[fd00::2]:6443",
         "--node-port-addresses=fd00::/8"], lacks: &["10.0.0.1"] },
@@ -88,7 +89,7 @@ const EVERYTHING: &str = r#"{
     "socketLb": "all", "xdp": "best-effort", "attach": "clsact",
     "nodePortAddresses": ["10.0.0.0/8", "fd00::/8"], "serviceCIDR": ["10.96.0.0/12", "fd00:10:96::/112"],
     "externalIPs": "serve", "masquerade": "off", "nonMasqueradeCIDRs": ["10.0.0.0/8", "fd00::/8"], "masqueradeAll": true, "maxEndpoints": 4194304, "liveFlows": "cut", "logDrops": true, "logLevel": "debug",
-    "metrics": {"port": 9249, "address": "::", "podMonitor": true},
+    "metrics": {"port": 9249, "address": "::", "podMonitor": true, "serviceMonitor": true},
     "startupTaint": "example.com/network", "setNetworkAvailable": true,
     "host": {"bpffs": "/bpf", "mountBpffs": true, "cgroup": "/sys/fs/cgroup/unified"},
     "maxUnavailable": "25%",
@@ -97,7 +98,7 @@ const EVERYTHING: &str = r#"{
     "tolerations": [{"key": "only", "operator": "Equal", "value": "this", "effect": "NoSchedule"}],
     "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
         {"matchExpressions": [{"key": "kubernetes.io/arch", "operator": "In", "values": ["amd64", "arm64"]}]}]}}},
-    "podAnnotations": {"example.com/note": "1"}
+    "podAnnotations": {"example.com/note": "1"}, "podLabels": {"k8s-app": "kube-proxy"}
 }"#;
 
 #[rustfmt::skip]
@@ -129,6 +130,8 @@ pub(super) const BAD: &[Bad] = &[
     Bad { values: r#"{"image": {"pullPolicy": "Sometimes"}}"#, says: "at '/image/pullPolicy': value must be one of" },
     Bad { values: r#"{"logLevel": "verbose"}"#, says: "at '/logLevel': value must be one of" },
     Bad { values: r#"{"metrics": {"port": 70000}}"#, says: "at '/metrics/port'" },
-    Bad { values: r#"{"metrics": {"podMonitor": true}}"#, says: "Prometheus does not reach the metrics" },
+    Bad { values: r#"{"apiServer": ["10.0.0.1"], "metrics": {"podMonitor": true}}"#, says: "metrics.podMonitor: Prometheus does not reach" },
+    Bad { values: r#"{"apiServer": ["10.0.0.1"], "metrics": {"serviceMonitor": true}}"#, says: "metrics.serviceMonitor: Prometheus does not reach" },
+    Bad { values: r#"{"podLabels": {"app.kubernetes.io/name": "other"}}"#, says: "invalid propertyName 'app.kubernetes.io/name'" },
     Bad { values: r#"{"nodeSelector": {"a": true}}"#, says: "at '/nodeSelector/a': got boolean, want string" },
 ];

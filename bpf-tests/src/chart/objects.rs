@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::ServiceAccount;
+use k8s_openapi::api::core::v1::{Service, ServiceAccount};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -23,6 +23,12 @@ pub(super) fn check(object: &Value) -> Result<()> {
     match (text("apiVersion"), text("kind")) {
         ("apps/v1", "DaemonSet") => strict::<DaemonSet>(object)?,
         ("v1", "ServiceAccount") => strict::<ServiceAccount>(object)?,
+        ("v1", "Service") => {
+            strict::<Service>(object)?;
+            let spec = &object["spec"];
+            ensure!(spec["clusterIP"] == "None", "{name}: the agent would have to serve it: {spec}");
+            ensure!(spec["ports"][0]["targetPort"] == "metrics", "{name}: {spec}");
+        }
         ("rbac.authorization.k8s.io/v1", "ClusterRole") => {
             strict::<ClusterRole>(object)?;
             rights(object)?;
@@ -33,6 +39,12 @@ pub(super) fn check(object: &Value) -> Result<()> {
             let spec = &object["spec"];
             ensure!(spec["podMetricsEndpoints"][0]["port"] == "metrics", "{name}: {spec}");
             ensure!(spec["selector"]["matchLabels"].is_object(), "{name} is for every pod");
+        }
+        // It names a port of the Service above.
+        ("monitoring.coreos.com/v1", "ServiceMonitor") => {
+            let spec = &object["spec"];
+            ensure!(spec["endpoints"][0]["port"] == "metrics", "{name}: {spec}");
+            ensure!(spec["selector"]["matchLabels"].is_object(), "{name} is for every Service");
         }
         (version, kind) => {
             bail!("{version} {kind} {name}: bpf-tests/src/chart/objects.rs does not know the kind")

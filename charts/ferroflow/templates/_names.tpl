@@ -35,3 +35,12 @@ The API servers, separated by commas: those of the values, or those that the clu
 {{- end -}}
 {{- join "," $servers -}}
 {{- end }}
+
+{{- /*
+Fails where Prometheus would not reach what the value with this key is about.
+*/ -}}
+{{- define "ferroflow.scrapable" -}}
+{{- if or (not (int .metrics.port)) (hasPrefix "127." .metrics.address) (eq "::1" .metrics.address) -}}
+{{- fail (printf "%s: Prometheus does not reach the metrics: set metrics.port, and metrics.address to an address of the node, 0.0.0.0 or ::" .key) -}}
+{{- end -}}
+{{- end }}

@@ -3,6 +3,7 @@
 
 mod delegate;
 mod environment;
+mod loopback;
 mod runtime;
 mod socket;
 
@@ -25,22 +26,34 @@ use environment::{Command, Environment};
 
 /// The name that runtimes start it under, where the verb cannot be named.
 pub const NAME: &str = "ferroflow-cni";
+pub use loopback::NAME as LOOPBACK;
 
 /// Answers one command. Standard output gets JSON or nothing, errors too; standard error gets text.
 pub fn main() -> ExitCode {
-    let env = |name: &str| std::env::var_os(name);
-    let (version, outcome) = run(&env, &mut std::io::stdin().lock(), socket::ask);
+    print(NAME, run(&environment_of, &mut std::io::stdin().lock(), socket::ask))
+}
+
+/// The same as the plugin [`LOOPBACK`].
+pub fn loopback() -> ExitCode {
+    print(LOOPBACK, loopback::run(&environment_of, &mut std::io::stdin().lock(), loopback::KERNEL))
+}
+
+fn environment_of(name: &str) -> Option<OsString> {
+    std::env::var_os(name)
+}
+
+fn print(name: &str, (version, outcome): (Version, Outcome)) -> ExitCode {
     let (output, code) = match outcome {
         Ok(output) => (output, ExitCode::SUCCESS),
         Err(error) => {
-            eprintln!("{NAME}: {error}");
+            eprintln!("{name}: {error}");
             (Some(error_json(version, &error)), ExitCode::FAILURE)
         }
     };
     if let Some(output) = output
         && let Err(error) = writeln!(std::io::stdout(), "{output}")
     {
-        eprintln!("{NAME}: cannot write the result: {error}");
+        eprintln!("{name}: cannot write the result: {error}");
         return ExitCode::FAILURE;
     }
     code
@@ -62,24 +75,54 @@ type Outcome = Result<Option<Value>, CniError>;
 
 /// What to print, and the version to print an error in.
 fn run(env: &dyn Fn(&str) -> Option<OsString>, input: &mut dyn Read, ask: Ask) -> (Version, Outcome) {
-    let environment = match Environment::read(env) {
-        Ok(environment) => environment,
-        Err(error) => return (Version::NEWEST, Err(error)),
-    };
-    let text = match read(input) {
-        Ok(text) => text,
-        Err(error) => return (Version::NEWEST, Err(error)),
-    };
-    if environment.command == Command::Version {
-        return (Version::NEWEST, versions(&text).map(Some));
+    match asked(env, input) {
+        Ok(asked) => {
+            let version = asked.version.unwrap_or(Version::NEWEST);
+            (version, Exchange { asked, ask, env }.run())
+        }
+        Err(outcome) => (Version::NEWEST, outcome),
     }
-    let config: Config = match decode(&text, "the network configuration") {
-        Ok(config) => config,
-        Err(error) => return (Version::NEWEST, Err(error)),
-    };
+}
+
+/// A command with its configuration.
+struct Asked {
+    environment: Environment,
+    config: Config,
+    /// `None` where the configuration is of a version that is not spoken.
+    version: Option<Version>,
+    /// The configuration as it came.
+    text: Vec<u8>,
+}
+
+/// An error is what to print without further ado: also the answer to VERSION, which has no configuration.
+fn asked(env: &dyn Fn(&str) -> Option<OsString>, input: &mut dyn Read) -> Result<Asked, Outcome> {
+    let environment = Environment::read(env).map_err(Err)?;
+    let text = read(input).map_err(Err)?;
+    if environment.command == Command::Version {
+        return Err(versions(&text).map(Some));
+    }
+    let config: Config = decode(&text, "the network configuration").map_err(Err)?;
     let version = config.cni_version.as_deref().and_then(Version::parse);
-    let outcome = Exchange { environment, config, version, ask, env, text: &text }.run();
-    (version.unwrap_or(Version::NEWEST), outcome)
+    Ok(Asked { environment, config, version, text })
+}
+
+impl Asked {
+    /// The version of the configuration, if the command has been there since `first`.
+    fn version(&self, first: Version) -> Result<Version, CniError> {
+        self.version.filter(|version| *version >= first).ok_or_else(|| {
+            let given = self.config.cni_version.as_deref().unwrap_or("0.1.0 (none is given)");
+            let known: Vec<_> =
+                Version::ALL.iter().filter(|it| **it >= first).map(|it| it.as_str()).collect();
+            let command = self.environment.command.name();
+            CniError::new(Code::INCOMPATIBLE_VERSION, format!("cniVersion {given} cannot {command}"))
+                .details(format!("set cniVersion to one of {}", known.join(", ")))
+        })
+    }
+
+    fn previous(&self) -> Result<Option<Success>, CniError> {
+        let Some(value) = &self.config.prev_result else { return Ok(None) };
+        serde_path_to_error::deserialize(value).map(Some).map_err(|error| undecodable("prevResult", &error))
+    }
 }
 
 fn read(input: &mut dyn Read) -> Result<Vec<u8>, CniError> {
@@ -123,21 +166,16 @@ fn versions(text: &[u8]) -> Result<Value, CniError> {
     Ok(json!({ "cniVersion": version, "supportedVersions": supported }))
 }
 
-/// One command with its configuration.
+/// One command, and the agent that does it.
 struct Exchange<'a> {
-    environment: Environment,
-    config: Config,
-    /// `None` where the configuration is of a version that is not spoken.
-    version: Option<Version>,
+    asked: Asked,
     ask: Ask,
     env: &'a dyn Fn(&str) -> Option<OsString>,
-    /// The configuration as it came.
-    text: &'a [u8],
 }
 
 impl Exchange<'_> {
     fn run(&self) -> Outcome {
-        match self.environment.command {
+        match self.asked.environment.command {
             Command::Version => Ok(None),
             Command::Add => self.add().map(Some),
             Command::Del => self.del().map(|()| None),
@@ -148,9 +186,9 @@ impl Exchange<'_> {
     }
 
     fn add(&self) -> Result<Value, CniError> {
-        let version = self.version(Version::V0_3_1)?;
+        let version = self.asked.version(Version::V0_3_1)?;
         let attachment = self.attachment()?;
-        let mut before = self.previous()?.unwrap_or_default();
+        let mut before = self.asked.previous()?.unwrap_or_default();
         let sandbox = attachment.netns.display().to_string();
         let attached = match self.delegate()? {
             None => self.attach(attachment)?,
@@ -175,18 +213,18 @@ impl Exchange<'_> {
 
     /// Who gives addresses; `None` where the agent does.
     fn delegate(&self) -> Result<Option<Delegate<'_>>, CniError> {
-        let kind = self.config.ipam.as_ref().and_then(|ipam| ipam.kind.as_deref()).unwrap_or_default();
+        let kind = self.asked.config.ipam.as_ref().and_then(|ipam| ipam.kind.as_deref()).unwrap_or_default();
         if ["", "ferroflow", NAME].contains(&kind) {
             return Ok(None);
         }
-        Delegate::find(kind, self.env, self.text).map(Some)
+        Delegate::find(kind, self.env, &self.asked.text).map(Some)
     }
 
     /// Lets the plugin that gives addresses do its part of a command.
     fn delegated(&self) -> Result<(), CniError> {
         match self.delegate()? {
             None => Ok(()),
-            Some(delegate) => delegate.run(self.environment.command).map(drop),
+            Some(delegate) => delegate.run(self.asked.environment.command).map(drop),
         }
     }
 
@@ -196,7 +234,7 @@ impl Exchange<'_> {
             let more = [("mtu".to_owned(), attached.mtu.into())].into_iter().collect();
             Interface { name: name.into(), mac: mac.into(), sandbox, more }
         };
-        let ifname = &*self.environment.ifname;
+        let ifname = &*self.asked.environment.ifname;
         let at = success.interfaces.len() + 1;
         success.interfaces.push(interface(&attached.host_interface, &attached.host_mac, String::new()));
         success.interfaces.push(interface(ifname, &attached.mac, sandbox));
@@ -218,14 +256,14 @@ impl Exchange<'_> {
     }
 
     fn detach(&self) {
-        let removal = Removal { owner: self.environment.owner() };
+        let removal = Removal { owner: self.asked.environment.owner() };
         let reason = match (self.ask)(self.socket(), &Request::Del(removal.clone())) {
             Ok(Reply::Done) => return,
             Ok(Reply::Failed(error)) => error.to_string(),
             Ok(reply @ Reply::Attached(_)) => nonsense(&reply).to_string(),
             Err(error) => error.to_string(),
         };
-        let state_dir = self.config.state_dir.as_deref().unwrap_or(Path::new(STATE_DIR));
+        let state_dir = self.asked.config.state_dir.as_deref().unwrap_or(Path::new(STATE_DIR));
         match spool::put(state_dir, &removal) {
             Ok(()) => eprintln!("{NAME}: left for the agent in {}: {reason}", state_dir.display()),
             // The agent finds leases whose interface is gone by itself, only later.
@@ -234,14 +272,15 @@ impl Exchange<'_> {
     }
 
     fn check(&self) -> Result<(), CniError> {
-        self.version(Version::V0_4_0)?;
+        self.asked.version(Version::V0_4_0)?;
         let attachment = self.attachment()?;
         self.delegated()?;
         let missing = |what: String| CniError::new(Code::INVALID_CONFIG, what);
         let previous = self
+            .asked
             .previous()?
             .ok_or_else(|| missing("prevResult is missing: CHECK compares with it".into()))?;
-        let ifname = &*self.environment.ifname;
+        let ifname = &*self.asked.environment.ifname;
         let addresses = previous.addresses(ifname).ok_or_else(|| {
             missing(format!("prevResult.interfaces has no {ifname} in a sandbox: ADD reported one"))
         })?;
@@ -249,7 +288,7 @@ impl Exchange<'_> {
     }
 
     fn status(&self) -> Result<(), CniError> {
-        self.version(Version::V1_1_0)?;
+        self.asked.version(Version::V1_1_0)?;
         let addresses = if self.delegate()?.is_some() { Addresses::Given } else { Addresses::Own };
         match (self.ask)(self.socket(), &Request::Status { addresses }) {
             Ok(Reply::Done) => self.delegated(),
@@ -261,9 +300,9 @@ impl Exchange<'_> {
 
     /// Rule 59. A list that is missing is no empty list.
     fn gc(&self) -> Result<(), CniError> {
-        self.version(Version::V1_1_0)?;
+        self.asked.version(Version::V1_1_0)?;
         let network = self.name()?;
-        let valid = self.config.valid_attachments.clone().ok_or_else(|| {
+        let valid = self.asked.config.valid_attachments.clone().ok_or_else(|| {
             CniError::new(Code::INVALID_CONFIG, "cni.dev/valid-attachments is missing: nothing is collected")
         })?;
         let collected = self.done(&Request::Gc { network, valid });
@@ -271,21 +310,9 @@ impl Exchange<'_> {
         collected.and(self.delegated())
     }
 
-    /// The version of the configuration, if the command has been there since `first`.
-    fn version(&self, first: Version) -> Result<Version, CniError> {
-        self.version.filter(|version| *version >= first).ok_or_else(|| {
-            let given = self.config.cni_version.as_deref().unwrap_or("0.1.0 (none is given)");
-            let known: Vec<_> =
-                Version::ALL.iter().filter(|it| **it >= first).map(|it| it.as_str()).collect();
-            let command = self.environment.command.name();
-            CniError::new(Code::INCOMPATIBLE_VERSION, format!("cniVersion {given} cannot {command}"))
-                .details(format!("set cniVersion to one of {}", known.join(", ")))
-        })
-    }
-
     fn name(&self) -> Result<Box<str>, CniError> {
         let invalid = |msg: String| CniError::new(Code::INVALID_CONFIG, msg);
-        let name = self.config.name.as_deref().unwrap_or_default();
+        let name = self.asked.config.name.as_deref().unwrap_or_default();
         if name.is_empty() {
             return Err(invalid("name is missing: the network needs one".into()));
         }
@@ -298,31 +325,26 @@ impl Exchange<'_> {
 
     fn attachment(&self) -> Result<Attachment, CniError> {
         let network = self.name()?;
-        if let Some(mtu) = self.config.mtu.filter(|mtu| !(MTU_LEAST..=MTU_MOST).contains(mtu)) {
+        if let Some(mtu) = self.asked.config.mtu.filter(|mtu| !(MTU_LEAST..=MTU_MOST).contains(mtu)) {
             let msg = format!("mtu {mtu} is not between {MTU_LEAST} and {MTU_MOST}");
             return Err(CniError::new(Code::INVALID_CONFIG, msg));
         }
-        let asked = self.config.runtime_config.clone().unwrap_or_default();
-        let Environment { netns, .. } = &self.environment;
+        let asked = self.asked.config.runtime_config.clone().unwrap_or_default();
+        let Environment { netns, .. } = &self.asked.environment;
         Ok(Attachment {
-            owner: self.environment.owner(),
+            owner: self.asked.environment.owner(),
             netns: netns.as_ref().into(),
             network,
-            mtu: self.config.mtu,
+            mtu: self.asked.config.mtu,
             given: None,
-            tenant: self.environment.tenant.clone(),
+            tenant: self.asked.environment.tenant.clone(),
             host_ports: runtime::host_ports(&asked)?,
             limits: runtime::limits(&asked)?,
         })
     }
 
-    fn previous(&self) -> Result<Option<Success>, CniError> {
-        let Some(value) = &self.config.prev_result else { return Ok(None) };
-        serde_path_to_error::deserialize(value).map(Some).map_err(|error| undecodable("prevResult", &error))
-    }
-
     fn socket(&self) -> &Path {
-        self.config.socket.as_deref().unwrap_or(Path::new(SOCKET))
+        self.asked.config.socket.as_deref().unwrap_or(Path::new(SOCKET))
     }
 
     fn request(&self, request: &Request) -> Result<Reply, CniError> {

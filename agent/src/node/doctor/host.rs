@@ -7,14 +7,15 @@ use super::{Finding, Subject};
 use crate::health::server::PROXY_PORT;
 use crate::kube_proxy;
 use crate::lock::Lock;
-use crate::node::PLUGIN;
+use crate::node::{LOOPBACK, PLUGIN};
 
 /// Where kube-proxy's metrics are looked for, and the agent's.
 const METRICS_PORT: u16 = 10249;
 
 pub(super) fn findings(subject: &Subject) -> Vec<Finding> {
     let state = if Lock::is_held(&subject.bpffs.dir) { Agent::Runs } else { Agent::Rests };
-    let mut findings = vec![agent(state), configurations(subject), plugin(subject), kube_proxy()];
+    let mut findings =
+        vec![agent(state), configurations(subject), plugin(subject), loopback(subject), kube_proxy()];
     findings.extend([PROXY_PORT, METRICS_PORT].map(|number| port(number, state)));
     findings
 }
@@ -84,8 +85,7 @@ fn plugin(subject: &Subject) -> Finding {
     if path.is_file() {
         return Finding::ok("cni plugin", path.display().to_string());
     }
-    let asked = subject.places.configurations().is_ok_and(|found| found.iter().any(|it| it.ours));
-    if asked {
+    if is_asked_for(subject) {
         Finding::fail(
             "cni plugin",
             format!("{} is missing, and the runtime is told to use it", path.display()),
@@ -94,6 +94,28 @@ fn plugin(subject: &Subject) -> Finding {
     } else {
         Finding::ok("cni plugin", "not installed, and not asked for")
     }
+}
+
+/// Some runtimes bring up a pod's loopback interface by it, and start no pod without.
+fn loopback(subject: &Subject) -> Finding {
+    let path = subject.places.bin_dir.join(LOOPBACK);
+    if path.is_file() {
+        return Finding::ok("cni loopback", path.display().to_string());
+    }
+    if is_asked_for(subject) {
+        Finding::warn(
+            "cni loopback",
+            format!("{} is missing: containerd starts no pod without it", path.display()),
+            "ferroflow prepare --cni-bin-dir DIR puts one there; containerd with use_internal_loopback = true, and \
+             CRI-O, need none",
+        )
+    } else {
+        Finding::ok("cni loopback", "not installed, and not asked for")
+    }
+}
+
+fn is_asked_for(subject: &Subject) -> bool {
+    subject.places.configurations().is_ok_and(|found| found.iter().any(|it| it.ours))
 }
 
 /// Two that translate the same Services: the rules of the other see packets that are translated already.
@@ -183,6 +205,24 @@ mod tests {
         fs::create_dir(dir.path().join("bin")).unwrap();
         fs::write(dir.path().join("bin").join(PLUGIN), "").unwrap();
         assert_eq!(plugin(&subject).grade, Grade::Ok);
+    }
+
+    #[test]
+    fn a_configuration_without_a_loopback_plugin_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let subject = subject(dir.path());
+        assert_eq!(loopback(&subject).grade, Grade::Ok);
+        fs::write(dir.path().join("05-ferroflow.conflist"), r#"{"plugins": [{"type": "ferroflow-cni"}]}"#)
+            .unwrap();
+        fs::create_dir(dir.path().join("bin")).unwrap();
+        // A link to what is gone is as good as none.
+        let path = dir.path().join("bin").join(LOOPBACK);
+        std::os::unix::fs::symlink(PLUGIN, &path).unwrap();
+        let finding = loopback(&subject);
+        assert_eq!(finding.grade, Grade::Warn);
+        assert!(finding.fix.unwrap().contains("prepare --cni-bin-dir"));
+        fs::write(dir.path().join("bin").join(PLUGIN), "").unwrap();
+        assert_eq!(loopback(&subject).grade, Grade::Ok);
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! 2. filters at our place on clsact qdiscs, and the qdiscs that are empty without them
 //! 3. pinned links (tcx, XDP, cgroup), which the kernel then detaches
 //! 4. the links of pods, with their routes
-//! 5. pinned maps, the plugin's program, the directories of the agent
+//! 5. pinned maps, the plugins' programs, the directories of the agent
 
 mod kernel;
 
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::links::{Link, LinksError};
-use super::{PLUGIN, Places};
+use super::{LOOPBACK, PLUGIN, Places};
 use crate::config::Bpffs;
 use crate::lock::Lock;
 
@@ -81,6 +81,10 @@ pub fn find(bpffs: &Bpffs, places: &Places, running: Running) -> Result<Vec<Thin
     found.extend(links);
     found.extend(kernel.links.into_iter().map(Thing::Link));
     found.extend(rest);
+    let loopback = places.bin_dir.join(LOOPBACK);
+    if fs::read_link(&loopback).is_ok_and(|to| to == Path::new(PLUGIN)) {
+        found.push(Thing::File(loopback));
+    }
     let program = places.bin_dir.join(PLUGIN);
     if program.exists() {
         found.push(Thing::File(program));

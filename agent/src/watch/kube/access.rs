@@ -12,7 +12,7 @@ use kube::{Client, Config};
 pub struct Access {
     /// Credentials, and the server where no other is named; those of the pod's service account without one.
     pub kubeconfig: Option<PathBuf>,
-    /// Tried in turn instead of the one that the credentials name.
+    /// Tried in turn instead of the one that a kubeconfig names, or before the Service that a service account has.
     pub servers: Vec<Uri>,
 }
 
@@ -104,9 +104,9 @@ impl Servers {
 impl Access {
     /// At least one.
     async fn open(&self) -> Result<Vec<Server>, AccessError> {
-        let config = self.config().await?;
-        let addresses =
-            if self.servers.is_empty() { vec![config.cluster_url.clone()] } else { self.servers.clone() };
+        let (config, last) = self.config().await?;
+        let others = self.servers.iter().filter(|server| Some(*server) != last.as_ref()).cloned();
+        let addresses: Vec<_> = others.chain(last.clone()).collect();
         let server = |address: Uri| {
             let mut config = config.clone();
             config.cluster_url = address.clone();
@@ -117,23 +117,31 @@ impl Access {
         addresses.into_iter().map(server).collect()
     }
 
-    async fn config(&self) -> Result<Config, AccessError> {
-        let mut config = match &self.kubeconfig {
+    /// The credentials, and the server that is asked when no other answers. In a pod that is the Service `kubernetes`: it
+    /// leads to the API servers that there are now, once an agent has served it; those of the operator may be of yesterday.
+    async fn config(&self) -> Result<(Config, Option<Uri>), AccessError> {
+        let (mut config, last) = match &self.kubeconfig {
             Some(path) => {
                 let failed = |error: KubeconfigError| AccessError::Kubeconfig {
                     path: path.clone(),
                     error: Box::new(error),
                 };
                 let read = Kubeconfig::read_from(path).map_err(failed)?;
-                Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await.map_err(failed)?
+                let read = Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await;
+                (read.map_err(failed)?, self.servers.is_empty())
             }
-            // The name is replaced by an address, which needs no DNS.
-            None if !self.servers.is_empty() => Config::incluster_dns().map_err(not_in_cluster)?,
-            None => Config::incluster_env().map_err(not_in_cluster)?,
+            // By its address, which needs no DNS. A name that is not asked for does not need one.
+            None => match Config::incluster_env() {
+                Err(_) if !self.servers.is_empty() => {
+                    (Config::incluster_dns().map_err(not_in_cluster)?, false)
+                }
+                config => (config.map_err(not_in_cluster)?, true),
+            },
         };
         // Every fault is seen and answered in one place.
         config.default_retry = false;
-        Ok(config)
+        let last = last.then(|| config.cluster_url.clone());
+        Ok((config, last))
     }
 }
 
