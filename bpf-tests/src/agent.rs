@@ -219,7 +219,7 @@ impl Agent {
 
     /// Until it has ended by itself.
     pub fn wait_ended(&mut self) -> Result<ExitStatus> {
-        let deadline = Instant::now() + SYNC_LIMIT;
+        let deadline = Instant::now() + stretched(SYNC_LIMIT);
         loop {
             if let Some(ended) = self.ended()? {
                 self.child = None;

@@ -19,7 +19,7 @@ use nix::{
 };
 use serde_json::{Value, json};
 
-use crate::{agent, cluster::Node, netns::Netns};
+use crate::{agent, cluster::Node, netns::Netns, patience::stretched};
 
 /// What a runtime has on one node.
 #[derive(Clone, Debug)]
@@ -99,7 +99,7 @@ impl Runtime {
 
     /// Until the agent says that pods can be attached.
     pub fn wait_ready(&self) -> Result<()> {
-        let deadline = Instant::now() + READY_LIMIT;
+        let deadline = Instant::now() + stretched(READY_LIMIT);
         while !self.conflist().exists() {
             ensure!(Instant::now() < deadline, "no {} after {READY_LIMIT:?}", self.conflist().display());
             thread::sleep(Duration::from_millis(10));
