@@ -33,13 +33,14 @@ use crate::kube_proxy;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
-use crate::model::{At, Change, Family, HostPort, HostPorts, KubeProxy, Name, Tenant, World};
+use crate::model::{At, Change, Family, HostPort, HostPorts, KubeProxy, Name, Tenant, TunnelLink, World};
 use crate::net::routes::{Goal, Laid, Surplus};
 use crate::net::tunnel::TunnelDevice;
 use crate::net::{self, Moved, NetError, NetEvent};
 use crate::observe::{self, Metrics};
 use crate::patrol::Patrol;
 use crate::plan;
+use crate::plan::relay::LoadBalancerMode;
 use crate::plan::routes::Routing;
 use crate::reconcile::{self, Limits, Missing, Reconciler};
 use crate::scrape::Gauges;
@@ -292,6 +293,7 @@ fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
         routing: config.routing,
         live_flows: config.live_flows,
         vni: config.vxlan_vni,
+        mode: config.load_balancer_mode,
         ..plan::Config::default()
     };
     let config = reconcile::Config { node, limits, plan, grace: GRACE, clock: clock::seconds };
@@ -338,6 +340,7 @@ struct Daemon {
 /// What the routes between nodes are to be, and how far they are.
 struct Routes {
     routing: Routing,
+    mode: LoadBalancerMode,
     /// Of the tunnel.
     port: u16,
     goals: latest::Sender<Goal>,
@@ -355,8 +358,8 @@ impl Routes {
         let (laid, done) = latest::channel(Laid::default());
         let (table, events) = net::routes::Kernel::open()?;
         let task = tokio::spawn(net::routes::keep(table, wanted, laid, events));
-        let (routing, port) = (config.routing, config.vxlan_port);
-        Ok((Self { routing, port, goals, done, seen: None, problems: BTreeSet::new() }, task))
+        let (routing, mode, port) = (config.routing, config.load_balancer_mode, config.vxlan_port);
+        Ok((Self { routing, mode, port, goals, done, seen: None, problems: BTreeSet::new() }, task))
     }
 
     /// Says what the routes are to be where what they are made from has changed.
@@ -372,9 +375,9 @@ impl Routes {
             tracing::warn!("{problem}");
         }
         self.problems = problems;
-        let tunnel = match self.routing {
-            Routing::None | Routing::Native => None,
-            Routing::Vxlan => Some(TunnelDevice {
+        let tunnel = match (self.routing, self.mode) {
+            (Routing::None | Routing::Native, LoadBalancerMode::Snat) => None,
+            (Routing::Vxlan, _) | (_, LoadBalancerMode::Dsr) => Some(TunnelDevice {
                 port: self.port,
                 devices: plan::node::devices(world).into_iter().collect(),
                 overhead: plan::routes::overhead(world),
@@ -390,9 +393,14 @@ impl Routes {
         });
     }
 
-    /// The interface of the tunnel, once it is there.
-    fn tunnel(&self) -> Option<u32> {
+    /// The tunnel's device, once it is there.
+    fn tunnel(&self) -> Option<TunnelLink> {
         self.done.borrow().tunnel
+    }
+
+    /// The device that packets of this node's pods to those of others go through.
+    fn pods_tunnel(&self) -> Option<TunnelLink> {
+        self.tunnel().filter(|_| self.routing == Routing::Vxlan)
     }
 
     /// Each was laid, or refused with a reason in the log.
@@ -438,7 +446,7 @@ impl Daemon {
                     None => return Err(DaemonError::Routes),
                 },
                 Some(order) = orders.recv() => self.order(order),
-                Ok(()) = self.routes.done.changed() => {}
+                Ok(()) = self.routes.done.changed() => self.laid(),
                 Some(asked) = scrapes.recv() => self.scrape(asked),
                 () = sleep_until(due.unwrap_or_else(far_away).into()), if due.is_some() => {}
             }
@@ -462,6 +470,14 @@ impl Daemon {
             self.tell_served();
             self.answer_checks();
             self.report()?;
+        }
+    }
+
+    /// Takes in what was laid.
+    fn laid(&mut self) {
+        // What could not be made this time may be there all the same, as another agent left it.
+        if let link @ Some(_) = self.routes.tunnel() {
+            self.reconciler.handle(Change::Tunnel(link), Instant::now());
         }
     }
 
@@ -609,8 +625,8 @@ impl Daemon {
             ranges: world.own_node().map(|node| node.pod_cidrs.to_vec()).unwrap_or_default(),
             reserved: world.local_addresses().keys().chain(world.local_routes()).copied().collect(),
             // Packets that go through the tunnel are the shortest.
-            devices: match self.routes.tunnel() {
-                Some(tunnel) => vec![tunnel],
+            devices: match self.routes.pods_tunnel() {
+                Some(tunnel) => vec![tunnel.ifindex],
                 None => plan::node::devices(world).into_iter().collect(),
             },
         }
@@ -685,7 +701,7 @@ impl Daemon {
         let exits = self.reconciler.exits();
         let wanted: BTreeSet<_> = pods
             .chain(devices.union(&exits).map(|ifindex| (Interface::Device, *ifindex)))
-            .chain(self.routes.tunnel().map(|ifindex| (Interface::Tunnel, ifindex)))
+            .chain(self.routes.tunnel().map(|tunnel| (Interface::Tunnel, tunnel.ifindex)))
             .collect();
         let Attachments { attached, renewed, retry, patrol: _ } = &mut self.attachments;
         let mut failed = false;

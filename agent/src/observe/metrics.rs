@@ -97,6 +97,7 @@ impl Metrics {
             | Change::LocalAddress(..)
             | Change::LocalSubnet(..)
             | Change::Uplink { .. }
+            | Change::Tunnel(_)
             | Change::Attachment(..)
             | Change::Tenant(..)
             | Change::HostPorts(..) => {}

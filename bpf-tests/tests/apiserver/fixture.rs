@@ -86,6 +86,7 @@ impl Model {
             | Change::LocalAddress(..)
             | Change::LocalSubnet(..)
             | Change::Uplink { .. }
+            | Change::Tunnel(_)
             | Change::Attachment(..)
             | Change::Tenant(..)
             | Change::HostPorts(..)

@@ -12,7 +12,8 @@ use ferroflow_ebpf::{device, pod};
 
 use crate::maps::{self, Kernel};
 use crate::mtu;
-use crate::skb::Skb;
+use crate::relay;
+use crate::skb::{Mark, Skb};
 use crate::steps;
 
 /// Pods send from their own addresses alone. Where that is not checked, the verifier drops what is about it.
@@ -37,7 +38,7 @@ impl Senders<Skb> for Kernel {
 pub(crate) fn pod_egress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
     // Pods do not say what is finished.
-    let _of_a_pod = skb.is_finished();
+    let _of_a_pod = skb.told();
     let verdict = pod::leaving(&mut skb, &Kernel);
     if verdict == Ok(Verdict::Reply) {
         // Past the program on the way in: the pod's policies have no say in what refuses its own packet.
@@ -60,8 +61,10 @@ pub(crate) fn pod_ingress(ctx: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn device_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
-    let verdict = device::arriving(&mut skb, &Kernel);
-    action(&skb, verdict)
+    match device::arriving(&mut skb, &Kernel) {
+        Ok(Verdict::Relay { node }) => relay::send(&mut skb, node),
+        verdict => action(&skb, verdict),
+    }
 }
 
 #[inline(always)]
@@ -80,6 +83,8 @@ pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
         }
         // No drop: what was kept goes on later.
         Ok(Verdict::Taken) => TC_ACT_SHOT,
+        // What comes from outside alone is relayed: see `device_ingress`.
+        Ok(Verdict::Relay { .. }) => shot(DropReason::RelayFailed),
         Err(reason) => shot(reason),
     }
 }
@@ -88,7 +93,7 @@ pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
 fn forward(skb: &Skb) -> i32 {
     let exit = skb.exit();
     if let Some(ifindex) = exit.device() {
-        skb.finish();
+        skb.tell(Mark::FINISHED);
         if exit.is_tunnel() {
             // SAFETY: the helper takes numbers and checks them.
             return (unsafe { bpf_redirect(ifindex, 0) }) as i32;

@@ -414,6 +414,7 @@ fn key(change: &Change) -> String {
         | Change::LocalAddress(..)
         | Change::LocalSubnet(..)
         | Change::HostPorts(..)
-        | Change::Uplink { .. } => unreachable!("not generated"),
+        | Change::Uplink { .. }
+        | Change::Tunnel(_) => unreachable!("not generated"),
     }
 }
