@@ -10,6 +10,7 @@ use crate::kube_proxy::Timeouts;
 use crate::model::Prefix;
 use crate::model::policy::Live;
 use crate::plan::node::NodePortAddresses;
+use crate::plan::relay::LoadBalancerMode;
 use crate::plan::routes::Routing;
 use crate::plan::{ExternalIps, MasqueradeScope};
 
@@ -133,11 +134,16 @@ pub struct Agent {
     #[command(flatten)]
     pub world: World,
 
-    /// UDP port of the tunnels between nodes, with --routing vxlan: the same on every node
+    /// How clients from outside reach a backend on another node, with externalTrafficPolicy: Cluster: the same on every
+    /// node
+    #[arg(long, env = "FERROFLOW_LOAD_BALANCER_MODE", value_enum, default_value_t = LoadBalancerMode::Snat)]
+    pub load_balancer_mode: LoadBalancerMode,
+
+    /// UDP port of the tunnels between nodes, with --routing vxlan or --load-balancer-mode dsr: the same on every node
     #[arg(long, env = "FERROFLOW_VXLAN_PORT", value_name = "PORT", default_value_t = 8472)]
     pub vxlan_port: u16,
 
-    /// VXLAN network identifier that packets to other nodes carry, with --routing vxlan
+    /// VXLAN network identifier that packets to other nodes carry, with --routing vxlan or --load-balancer-mode dsr
     #[arg(long, env = "FERROFLOW_VXLAN_VNI", value_name = "VNI", default_value_t = 1,
         value_parser = clap::value_parser!(u32).range(0..1 << 24))]
     pub vxlan_vni: u32,

@@ -33,13 +33,14 @@ use crate::kube_proxy;
 use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
-use crate::model::{At, Change, Family, HostPort, HostPorts, KubeProxy, Name, Tenant, World};
+use crate::model::{At, Change, Family, HostPort, HostPorts, KubeProxy, Name, Tenant, TunnelLink, World};
 use crate::net::routes::{Goal, Laid, Surplus};
 use crate::net::tunnel::TunnelDevice;
 use crate::net::{self, Moved, NetError, NetEvent};
 use crate::observe::{self, Metrics};
 use crate::patrol::Patrol;
 use crate::plan;
+use crate::plan::relay::LoadBalancerMode;
 use crate::plan::routes::Routing;
 use crate::reconcile::{self, Limits, Missing, Reconciler};
 use crate::scrape::Gauges;
@@ -135,6 +136,11 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     Ok(())
 }
 
+/// Whether packets go to other nodes in a tunnel.
+fn has_tunnel(routing: Routing, mode: LoadBalancerMode) -> bool {
+    routing == Routing::Vxlan || mode == LoadBalancerMode::Dsr
+}
+
 /// The programs, in force for the sockets of the cgroup.
 fn load(config: &config::Agent, cgroup: &Path) -> Result<Datapath, DaemonError> {
     let options = datapath::Options {
@@ -144,7 +150,7 @@ fn load(config: &config::Agent, cgroup: &Path) -> Result<Datapath, DaemonError> 
         xdp: config.xdp,
         masquerade: config.masquerades(),
         sources: if config.cni.enabled { Sources::Checked } else { Sources::Any },
-        tunnel_port: (config.routing == Routing::Vxlan).then_some(config.vxlan_port),
+        tunnel_port: has_tunnel(config.routing, config.load_balancer_mode).then_some(config.vxlan_port),
         max_endpoints: config.max_endpoints,
         log_drops: config.log_drops,
     };
@@ -293,6 +299,7 @@ fn restore(config: &config::Agent) -> Result<Reconciler<KernelMaps>, MapError> {
         routing: config.routing,
         live_flows: config.live_flows,
         vni: config.vxlan_vni,
+        mode: config.load_balancer_mode,
         ..plan::Config::default()
     };
     let config = reconcile::Config { node, limits, plan, grace: GRACE, clock: clock::seconds };
@@ -339,6 +346,7 @@ struct Daemon {
 /// What the routes between nodes are to be, and how far they are.
 struct Routes {
     routing: Routing,
+    mode: LoadBalancerMode,
     /// Of the tunnel.
     port: u16,
     goals: latest::Sender<Goal>,
@@ -356,8 +364,8 @@ impl Routes {
         let (laid, done) = latest::channel(Laid::default());
         let (table, events) = net::routes::Kernel::open()?;
         let task = tokio::spawn(net::routes::keep(table, wanted, laid, events));
-        let (routing, port) = (config.routing, config.vxlan_port);
-        Ok((Self { routing, port, goals, done, seen: None, problems: BTreeSet::new() }, task))
+        let (routing, mode, port) = (config.routing, config.load_balancer_mode, config.vxlan_port);
+        Ok((Self { routing, mode, port, goals, done, seen: None, problems: BTreeSet::new() }, task))
     }
 
     /// Says what the routes are to be where what they are made from has changed.
@@ -373,14 +381,11 @@ impl Routes {
             tracing::warn!("{problem}");
         }
         self.problems = problems;
-        let tunnel = match self.routing {
-            Routing::None | Routing::Native => None,
-            Routing::Vxlan => Some(TunnelDevice {
-                port: self.port,
-                devices: plan::node::devices(world).into_iter().collect(),
-                overhead: plan::routes::overhead(world),
-            }),
-        };
+        let tunnel = has_tunnel(self.routing, self.mode).then(|| TunnelDevice {
+            port: self.port,
+            devices: plan::node::devices(world).into_iter().collect(),
+            overhead: plan::routes::overhead(world),
+        });
         self.goals.send_if_modified(|goal| {
             let wanted = Goal { revision: goal.revision, routes: planned.routes, tunnel, surplus };
             let changed = goal.revision == 0 || *goal != wanted;
@@ -391,9 +396,14 @@ impl Routes {
         });
     }
 
-    /// The interface of the tunnel, once it is there.
-    fn tunnel(&self) -> Option<u32> {
+    /// The tunnel's device, once it is there.
+    fn tunnel(&self) -> Option<TunnelLink> {
         self.done.borrow().tunnel
+    }
+
+    /// The device that packets of this node's pods to those of others go through.
+    fn pods_tunnel(&self) -> Option<TunnelLink> {
+        self.tunnel().filter(|_| self.routing == Routing::Vxlan)
     }
 
     /// Each was laid, or refused with a reason in the log.
@@ -439,7 +449,7 @@ impl Daemon {
                     None => return Err(DaemonError::Routes),
                 },
                 Some(order) = orders.recv() => self.order(order),
-                Ok(()) = self.routes.done.changed() => {}
+                Ok(()) = self.routes.done.changed() => self.laid(),
                 Some(asked) = scrapes.recv() => self.scrape(asked),
                 () = sleep_until(due.unwrap_or_else(far_away).into()), if due.is_some() => {}
             }
@@ -463,6 +473,14 @@ impl Daemon {
             self.tell_served();
             self.answer_checks();
             self.report()?;
+        }
+    }
+
+    /// Takes in what was laid.
+    fn laid(&mut self) {
+        // What could not be made this time may be there all the same, as another agent left it.
+        if let link @ Some(_) = self.routes.tunnel() {
+            self.reconciler.handle(Change::Tunnel(link), Instant::now());
         }
     }
 
@@ -613,8 +631,8 @@ impl Daemon {
             ranges: world.own_node().map(|node| node.pod_cidrs.to_vec()).unwrap_or_default(),
             reserved: world.local_addresses().keys().chain(world.local_routes()).copied().collect(),
             // Packets that go through the tunnel are the shortest.
-            devices: match self.routes.tunnel() {
-                Some(tunnel) => vec![tunnel],
+            devices: match self.routes.pods_tunnel() {
+                Some(tunnel) => vec![tunnel.ifindex],
                 None => plan::node::devices(world).into_iter().collect(),
             },
         }
@@ -689,7 +707,7 @@ impl Daemon {
         let exits = self.reconciler.exits();
         let wanted: BTreeSet<_> = pods
             .chain(devices.union(&exits).map(|ifindex| (Interface::Device, *ifindex)))
-            .chain(self.routes.tunnel().map(|ifindex| (Interface::Tunnel, ifindex)))
+            .chain(self.routes.tunnel().map(|tunnel| (Interface::Tunnel, tunnel.ifindex)))
             .collect();
         let Attachments { attached, renewed, retry, patrol: _ } = &mut self.attachments;
         let mut failed = false;

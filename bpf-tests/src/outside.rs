@@ -9,14 +9,15 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use serde::de::DeserializeOwned;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     cluster::{Cluster, Family},
     netns::{End, Inside, Netns, Prefix, Route},
     patience::stretched,
-    pod::Ready,
-    traffic::{Client, pod_command},
+    pod::{Outcome, Progress, Ready},
+    traffic::{Ask, Client, pod_command},
 };
 
 /// A machine with servers.
@@ -50,6 +51,27 @@ impl Outside {
         let server = Client::start(command, |command| netns.spawn(command))?;
         server.wait_until(Duration::from_secs(5), |lines: &[Ready]| !lines.is_empty())?;
         Ok(Self { _server: server, netns })
+    }
+
+    /// Makes the requests one after the other, and waits for the last.
+    pub fn ask(&self, ask: &Ask) -> Result<Vec<Outcome>> {
+        self.client(&ask.args())?.finish(ask.limit())
+    }
+
+    /// Goes on until the client is stopped.
+    pub fn keep_asking(&self, ask: &Ask) -> Result<Client<Outcome>> {
+        self.client(&ask.clone().count(0).args())
+    }
+
+    /// A transfer that goes on until the client is stopped; the target is an echo server.
+    pub fn stream(&self, target: SocketAddr) -> Result<Client<Progress>> {
+        self.client(&["stream".to_owned(), target.to_string()])
+    }
+
+    fn client<T: DeserializeOwned + Clone + Send + 'static>(&self, args: &[String]) -> Result<Client<T>> {
+        let mut command = pod_command();
+        command.args(args);
+        Client::start(command, |command| self.netns.spawn(command))
     }
 
     /// A UDP socket of the machine at its own address.

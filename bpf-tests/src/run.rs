@@ -115,7 +115,9 @@ impl From<Result<Verdict, DropReason>> for Action {
     fn from(verdict: Result<Verdict, DropReason>) -> Self {
         match verdict {
             Ok(Verdict::Stack) => Self::Next,
-            Ok(Verdict::Pod { .. } | Verdict::Forward | Verdict::Reply) => Self::Redirect,
+            Ok(Verdict::Pod { .. } | Verdict::Forward | Verdict::Reply | Verdict::Relay { .. }) => {
+                Self::Redirect
+            }
             Ok(Verdict::Taken) | Err(_) => Self::Drop,
         }
     }

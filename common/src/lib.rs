@@ -21,6 +21,8 @@
 //! | `port_ranges` | array, mmap | row -> [`abi::policy::PortRange`] | agent | programs, CLI |
 //! | `policy_sets`, `peer_classes` | hash | number -> [`abi::policy::Meaning`] | agent | agent (restore), CLI |
 //! | `tunnels` | LPM trie | [`abi::policy::RangeKey`] -> [`abi::tunnel::Tunnel`] | agent | programs |
+//! | `relay_nodes` | hash | [`abi::relay::NodeNumber`] -> [`addr::Addr`] of the node | agent | programs |
+//! | `relay_peers` | hash | [`addr::Addr`] -> [`abi::relay::NodeNumber`] of the node that has it | agent | programs |
 //! | `node_addresses` | hash | [`addr::Addr`] -> [`abi::node::NodeAddress`] | agent | programs |
 //! | `settings` | array, mmap | 0 -> [`abi::node::Settings`] | agent | programs |
 //! | `masquerade` | array, mmap | 0 -> [`abi::node::Masquerade`] | agent | programs |

@@ -87,6 +87,16 @@ impl State {
         Self(bits)
     }
 
+    /// The state of a flow of which this direction alone is seen, where `alone` is 1: a packet that opens nothing shows that
+    /// the other end has answered. Computed, not decided: the programs' verifier would follow both ways.
+    #[inline(always)]
+    #[must_use]
+    pub const fn answered(self, alone: u8, flags: Flags) -> Self {
+        let opening = (flags.0 & (Flags::SYN | Flags::ACK | Flags::RST)) ^ Flags::SYN;
+        let continues = ((opening as u16 + 0xff) >> 8) as u8;
+        Self(self.0 | (alone & continues & Self::REPLIED))
+    }
+
     /// Both sides are done: a SYN on the same tuple is a new connection (rule 35).
     #[inline(always)]
     pub const fn closed(self) -> bool {
@@ -187,6 +197,16 @@ mod tests {
         }
         assert!(Flags::of_chunk(chunk::INIT).opens());
         assert!(!Flags::of_chunk(chunk::INIT_ACK).opens());
+    }
+
+    #[test]
+    fn one_direction_shows_that_the_other_answers() {
+        for flags in 0..=u8::MAX {
+            let flags = Flags(flags);
+            let answered = State::NEW.answered(1, flags);
+            assert_eq!(answered.0 & State::REPLIED == 0, flags.opens(), "{flags:?}");
+            assert_eq!(State(State::RESET).answered(0, flags).0, State::RESET);
+        }
     }
 
     #[test]

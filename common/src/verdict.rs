@@ -1,5 +1,7 @@
 //! What a program decides about a packet, and why it drops one.
 
+use crate::abi::relay::NodeNumber;
+
 /// Where a packet goes next. The object maps it to a TC or XDP action in one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
@@ -16,6 +18,8 @@ pub enum Verdict {
     Reply,
     /// Nowhere: it waits for another packet, or a copy of it has been sent round again.
     Taken,
+    /// As it is, in the tunnel, to the node with this number: direct server return.
+    Relay { node: NodeNumber },
 }
 
 macro_rules! drop_reasons {
@@ -113,6 +117,12 @@ drop_reasons! {
     Unmasqueradable = 21, "not-masqueradable";
     /// A pod sends from an address that is not its own.
     SpoofedSource = 22, "spoofed-source";
+    /// Somebody who is no node of the cluster relays a packet.
+    StrangeRelay = 23, "relayed-by-stranger";
+    /// A packet was relayed that is of no flow and for no service here.
+    AstrayRelay = 24, "relayed-astray";
+    /// A packet that is to be relayed could not be put into the tunnel.
+    RelayFailed = 25, "relay-failed";
 }
 
 /// How many rows the `drops` map has: room to add reasons without a new map.

@@ -7,6 +7,7 @@
 
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::lb::Backend;
+use ferroflow_common::abi::relay;
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::Family;
 use ferroflow_common::hash;
@@ -92,7 +93,8 @@ pub fn followed<F: Family, T: Tables<F>>(
     if !over && epoch == Epoch::Compared && entry.epoch != tables.epoch() {
         return Flow::Stale;
     }
-    let state = State(entry.state).after(headers.flags, direction);
+    let alone = (entry.flags / Entry::RELAYS) & 1;
+    let state = State(entry.state).after(headers.flags, direction).answered(alone, headers.flags);
     let lifetime = state.lifetime(headers.tuple.proto);
     let expires = now.wrapping_add(lifetime);
     let unseen = if lifetime / 8 < UNSEEN { lifetime / 8 } else { UNSEEN };
@@ -109,7 +111,8 @@ pub fn followed<F: Family, T: Tables<F>>(
                     row.store_state(state.0, expires);
                 }
             }
-            Other::Gone if !over && halves == Halves::Wanted => return Flow::Halved,
+            // Of a flow that is relayed the other direction is on another node.
+            Other::Gone if !over && halves == Halves::Wanted && alone == 0 => return Flow::Halved,
             Other::Gone | Other::AnotherFlows => {}
         }
         if over {
@@ -136,7 +139,8 @@ pub fn mend<F: Parse, P: Packet, T: Tables<F>>(packet: &P, tables: &T) {
     entry.dst_port = tuple.src_port;
     entry.kind = if entry.kind == Entry::FORWARD { Entry::REPLY } else { Entry::FORWARD };
     let lasting = entry.flags & (Entry::PLAIN | Entry::MASQUERADED | Entry::EXEMPT);
-    entry.flags = if lasting != 0 { lasting } else { own_source(tables, &entry.src) };
+    let relayed = Client(entry.flags & Entry::RELAYED).flags(entry.kind);
+    entry.flags = if lasting != 0 { lasting } else { own_source(tables, &entry.src) | relayed };
     // Where the table has no room, or another flow has taken the tuple over, this direction goes on alone.
     let _alone = tables.track(&other, &entry, OnConflict::Fail);
 }
@@ -214,7 +218,7 @@ fn leads_to<F: Family>(entry: &Entry, tuple: &Tuple<F::Bytes>) -> bool {
 pub fn open<F: Family, T: Tables<F>>(
     tables: &T,
     headers: &Headers<F>,
-    (index, source_port): (u32, SourcePort),
+    (index, source_port, client): (u32, SourcePort, Client),
     masquerade: Option<F::Bytes>,
     is_taken: impl Fn(&Aligned<Tuple<F::Bytes>>) -> bool,
 ) -> Result<(), DropReason> {
@@ -246,7 +250,7 @@ pub fn open<F: Family, T: Tables<F>>(
         dst_port: tuple.src_port,
         kind: Entry::REPLY,
         state: State::NEW.0,
-        flags: own_source(tables, &frontend),
+        flags: own_source(tables, &frontend) | client.flags(Entry::REPLY),
         reserved: 0,
         epoch: tables.epoch(),
         backend: index,
@@ -255,6 +259,7 @@ pub fn open<F: Family, T: Tables<F>>(
     };
     let masqueraded = masquerade.is_some();
     let flags = if masqueraded { Entry::OWN_SOURCE } else { 0 };
+    let flags = flags | client.flags(Entry::FORWARD);
     enter(tables, headers, (reply_tuple, entry), flags, |tuple| masqueraded && is_taken(tuple))
 }
 
@@ -280,6 +285,34 @@ pub fn enter<F: Family, T: Tables<F>>(
     entry.kind = Entry::FORWARD;
     entry.flags = flags;
     complete(tables, &headers.tuple, &entry, &reply_tuple)
+}
+
+/// Pins a new flow to the backend with this index on another node, which gets its packets as they are.
+///
+/// # Errors
+/// [`DropReason::ConntrackInsert`].
+#[inline(always)]
+pub fn open_relay<F: Family, T: Tables<F>>(
+    tables: &T,
+    headers: &Headers<F>,
+    (index, backend): (u32, &Backend),
+) -> Result<(), DropReason> {
+    let tuple = &headers.tuple;
+    let entry = Entry {
+        src: relay::stand_in(backend.node),
+        dst: backend.addr,
+        src_port: tuple.src_port,
+        dst_port: backend.port,
+        kind: Entry::FORWARD,
+        state: State::NEW.0,
+        flags: Entry::RELAYS,
+        reserved: 0,
+        epoch: tables.epoch(),
+        backend: index,
+        generation: backend.generation,
+        expires: tables.now().wrapping_add(State::NEW.lifetime(tuple.proto)),
+    };
+    tables.track(tuple, &entry, OnConflict::Replace).map_err(|_refused| DropReason::ConntrackInsert)
 }
 
 /// Who opened a flow of which this packet is the first that is seen.
@@ -379,6 +412,25 @@ fn claim<F: Family, T: Tables<F>>(
 
 /// How many source ports a new flow tries: with half of a backend's ports taken all fail once in 256 times.
 pub const PORT_TRIES: u32 = 8;
+
+/// How a client's packets come. A number, so that the verifier follows no ways of its own for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Client(u8);
+
+impl Client {
+    pub const DIRECT: Self = Self(0);
+    /// By another node, which relays them.
+    pub const RELAYED: Self = Self(Entry::RELAYED);
+
+    /// What a direction of the flow has for it. What goes to a client of another node leaves past the stack.
+    #[inline(always)]
+    const fn flags(self, kind: u8) -> u8 {
+        let to_client = (kind / Entry::REPLY) & 1;
+        let past_stack = (self.0 / Entry::RELAYED) * to_client * Entry::OWN_SOURCE;
+        self.0 | past_stack
+    }
+}
 
 /// A new flow's source port towards its backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

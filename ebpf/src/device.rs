@@ -26,9 +26,22 @@ where
     P: Reshape,
     T: Steps<V4, P> + Steps<V6, P>,
 {
+    arriving_from(packet, tables, Origin::Outside)
+}
+
+/// The same, by way of a tunnel: `origin` is [`Origin::Outside`] or [`Origin::Relay`].
+///
+/// # Errors
+/// Why the packet is dropped.
+#[inline(always)]
+pub fn arriving_from<P, T>(packet: &mut P, tables: &T, origin: Origin) -> Result<Verdict, DropReason>
+where
+    P: Reshape,
+    T: Steps<V4, P> + Steps<V6, P>,
+{
     match packet.ethertype() {
-        V4::ETHERTYPE => service::in_steps::<V4, P, T>(packet, tables, Origin::Outside),
-        V6::ETHERTYPE => service::in_steps::<V6, P, T>(packet, tables, Origin::Outside),
+        V4::ETHERTYPE => service::in_steps::<V4, P, T>(packet, tables, origin),
+        V6::ETHERTYPE => service::in_steps::<V6, P, T>(packet, tables, origin),
         _ => Ok(Verdict::Stack),
     }
 }
@@ -39,7 +52,7 @@ where
 /// # Errors
 /// Why the packet is dropped.
 #[inline(always)]
-pub fn arrive<F, P, T>(packet: &mut P, tables: &T, way: Way) -> Result<Outcome, DropReason>
+pub fn arrive<F, P, T>(packet: &mut P, tables: &T, way: Way, origin: Origin) -> Result<Outcome, DropReason>
 where
     F: Parse,
     F::Bytes: Ends,
@@ -48,16 +61,24 @@ where
 {
     let Some(headers) = parse::headers_of::<F, P>(packet, way)? else { return Ok(Outcome::RARE) };
     match conntrack::follow::<F, T>(tables, &headers, way.halves(), Epoch::Compared) {
+        // Where nothing is relayed any more it is opened anew.
+        Flow::Known(to) if to.is_relayed_on() => {
+            return Ok(if tables.relays() { Outcome::relay(to.node()) } else { Outcome::OPENS });
+        }
+        // What another node relays is for a service, whatever it looked like here.
+        Flow::Known(to) if to.is_plain() && origin == Origin::Relay => return Ok(Outcome::OPENS),
+        // As before it was known.
+        Flow::Known(to) if to.is_plain() => {
+            return Ok(Outcome::goes(route::inwards::<F, T>(tables, &headers.tuple)));
+        }
         Flow::Known(to) => {
-            // As before it was known.
-            if to.is_plain() {
-                return Ok(Outcome::goes(route::inwards::<F, T>(tables, &headers.tuple)));
-            }
             nat::rewrite(packet, &headers, &to)?;
             return Ok(Outcome::goes(route::rewritten::<F, T>(tables, &to)));
         }
         Flow::Halved => return Ok(Outcome::HALVED),
         Flow::Stale => return Ok(Outcome::STALE),
+        // The other node knows that it is for a service.
+        Flow::Unknown if origin == Origin::Relay => return Ok(Outcome::OPENS),
         Flow::Unknown => {}
     }
     let mut key = lb::key::<F>(&headers.tuple);

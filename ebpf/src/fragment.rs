@@ -22,6 +22,7 @@
 
 use ferroflow_common::abi::conntrack::Entry;
 use ferroflow_common::abi::fragment::{Datagram, DatagramKey};
+use ferroflow_common::abi::relay;
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::verdict::{DropReason, Verdict};
 
@@ -105,7 +106,7 @@ where
         return Ok(Outcome::RARE);
     }
     let mut datagram = known(tables, &key, tables.now());
-    let judged = datagram.fate == Datagram::PASSES || datagram.fate == Datagram::REWRITTEN;
+    let judged = datagram.fate != Datagram::AWAITED && datagram.fate != Datagram::DROPPED;
     if datagram.held > 0 {
         if judged {
             datagram.held -= 1;
@@ -139,12 +140,18 @@ where
     (datagram.src, datagram.dst) = (F::addr(src), F::addr(dst));
     let rewritten = outcome.is_past_the_stack() || datagram.src != key.src || datagram.dst != key.dst;
     let dropped = outcome.is_dropped();
+    let relayed = outcome.node();
+    if let Some(node) = relayed {
+        datagram.src = relay::stand_in(node);
+    }
     // What the stack has routed is of no service unless it is changed here.
     if origin.is_routed() && !rewritten && !dropped {
         return;
     }
     datagram.fate = if dropped {
         Datagram::DROPPED
+    } else if relayed.is_some() {
+        Datagram::RELAYED
     } else if rewritten {
         Datagram::REWRITTEN
     } else {
@@ -184,6 +191,9 @@ where
     }
     if datagram.fate == Datagram::PASSES {
         return Ok(Outcome::STACK);
+    }
+    if datagram.fate == Datagram::RELAYED {
+        return Ok(Outcome::relay(relay::stands_for(&datagram.src)));
     }
     let ends = [F::bytes(&key.src), F::bytes(&key.dst)];
     let Datagram { src, dst, flags, .. } = datagram;

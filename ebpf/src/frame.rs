@@ -264,6 +264,16 @@ impl Frame {
         self.outcome(verdict, packet)
     }
 
+    /// Through [`device::arriving_from`], as another node relays it.
+    ///
+    /// # Errors
+    /// As [`Frame::leave`].
+    pub fn relay(&self, tables: &Fake) -> Result<(Verdict, Vec<u8>), DropReason> {
+        let mut packet = self.packet();
+        let verdict = device::arriving_from(&mut packet, tables, Origin::Relay);
+        self.outcome(verdict, packet)
+    }
+
     /// Through [`masquerade::leaving`].
     ///
     /// # Errors

@@ -215,6 +215,9 @@ where
         return Ok(if known { Outcome::TRACKED } else { Outcome::RARE });
     };
     let mut to = Rewrite::of(&row.load());
+    if to.is_relayed_on() {
+        return Ok(Outcome::relay(to.node()));
+    }
     // As its flow's packets, where it leaves the node.
     if origin == Origin::Pod && to.flags & Entry::MASQUERADED != 0 {
         return Ok(Outcome::TRACKED);

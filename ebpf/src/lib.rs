@@ -55,6 +55,7 @@ pub mod parse;
 pub mod pod;
 pub mod policy;
 pub mod reject;
+pub mod relay;
 pub mod route;
 pub mod service;
 pub mod shadow;

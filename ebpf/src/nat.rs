@@ -3,6 +3,7 @@
 use core::mem::offset_of;
 
 use ferroflow_common::abi::conntrack::Entry;
+use ferroflow_common::abi::relay::{self, NodeNumber};
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::crc32c;
 use ferroflow_common::csum::Sum;
@@ -36,7 +37,19 @@ impl Rewrite {
     /// The packet's ends stay what they are.
     #[inline(always)]
     pub const fn is_plain(&self) -> bool {
-        self.flags & Entry::PLAIN != 0
+        self.flags & (Entry::PLAIN | Entry::RELAYS) != 0
+    }
+
+    /// The packet goes to another node as it is.
+    #[inline(always)]
+    pub const fn is_relayed_on(&self) -> bool {
+        self.flags & Entry::RELAYS != 0
+    }
+
+    /// To this one.
+    #[inline(always)]
+    pub const fn node(&self) -> NodeNumber {
+        relay::stands_for(&self.addrs[0])
     }
 
     #[inline(always)]

@@ -229,8 +229,12 @@ fn pseudo_header<F: Family>(headers: &Headers<F>, proto: Proto, length: u32) -> 
         .half(u16::from(proto.number).to_be())
 }
 
+/// Sends the packet back to whom it came from on the link.
+///
+/// # Errors
+/// [`DropReason::Rewrite`], [`DropReason::Truncated`].
 #[inline(always)]
-fn turn_around<P: Reshape>(packet: &mut P) -> Result<(), DropReason> {
+pub fn turn_around<P: Reshape>(packet: &mut P) -> Result<(), DropReason> {
     let [first, second, third] =
         packet.words(offset_of!(EthHdr, dst_addr) as u32).ok_or(DropReason::Truncated)?;
     let [a, b, c, d] = first.to_ne_bytes();

@@ -39,8 +39,9 @@ pub fn inwards<F: Family, T: Tables<F>>(tables: &T, tuple: &Tuple<F::Bytes>) -> 
 /// The same for a packet that was rewritten, which the stack may not accept any more.
 #[inline(always)]
 pub fn rewritten<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite) -> Verdict {
-    // It went out by the stack: the node's packet filter is to see both directions, or it takes the flow for broken.
-    if to.flags & Entry::MASQUERADED != 0 {
+    // It went out by the stack: the node's packet filter is to see both directions, or it takes the flow for broken. What is
+    // relayed is not rewritten.
+    if to.flags & (Entry::MASQUERADED | Entry::RELAYS) != 0 {
         return Verdict::Stack;
     }
     let verdict = route::<F, T>(tables, to.dst());
@@ -53,7 +54,7 @@ pub fn rewritten<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite) -> Verdict {
 #[inline(always)]
 pub fn onwards<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite, origin: Origin) -> Verdict {
     match origin {
-        Origin::Pod | Origin::Outside => rewritten::<F, T>(tables, to),
+        Origin::Pod | Origin::Outside | Origin::Relay => rewritten::<F, T>(tables, to),
         Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => Verdict::Stack,
     }
 }

@@ -2,11 +2,12 @@
 
 use ferroflow_common::abi::lb::{Frontend, FrontendKey, ServiceClient};
 use ferroflow_common::abi::node::Settings;
+use ferroflow_common::abi::relay::NodeNumber;
 use ferroflow_common::addr::Proto;
 use ferroflow_common::family::Family;
 use ferroflow_common::verdict::{DropReason, Verdict};
 
-use crate::conntrack::{self, Halves, Opener, PORT_TRIES, SourcePort};
+use crate::conntrack::{self, Client, Halves, Opener, PORT_TRIES, SourcePort};
 use crate::fragment::Part;
 use crate::icmp::{Errors, Quote};
 use crate::judge;
@@ -15,6 +16,7 @@ use crate::masquerade::{self, Exits};
 use crate::packet::{Packet, Reshape};
 use crate::parse::{self, Headers, Parse};
 use crate::reject::{self, Answer};
+use crate::relay;
 use crate::shadow;
 use crate::source;
 use crate::steps::Steps;
@@ -35,6 +37,9 @@ pub enum Origin {
     Own,
     /// The same, which sends it out of one of the node's own devices: a pod's packet to the world opens a flow.
     Exit,
+    /// Another node, which got it from outside and relays it as it came: see [`crate::relay`]. One bit more than
+    /// [`Origin::Outside`]: where it is one of the two, the compiler sees that it is none of the others.
+    Relay = 9,
 }
 
 impl Origin {
@@ -47,6 +52,7 @@ impl Origin {
             3 => Self::Inward,
             4 => Self::Own,
             5 => Self::Exit,
+            9 => Self::Relay,
             _ => Self::Node,
         }
     }
@@ -121,10 +127,12 @@ const TURNED: u32 = 12;
 const ADMITTED: u32 = 13;
 const PORTLESS: u32 = 14;
 const STALE: u32 = 15;
+/// With the node's number.
+const RELAY: u32 = 16;
 /// Of what was admitted: a process of this node sent it.
 const NODES: u32 = 2;
 /// With a backend's index, and any of the bits below.
-const CHOSEN: u32 = 16;
+const CHOSEN: u32 = 32;
 /// The backend is to see the node's address instead of the client's.
 const MASQUERADED: u32 = 1;
 /// The backend counts its connections.
@@ -133,6 +141,10 @@ const COUNTED: u32 = 2;
 const SHADOWING: u32 = 4;
 /// The client's own source port is another flow's.
 const ELSEWHERE: u32 = 8;
+/// Where the backend is on another node, that one gets the packets as they are.
+const RELAYS: u32 = 16;
+/// Another node relays the client's packets.
+const RELAYED: u32 = 64;
 
 impl Outcome {
     pub(crate) const STACK: Self = Self::new(STACK, 0);
@@ -150,6 +162,18 @@ impl Outcome {
     pub(crate) const STALE: Self = Self::new(STALE, 0);
     /// It has no ports.
     pub(crate) const PORTLESS: Self = Self::new(PORTLESS, 0);
+
+    /// As it is, to another node.
+    #[inline(always)]
+    pub(crate) const fn relay(node: NodeNumber) -> Self {
+        Self::new(RELAY, node)
+    }
+
+    /// The node that the packet goes to as it is.
+    #[inline(always)]
+    pub(crate) const fn node(self) -> Option<NodeNumber> {
+        if (self.0 >> 32) as u32 == RELAY { Some(self.0 as u32) } else { None }
+    }
 
     /// A packet that may not open a flow, but may be the answer of one.
     #[inline(always)]
@@ -207,6 +231,32 @@ impl Outcome {
         self.0 as u32
     }
 
+    /// What [`track`] takes: the backend with this index, for a client whose packets another node relays.
+    #[inline(always)]
+    pub(crate) const fn relayed(index: u32, flags: u32) -> Self {
+        let counted = if flags & Frontend::LEAST_CONNECTION != 0 { COUNTED } else { 0 };
+        Self::new(CHOSEN | RELAYED | counted, index)
+    }
+
+    /// Whether the backend that was chosen gets packets as they are, where it is on another node: see [`crate::relay::begin`].
+    #[inline(always)]
+    const fn may_relay(self) -> bool {
+        let bits = CHOSEN | RELAYS;
+        (self.0 >> 32) as u32 & bits == bits
+    }
+
+    /// The choice of a backend of this node, which sees the client.
+    #[inline(always)]
+    pub(crate) const fn unmasqueraded(self) -> Self {
+        Self(self.0 & !((MASQUERADED as u64) << 32))
+    }
+
+    /// Whether the backend that was chosen counts its connections.
+    #[inline(always)]
+    pub(crate) const fn is_counted(self) -> bool {
+        (self.0 >> 32) as u32 & COUNTED != 0
+    }
+
     /// What [`track`] takes: the backend with this index, to which the client talks through a service, too.
     #[inline(always)]
     pub(crate) const fn shadowing(index: u32) -> Self {
@@ -226,6 +276,7 @@ impl Outcome {
             Verdict::Reply => Self::new(REPLY, 0),
             Verdict::Pod { ifindex } => Self::new(POD, ifindex),
             Verdict::Taken => Self::new(TAKEN, 0),
+            Verdict::Relay { node } => Self::relay(node),
         }
     }
 
@@ -297,6 +348,7 @@ impl Outcome {
             REPLY => Ok(Fate::Goes(Verdict::Reply)),
             POD => Ok(Fate::Goes(Verdict::Pod { ifindex: number })),
             TAKEN => Ok(Fate::Goes(Verdict::Taken)),
+            RELAY => Ok(Fate::Goes(Verdict::Relay { node: number })),
             OPENS | RARE | HALVED | REFUSED | TRACKED | GUARDED | TURNED | ADMITTED | PORTLESS | STALE => {
                 Ok(Fate::Unfinished)
             }
@@ -457,6 +509,9 @@ where
     if origin.is_at_pod() {
         return judge::admit_portless::<F, P, T>(packet, tables, origin);
     }
+    if origin == Origin::Relay {
+        return Outcome::of(Err(DropReason::AstrayRelay));
+    }
     if origin != Origin::Node && tables.masquerades() {
         tables.known_echo(packet, origin)
     } else {
@@ -511,6 +566,8 @@ where
 {
     let outcome = tables.deliver_error(packet, quote, origin);
     match outcome.fate() {
+        // As it is.
+        Ok(Fate::Goes(Verdict::Relay { .. })) => outcome,
         Ok(Fate::Goes(_)) => {
             let changes = tables.requote_error(packet, quote);
             let mended = tables.mend_error(packet, quote, changes);
@@ -590,7 +647,9 @@ where
             && tables.backend(index).is_some_and(|backend| !tables.keeps_source(&backend.addr)));
     let masqueraded = if stands_in { MASQUERADED } else { 0 };
     let counted = if frontend.flags & Frontend::LEAST_CONNECTION != 0 { COUNTED } else { 0 };
-    Ok(Outcome::new(CHOSEN | masqueraded | counted, index))
+    let relays =
+        if origin == Origin::Outside { ((frontend.flags / Frontend::RELAYS) & 1) * RELAYS } else { 0 };
+    Ok(Outcome::new(CHOSEN | masqueraded | counted | relays, index))
 }
 
 /// Tracks the flow to the backend that [`choose`] chose: [`Outcome::TRACKED`].
@@ -605,6 +664,10 @@ where
     T: Tables<F> + Exits<P>,
 {
     let headers = parse::headers::<F, P>(packet)?.ok_or(DropReason::Truncated)?;
+    let chosen = if chosen.may_relay() { relay::begin(tables, &headers, chosen)? } else { chosen };
+    if chosen == Outcome::TRACKED {
+        return Ok(chosen);
+    }
     let (kind, index) = ((chosen.0 >> 32) as u32, chosen.0 as u32);
     let mut masquerade = None;
     if kind & MASQUERADED != 0 {
@@ -615,7 +678,8 @@ where
         masquerade = Some(own);
     }
     let source_port = if kind & ELSEWHERE != 0 { SourcePort::Random } else { SourcePort::Kept };
-    conntrack::open(tables, &headers, (index, source_port), masquerade, |tuple| {
+    let client = if kind & RELAYED != 0 { Client::RELAYED } else { Client::DIRECT };
+    conntrack::open(tables, &headers, (index, source_port, client), masquerade, |tuple| {
         masquerade::is_taken::<F, P, T>(tables, packet, tuple)
     })?;
     if kind & COUNTED != 0 {
@@ -635,7 +699,7 @@ fn masquerades<T: Services>(tables: &T, frontend: &Frontend, origin: Origin) -> 
         Origin::Pod | Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => {
             frontend.flags & Frontend::NORTH_SOUTH == 0 && tables.settings() & Settings::MASQUERADE_ALL != 0
         }
-        Origin::Outside => frontend.flags & Frontend::KEEP_CLIENT == 0,
+        Origin::Outside | Origin::Relay => frontend.flags & Frontend::KEEP_CLIENT == 0,
     }
 }
 

@@ -12,6 +12,7 @@ use crate::masquerade::{self, Exits};
 use crate::packet::Reshape;
 use crate::pod;
 use crate::reject::Answer;
+use crate::relay;
 use crate::service::{self, Origin, Outcome, Way};
 use crate::source::Senders;
 use crate::tables::{Datagrams, Tables};
@@ -25,7 +26,7 @@ pub trait Steps<F: Answer + Errors, P: Reshape>:
     fn known(&self, packet: &mut P, origin: Origin, way: Way) -> Outcome {
         Outcome::of(match origin {
             Origin::Pod => pod::leave::<F, P, Self>(packet, self, way),
-            Origin::Outside => device::arrive::<F, P, Self>(packet, self, way),
+            Origin::Outside | Origin::Relay => device::arrive::<F, P, Self>(packet, self, way, origin),
             Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => {
                 pod::enter::<F, P, Self>(packet, self, way, origin)
             }
@@ -56,10 +57,15 @@ pub trait Steps<F: Answer + Errors, P: Reshape>:
         conntrack::mend::<F, P, Self>(packet, self);
     }
 
-    /// See [`service::choose`].
+    /// See [`service::choose`] and [`relay::choose`].
     #[inline(always)]
     fn choose(&self, packet: &mut P, origin: Origin) -> Outcome {
-        Outcome::of(service::choose::<F, P, Self>(packet, self, origin))
+        Outcome::of(match origin {
+            Origin::Relay => relay::choose::<F, P, Self>(packet, self),
+            Origin::Pod | Origin::Outside | Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => {
+                service::choose::<F, P, Self>(packet, self, origin)
+            }
+        })
     }
 
     /// See [`service::track`].

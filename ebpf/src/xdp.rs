@@ -177,6 +177,7 @@ mod tests {
         a_known_flow_goes_back_out_of_its_device_both_ways,
         what_cannot_leave_passes_untouched,
         the_first_packet_and_what_is_local_pass,
+        what_is_relayed_passes,
         noise_passes_untouched_or_leaves_whole,
     );
 
@@ -301,6 +302,19 @@ mod tests {
             fake.local(F::pod(3), 13);
             assert_eq!(arrive(&frame, &fake, Some(HOP)), (Verdict::Stack, frame.build()));
             fake = node::<F>().0;
+        }
+    }
+
+    /// To another node, as it is: by the tunnel, and not out of the device.
+    fn what_is_relayed_passes<F: Names>() {
+        let (mut fake, frames) = node::<F>();
+        fake.frontends.values_mut().for_each(|row| row.flags |= Frontend::RELAYS);
+        fake.backends.iter_mut().for_each(|backend| backend.node = 7);
+        fake.nodes.insert(7, F::vip(201));
+        fake.elsewhere.push(F::pod(3));
+        for (frame, _) in frames {
+            assert_eq!(frame.arrive(&fake), Ok((Verdict::Relay { node: 7 }, frame.build())));
+            assert_eq!(arrive(&frame, &fake, Some(HOP)), (Verdict::Stack, frame.build()));
         }
     }
 

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Answer, CliError};
 use crate::maps::kernel::KernelMaps;
 use crate::maps::{
-    ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps as _, Services, Slots,
+    ArrayTable, Backends, Endpoints, Frontends, HashTable, MapError, Maps as _, RelayNodes, Services, Slots,
 };
 
 const CONNTRACK: [&str; 2] = ["conntrack_v4", "conntrack_v6"];
@@ -26,12 +26,22 @@ pub(super) fn dump(maps: &KernelMaps, name: &str) -> Result<Answer, CliError> {
             maps,
             |addr, endpoint| json!({ "key": addr.to_string(), "value": { "ifindex": endpoint.ifindex() } }),
         )?,
+        RelayNodes::NAME => {
+            hash::<RelayNodes>(maps, |number, addr| json!({ "key": number, "value": addr.to_string() }))?
+        }
         Slots::NAME => array::<Slots>(maps, |&slot| (slot != 0).then(|| json!(slot)))?,
         Backends::NAME => array::<Backends>(maps, backend)?,
         name if name == CONNTRACK[0] => flows::<V4>(&maps.conntrack()?),
         name if name == CONNTRACK[1] => flows::<V6>(&maps.conntrack()?),
         _ => {
-            let known = [Frontends::NAME, Slots::NAME, Backends::NAME, Services::NAME, Endpoints::NAME];
+            let known = [
+                Frontends::NAME,
+                Slots::NAME,
+                Backends::NAME,
+                Services::NAME,
+                Endpoints::NAME,
+                RelayNodes::NAME,
+            ];
             let known = known.iter().chain(&CONNTRACK).copied().collect::<Vec<_>>().join(", ");
             return Err(CliError::NoMap { name: name.to_owned(), known });
         }
@@ -74,11 +84,11 @@ fn frontend(value: &Frontend) -> Value {
 }
 
 fn backend(value: &Backend) -> Option<Value> {
-    let Backend { addr, port, proto, flags, generation, service, reserved: _ } = *value;
+    let Backend { addr, port, proto, flags, generation, service, node } = *value;
     (generation != 0 || flags != 0).then(|| {
         json!({
             "addr": addr.to_string(), "port": port.host(), "proto": proto.to_string(), "flags": flags,
-            "generation": generation, "service": service,
+            "generation": generation, "service": service, "node": node,
         })
     })
 }

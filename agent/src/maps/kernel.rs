@@ -22,7 +22,8 @@ use super::batch;
 use super::{
     ArrayTable, Backends, ConnectedSockets, ConnectionCounts, Endpoints, ExitAddresses, Frontends, HashTable,
     Ipcache, IpcacheRanges, MapError, Maps, Masquerades, NodeAddresses, PeerClasses, Plain, Policy,
-    PolicySets, PortRanges, Services, SettingsRow, Slots, SourceRanges, Tunnels, UnmasqueradedRanges,
+    PolicySets, PortRanges, RelayNodes, RelayPeers, Services, SettingsRow, Slots, SourceRanges, Tunnels,
+    UnmasqueradedRanges,
 };
 
 /// A value whose bytes may go to the kernel and come from it.
@@ -64,6 +65,8 @@ impl KernelMaps {
             Tunnels::NAME,
             ConnectedSockets::NAME,
             ExitAddresses::NAME,
+            RelayNodes::NAME,
+            RelayPeers::NAME,
             UnmasqueradedRanges::NAME,
         ]
         .into_iter()

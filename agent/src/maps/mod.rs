@@ -15,6 +15,7 @@ use ferroflow_common::abi::lb::{
 };
 use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings, Unmasqueraded};
 use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeKey, Rules};
+use ferroflow_common::abi::relay::NodeNumber;
 use ferroflow_common::abi::socket::Translation;
 use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
@@ -58,6 +59,10 @@ tables! { HashTable:
     NodeAddresses = "node_addresses", Key = Addr, Value = NodeAddress;
     /// The node that has a range of pods. A trie, like `SourceRanges`.
     Tunnels = "tunnels", Key = RangeKey, Value = Tunnel;
+    /// The address by which packets are relayed to a node.
+    RelayNodes = "relay_nodes", Key = NodeNumber, Value = Addr;
+    /// Whose packets may be relayed here.
+    RelayPeers = "relay_peers", Key = Addr, Value = NodeNumber;
     /// What pods leave by, by interface.
     ExitAddresses = "exit_addresses", Key = u32, Value = Masquerade;
     /// A trie, like `SourceRanges`.

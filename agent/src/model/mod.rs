@@ -27,7 +27,7 @@ pub use namespace::Namespace;
 pub use node::{Node, Prefix, Stay};
 pub use pod::{NamedPort, Network, Pod, Tenant};
 pub use policy::NetworkPolicy;
-pub use route::{Routes, Way};
+pub use route::{Routes, TunnelLink, Way};
 pub use service::{
     Algorithm, Condition, Endpoint, EndpointSlice, Exposure, NodeHint, Service, ServicePort, SlicePort,
     TrafficPolicy,
@@ -84,6 +84,8 @@ pub enum Change {
         ifindex: u32,
         there: bool,
     },
+    /// The device that carries packets to other nodes.
+    Tunnel(Option<TunnelLink>),
     /// An address that this agent gave to a pod, and the interface it made for it: known before any object says so.
     Attachment(Addr, Option<u32>),
     /// The pod that it was given to.

@@ -20,5 +20,13 @@ pub enum Way {
     Unreachable,
 }
 
+/// The tunnel's device, as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TunnelLink {
+    pub ifindex: u32,
+    /// Of what it carries, in bytes from the IP header on.
+    pub mtu: u32,
+}
+
 /// One way for a range.
 pub type Routes = BTreeMap<Prefix, Way>;

@@ -1,5 +1,6 @@
 //! How much of a Service's traffic each of its endpoints gets.
 
+use ferroflow_common::abi::relay::NodeNumber;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::hash::mix;
 
@@ -35,6 +36,12 @@ impl Label {
     pub fn of(name: &str) -> Self {
         let word = |chunk: &[u8]| chunk.iter().fold(0, |word, byte| (word << 8) | u64::from(*byte));
         Self(name.as_bytes().chunks(8).fold(0, |state, chunk| mix(state, word(chunk))))
+    }
+
+    /// What stands for a node of this name in the tables of every node; 0 for what has no name. Two of them may have
+    /// one number: that is for the caller to see.
+    pub fn number(self) -> NodeNumber {
+        if self == Self::NONE { 0 } else { (self.0 as NodeNumber).max(1) }
     }
 }
 

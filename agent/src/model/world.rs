@@ -10,7 +10,7 @@ use super::label::{Labels, Pool};
 use super::share::Shared;
 use super::{
     Change, ClusterNetworkPolicy, EndpointSlice, HostPorts, Kind, KubeProxy, Name, NamedPort, Namespace,
-    Network, NetworkPolicy, Node, Pod, Prefix, Service, SlicePort, Tenant,
+    Network, NetworkPolicy, Node, Pod, Prefix, Service, SlicePort, Tenant, TunnelLink,
 };
 
 /// Everything that is known of the cluster. [`World::apply`] is the only way to change it.
@@ -41,6 +41,7 @@ pub struct World {
     local_subnets: BTreeMap<Prefix, u32>,
     uplinks: BTreeSet<u32>,
     queues: BTreeSet<u32>,
+    tunnel: Option<TunnelLink>,
     topology: u64,
     attachments: BTreeMap<Addr, u32>,
     tenants: BTreeMap<Addr, Tenant>,
@@ -166,6 +167,10 @@ impl World {
                 if changed { vec![Touched::Node] } else { Vec::new() }
             }
             Change::Queue { ifindex, there } => self.apply_queue(ifindex, there),
+            Change::Tunnel(link) => {
+                let old = std::mem::replace(&mut self.tunnel, link);
+                if old == link { Vec::new() } else { vec![Touched::Node] }
+            }
             Change::LocalSubnet(subnet, ifindex) => {
                 let old = set(&mut self.local_subnets, subnet, ifindex);
                 self.topology += u64::from(old != ifindex);
@@ -347,6 +352,11 @@ impl World {
 
     pub fn kube_proxy(&self) -> KubeProxy {
         self.kube_proxy
+    }
+
+    /// The device that carries packets to other nodes, once it is there.
+    pub fn tunnel(&self) -> Option<TunnelLink> {
+        self.tunnel
     }
 
     /// The addresses that are behind interfaces of this host.

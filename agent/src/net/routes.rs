@@ -19,7 +19,7 @@ use tokio::sync::watch::{Receiver, Sender};
 use super::pod::{Netlink as _, PodError, gateway};
 use super::tunnel::{self, TunnelDevice, TunnelError};
 use super::{NetError, veth};
-use crate::model::{Family, Prefix, Routes, Way};
+use crate::model::{Family, Prefix, Routes, TunnelLink, Way};
 
 /// What the kernel says that a route was made by; no other daemon is known to use the number (`/etc/iproute2/rt_protos`).
 pub const PROTOCOL: u8 = 70;
@@ -39,8 +39,8 @@ pub struct Goal {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Laid {
     pub revision: u64,
-    /// The interface of the tunnel.
-    pub tunnel: Option<u32>,
+    /// The tunnel's device.
+    pub tunnel: Option<TunnelLink>,
     /// How often something that had been made was missing and was made again.
     pub repairs: u64,
 }
@@ -76,14 +76,14 @@ pub trait RouteTable {
     /// [`RouteError`].
     fn remove(&self, to: Prefix, way: Way) -> impl Future<Output = Result<(), RouteError>> + Send;
 
-    /// Makes the tunnel's device as it is to be, or removes it; its index. Routes out of it can be made from then on.
+    /// Makes the tunnel's device as it is to be, or removes it; what it is then. Routes out of it can be made from then on.
     ///
     /// # Errors
     /// [`RouteError::Tunnel`].
     fn tunnel(
         &self,
         wanted: Option<&TunnelDevice>,
-    ) -> impl Future<Output = Result<Option<u32>, RouteError>> + Send;
+    ) -> impl Future<Output = Result<Option<TunnelLink>, RouteError>> + Send;
 
     /// Makes the host forward packets of these families.
     ///
@@ -123,7 +123,7 @@ pub async fn keep<T: RouteTable>(
     let mut said = BTreeSet::new();
     let mut repairs = 0;
     // The goal that was there in full, and the tunnel it had.
-    let mut whole: Option<(u64, Option<u32>)> = None;
+    let mut whole: Option<(u64, Option<TunnelLink>)> = None;
     loop {
         let goal = goals.borrow_and_update().clone();
         if goal.revision > 0 {
@@ -159,7 +159,7 @@ pub async fn keep<T: RouteTable>(
 
 /// What laying routes came to.
 struct Work {
-    tunnel: Option<u32>,
+    tunnel: Option<TunnelLink>,
     made: Vec<Prefix>,
     failed: Vec<RouteError>,
 }
@@ -267,9 +267,10 @@ impl RouteTable for Kernel {
         }
     }
 
-    async fn tunnel(&self, wanted: Option<&TunnelDevice>) -> Result<Option<u32>, RouteError> {
+    async fn tunnel(&self, wanted: Option<&TunnelDevice>) -> Result<Option<TunnelLink>, RouteError> {
         let made = tunnel::make(&self.netlink, wanted).await;
-        self.tunnel.store(made.as_ref().ok().copied().flatten().unwrap_or(0), Ordering::Relaxed);
+        let link = made.as_ref().ok().copied().flatten();
+        self.tunnel.store(link.map_or(0, |link| link.ifindex), Ordering::Relaxed);
         Ok(made?)
     }
 
@@ -421,8 +422,8 @@ mod tests {
             Ok(())
         }
 
-        async fn tunnel(&self, wanted: Option<&TunnelDevice>) -> Result<Option<u32>, RouteError> {
-            Ok(wanted.map(|_| 9))
+        async fn tunnel(&self, wanted: Option<&TunnelDevice>) -> Result<Option<TunnelLink>, RouteError> {
+            Ok(wanted.map(|_| TunnelLink { ifindex: 9, mtu: 1450 }))
         }
 
         fn forward(&self, families: &[Family]) -> Result<(), RouteError> {

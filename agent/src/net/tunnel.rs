@@ -16,6 +16,7 @@ use rtnetlink::packet_route::link::{
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVxlan};
 
 use super::netns::sysctl;
+use crate::model::TunnelLink;
 
 /// As long as a name may be, and not one that pods' interfaces have.
 pub const NAME: &str = "ferroflow-vxlan";
@@ -51,11 +52,11 @@ const LEAST_MTU: u32 = 1280;
 /// The MTU of Ethernet, where there is no device to go by.
 const ETHERNET: u32 = 1500;
 
-/// Makes the device so, or removes it where none is wanted; its index. One that is as it should be is not touched.
+/// Makes the device so, or removes it where none is wanted; what it is then. One that is as it should be is not touched.
 pub(super) async fn make(
     netlink: &Handle,
     wanted: Option<&TunnelDevice>,
-) -> Result<Option<u32>, TunnelError> {
+) -> Result<Option<TunnelLink>, TunnelError> {
     let found = find(netlink).await?;
     let Some(wanted) = wanted else {
         if let Some(link) = found {
@@ -84,7 +85,7 @@ pub(super) async fn make(
         add_address(netlink, ifindex).await?;
     }
     wanted.devices.iter().try_for_each(|device| loosen(*device))?;
-    Ok(Some(ifindex))
+    Ok(Some(TunnelLink { ifindex, mtu }))
 }
 
 async fn find(netlink: &Handle) -> Result<Option<LinkMessage>, TunnelError> {

@@ -98,6 +98,7 @@ impl Metrics {
             | Change::LocalSubnet(..)
             | Change::Uplink { .. }
             | Change::Queue { .. }
+            | Change::Tunnel(_)
             | Change::Attachment(..)
             | Change::Tenant(..)
             | Change::HostPorts(..) => {}

@@ -1,8 +1,10 @@
 //! Which endpoints of a service port are backends, and which of them get new flows.
 
 use ferroflow_common::abi::lb::Backend;
+use ferroflow_common::abi::relay::NodeNumber;
 use ferroflow_common::addr::{Addr, Port};
 
+use super::relay::LoadBalancerMode;
 use crate::model::service::{Condition, EndpointSlice, NodeHint, Place, ServicePort};
 use crate::model::weight::Weights;
 use crate::model::{Family, TrafficPolicy};
@@ -18,6 +20,8 @@ pub struct Planned {
     pub sets: u8,
     /// Its share of new flows among those of a set.
     pub weight: u8,
+    /// The node that packets to it may be relayed to; 0 where it is this one, or none is relayed.
+    pub node: NodeNumber,
 }
 
 /// What is asked of [`backends`].
@@ -30,6 +34,7 @@ pub struct Selection<'a> {
     /// This node's.
     pub zone: Option<&'a str>,
     pub weights: &'a Weights,
+    pub mode: LoadBalancerMode,
 }
 
 /// An endpoint at one port, in the slice it was found in.
@@ -41,6 +46,7 @@ struct Found<'a> {
     node_hint: NodeHint,
     zones: &'a [Box<str>],
     weight: u8,
+    node: NodeNumber,
 }
 
 /// Which of the ready endpoints are near enough (rule 4).
@@ -75,6 +81,10 @@ pub fn backends<'a>(
             condition: it.condition,
             sets: 0,
             weight: it.weight,
+            node: match (selection.mode, it.place) {
+                (LoadBalancerMode::Dsr, Place::Remote) => it.node,
+                (LoadBalancerMode::Dsr, Place::Local) | (LoadBalancerMode::Snat, _) => 0,
+            },
         }));
         for policy in selection.policies {
             let topology = topology(&half, selection.zone);
@@ -127,6 +137,7 @@ fn found<'a>(
                 node_hint: it.node_hint,
                 zones: slice.zones(it),
                 weight: weights.of(&it.addr, it.node, it.zone),
+                node: it.node.number(),
             }));
         }
     }
@@ -182,7 +193,7 @@ mod tests {
     use super::*;
     use crate::model::Prefix;
     use crate::model::service::{Endpoint, SlicePort};
-    use crate::model::weight::Target;
+    use crate::model::weight::{Label, Target};
 
     fn addr(text: &str) -> Addr {
         Addr::from(text.parse::<IpAddr>().unwrap())
@@ -205,8 +216,13 @@ mod tests {
 
     /// `addr:port` of the backends in a set, `(addr:port)` of the others.
     fn chosen(slices: &[EndpointSlice], policy: TrafficPolicy, zone: Option<&str>) -> String {
-        let selection =
-            Selection { families: &Family::ALL, policies: &[policy], zone, weights: &Weights::default() };
+        let selection = Selection {
+            families: &Family::ALL,
+            policies: &[policy],
+            zone,
+            weights: &Weights::default(),
+            mode: LoadBalancerMode::Snat,
+        };
         let texts = backends(&http(), slices.iter(), &selection).into_iter().map(|it| match it.sets {
             0 => format!("({}:{})", it.addr, it.port),
             _ => format!("{}:{}", it.addr, it.port),
@@ -291,6 +307,7 @@ mod tests {
                 policies: &policies,
                 zone: None,
                 weights: &Weights::default(),
+                mode: LoadBalancerMode::Snat,
             };
             let slice = hinted(endpoints);
             let found = backends(&http(), [&slice].into_iter(), &selection);
@@ -363,8 +380,30 @@ mod tests {
             policies: &[TrafficPolicy::Cluster],
             zone: None,
             weights: &Weights::default(),
+            mode: LoadBalancerMode::Snat,
         };
         assert_eq!(backends(&http(), [v4, v6].iter(), &selection).len(), 2);
+    }
+
+    #[test]
+    fn with_dsr_backends_on_other_nodes_say_which() {
+        let there = Label::of("there");
+        let mut slice = hinted(&["r", "Lr", "r"]);
+        slice.endpoints.iter_mut().take(2).for_each(|it| it.node = there);
+        let nodes = |mode| {
+            let (policies, weights) = ([TrafficPolicy::Cluster], Weights::default());
+            let selection = Selection {
+                families: &Family::ALL,
+                policies: &policies,
+                zone: None,
+                weights: &weights,
+                mode,
+            };
+            let found = backends(&http(), [&slice].into_iter(), &selection);
+            found.iter().map(|it| it.node).collect::<Vec<_>>()
+        };
+        assert_eq!(nodes(LoadBalancerMode::Dsr), [there.number(), 0, 0], "here, and outside of the cluster");
+        assert_eq!(nodes(LoadBalancerMode::Snat), [0, 0, 0]);
     }
 
     #[test]
@@ -373,8 +412,13 @@ mod tests {
             let target = |last| Target::Range(Prefix::new(Addr::v4([10, 0, 0, last]), 32).unwrap());
             let weights = Weights::new(zero.iter().map(|last| (target(*last), 0)).collect());
             let policies = [TrafficPolicy::Cluster, TrafficPolicy::Local];
-            let selection =
-                Selection { families: &Family::ALL, policies: &policies, zone: None, weights: &weights };
+            let selection = Selection {
+                families: &Family::ALL,
+                policies: &policies,
+                zone: None,
+                weights: &weights,
+                mode: LoadBalancerMode::Snat,
+            };
             let slice = hinted(&["r", "Lr", "r"]);
             let found = backends(&http(), [&slice].into_iter(), &selection);
             found.iter().map(|it| it.sets).collect::<Vec<_>>()

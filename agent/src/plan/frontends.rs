@@ -3,11 +3,12 @@
 //! | frontend | policy | scope |
 //! | --- | --- | --- |
 //! | cluster IP | internal | external row only |
-//! | NodePort, load balancer, external address | external | external row; with the policy Local also an internal one, which has the set of the policy Cluster (rule 16) |
+//! | NodePort, load balancer, external address | external | external row; with the policy Local also an internal one, which has the set of the policy Cluster (rule 16); with the policy Cluster and direct server return also one for what other nodes relay, which has this node's own |
 
 use ferroflow_common::abi::lb::{Backend, Frontend, FrontendKey};
 use ferroflow_common::addr::{Addr, Port};
 
+use super::relay::LoadBalancerMode;
 use super::{Config, ExternalIps};
 use crate::model::Family;
 use crate::model::service::{Algorithm, Service, ServicePort, TrafficPolicy};
@@ -32,7 +33,13 @@ pub fn frontends(service: &Service, port: &ServicePort, config: &Config) -> Vec<
         if planned.iter().any(|other: &PlannedFrontend| other.key == key) {
             continue;
         }
-        let flags = flags(service, place, Family::of(&addr));
+        let flags = flags(service, place, Family::of(&addr)) | relays(service, place, config);
+        if flags & Frontend::RELAYS != 0 {
+            let key = FrontendKey { scope: FrontendKey::RELAYED, ..key };
+            let kept = flags & !(Frontend::RELAYS | Frontend::SOURCE_RANGES);
+            let flags = kept | Frontend::LOCAL | Frontend::KEEP_CLIENT;
+            planned.push(PlannedFrontend { key, flags });
+        }
         if flags & Frontend::INTERNAL_ROW != 0 {
             let key = FrontendKey { scope: FrontendKey::INTERNAL, ..key };
             let flags = flags & !(Frontend::INTERNAL_ROW | Frontend::LOCAL);
@@ -82,6 +89,15 @@ fn places<'a>(
     let balancer = exposure.load_balancer_ips.iter().map(at(Place::LoadBalancer));
     let all = cluster.chain(balancer).chain(external_ips.iter().map(at(Place::Outside))).chain(node);
     all.filter(|(_, addr, _)| service.serves(Family::of(addr)))
+}
+
+/// [`Frontend::RELAYS`] for what outsiders may reach on any node.
+fn relays(service: &Service, place: Place, config: &Config) -> u32 {
+    let outside = place != Place::ClusterIp && service.exposure.policy == TrafficPolicy::Cluster;
+    match config.mode {
+        LoadBalancerMode::Dsr if outside => Frontend::RELAYS,
+        LoadBalancerMode::Dsr | LoadBalancerMode::Snat => 0,
+    }
 }
 
 fn flags(service: &Service, place: Place, family: Family) -> u32 {
@@ -154,11 +170,12 @@ mod tests {
             (Frontend::INTERNAL_ROW, "has-internal"),
             (Frontend::KEEP_CLIENT, "keep"),
             (Frontend::NORTH_SOUTH, "ns"),
+            (Frontend::RELAYS, "relays"),
             (Frontend::SOURCE_RANGES, "ranges"),
             (Frontend::MAGLEV, "maglev"),
         ];
         let text = |it: &PlannedFrontend| {
-            let scope = if it.key.scope == FrontendKey::INTERNAL { "/internal" } else { "" };
+            let scope = ["", "/internal", "/own", "/relayed"][usize::from(it.key.scope)];
             let mut words = vec![format!("{}:{}{scope}", it.key.addr, it.key.port)];
             words.extend(names.iter().filter(|(bit, _)| it.flags & bit != 0).map(|(_, name)| (*name).into()));
             words.join(" ")
@@ -191,6 +208,25 @@ mod tests {
             "0.0.0.0:30080 local has-internal keep ns maglev",
         ];
         assert_eq!(said(&exposed(TrafficPolicy::Local), &config()), expected);
+    }
+
+    #[test]
+    fn with_dsr_what_other_nodes_relay_has_a_row_of_this_nodes_own_backends() {
+        let config = Config { mode: LoadBalancerMode::Dsr, ..config() };
+        let mut service = exposed(TrafficPolicy::Cluster);
+        service.exposure.source_ranges = Box::new([Prefix::new(Addr::v4([10, 0, 0, 0]), 8).unwrap()]);
+        let expected = [
+            "10.96.0.1:80",
+            "192.0.2.1:80/relayed local keep ns maglev",
+            "192.0.2.1:80 ns relays ranges maglev",
+            "192.0.2.9:80/relayed local keep ns maglev",
+            "192.0.2.9:80 ns relays maglev",
+            "0.0.0.0:30080/relayed local keep ns maglev",
+            "0.0.0.0:30080 ns relays maglev",
+        ];
+        assert_eq!(said(&service, &config), expected);
+        let local = exposed(TrafficPolicy::Local);
+        assert_eq!(said(&local, &config), said(&local, &self::config()), "it keeps its clients anyway");
     }
 
     #[test]

@@ -60,7 +60,7 @@ fn frontend(key: FrontendKey) -> PlannedFrontend {
 
 fn backend(addr: Addr, port: &HostPort) -> Planned {
     let (condition, sets) = (Condition::Ready, Backend::CLUSTER);
-    Planned { addr, port: port.container_port, condition, sets, weight: 1 }
+    Planned { addr, port: port.container_port, condition, sets, weight: 1, node: 0 }
 }
 
 /// Where the port is, in the families that the pod has.

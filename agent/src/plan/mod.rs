@@ -13,6 +13,7 @@ pub mod masquerade;
 pub mod node;
 pub mod policy;
 pub mod ranges;
+pub mod relay;
 pub mod routes;
 pub mod slots;
 pub mod sources;
@@ -43,6 +44,7 @@ pub struct Config {
     pub live_flows: Live,
     /// Of the tunnel (`--vxlan-vni`).
     pub vni: u32,
+    pub mode: relay::LoadBalancerMode,
     /// The lengths of Maglev tables: [`maglev::LENGTHS`], but for tests.
     pub maglev_lengths: &'static [u32],
 }
@@ -77,6 +79,7 @@ impl Default for Config {
             routing: routes::Routing::None,
             live_flows: Live::Finish,
             vni: 0,
+            mode: relay::LoadBalancerMode::Snat,
             maglev_lengths: maglev::LENGTHS,
         }
     }
@@ -189,8 +192,8 @@ fn port_rows<'a>(
         .collect();
     let node = world.own_node();
     let zone = node.and_then(|node| node.zone.as_deref());
-    let selection =
-        backends::Selection { families: &families, policies: &policies, zone, weights: &service.weights };
+    let (weights, mode) = (&service.weights, config.mode);
+    let selection = backends::Selection { families: &families, policies: &policies, zone, weights, mode };
     let backends = backends::backends(port, backing.slices.values(), &selection);
     for frontend in &mut frontends {
         frontend.flags = settle(*frontend, &backends);

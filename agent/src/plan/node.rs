@@ -7,6 +7,7 @@ use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
 
 use super::masquerade::{self, Exits};
+use super::relay::{self, RelayRows};
 use super::{Config, MasqueradeScope, routes};
 use crate::model::{Family, KubeProxy, Prefix, World};
 
@@ -31,6 +32,8 @@ pub struct NodeRows {
     pub tunnels: BTreeMap<Prefix, Tunnel>,
     /// How pods leave the node.
     pub exits: Exits,
+    /// `None`: as it is.
+    pub relay: Option<RelayRows>,
     /// Ranges of cluster IPs for which there was no room.
     pub surplus: Vec<Prefix>,
 }
@@ -52,6 +55,7 @@ pub fn rows(world: &World, config: &Config) -> NodeRows {
         masquerade: Masquerade { v4: own(Family::V4), v6: own(Family::V6) },
         settings,
         exits: masquerade::exits(world, &config.world),
+        relay: relay::rows(world, config),
         tunnels: routes::tunnels(world, config.routing, config.vni),
         surplus,
     }

@@ -144,13 +144,19 @@ fn native(world: &World, (name, node): (&str, &Node), cidr: Prefix) -> Result<(W
 
 /// With the node's address; IPv4 where both have it.
 fn carried(world: &World, (name, node): (&str, &Node), cidr: Prefix) -> Result<(Way, Addr), RouteProblem> {
-    let own = |family| {
-        let primary = world.own_node().and_then(|node| node.primary(family));
-        primary.filter(|addr| world.local_addresses().contains_key(addr))
-    };
-    let common = Family::ALL.into_iter().find_map(|family| own(family).and(node.primary(family)));
-    let end = common.ok_or_else(|| RouteProblem::NoFamily { node: name.into(), cidr })?;
-    Ok((Way::Tunnel { source: own(cidr.family()) }, end))
+    let end = end(world, node).ok_or_else(|| RouteProblem::NoFamily { node: name.into(), cidr })?;
+    Ok((Way::Tunnel { source: own(world, cidr.family()) }, end))
+}
+
+/// The address by which packets are carried to a node; `None` where this one has none of the families that it has.
+pub fn end(world: &World, node: &Node) -> Option<Addr> {
+    Family::ALL.into_iter().find_map(|family| own(world, family).and(node.primary(family)))
+}
+
+/// This node's address of a family, where it has it.
+fn own(world: &World, family: Family) -> Option<Addr> {
+    let primary = world.own_node().and_then(|node| node.primary(family));
+    primary.filter(|addr| world.local_addresses().contains_key(addr))
 }
 
 /// The interface of the smallest subnet that has the address.

@@ -69,8 +69,14 @@ mod tests {
 
     #[test]
     fn every_backend_of_the_set_and_family_has_its_share() {
-        let backend =
-            |addr, sets| Planned { addr, port: Port::new(80), condition: Condition::Ready, sets, weight: 1 };
+        let backend = |addr, sets| Planned {
+            addr,
+            port: Port::new(80),
+            condition: Condition::Ready,
+            sets,
+            weight: 1,
+            node: 0,
+        };
         let backends = [
             backend(Addr::v4([10, 0, 0, 1]), Backend::CLUSTER),
             backend(Addr::v4([10, 0, 0, 2]), 0),
@@ -117,6 +123,7 @@ mod tests {
             condition: Condition::Ready,
             sets: Backend::CLUSTER,
             weight,
+            node: 0,
         });
         for flags in [0, Frontend::MAGLEV] {
             let slots = positions(&backends, Family::V4, flags, maglev::LENGTHS);

@@ -134,9 +134,11 @@ impl<M: Maps> Tables<M> {
         let mut conflict = Ok(());
         for rows in desired {
             rows.frontends.retain(|it| {
-                // Both rows of a frontend go to the same Service.
+                // All rows of a frontend go to the same Service.
                 let key = match it.key.scope {
-                    FrontendKey::INTERNAL => FrontendKey { scope: FrontendKey::EXTERNAL, ..it.key },
+                    FrontendKey::INTERNAL | FrontendKey::RELAYED => {
+                        FrontendKey { scope: FrontendKey::EXTERNAL, ..it.key }
+                    }
                     _ => it.key,
                 };
                 let owner = self.frontends.get(&key).and_then(|row| self.owners.get(&row.service));
@@ -262,10 +264,10 @@ impl<M: Maps> Tables<M> {
         let desired = rows.backends.iter().map(|planned| ((planned.addr, planned.port, proto), planned));
         for step in steps(desired, actual) {
             match step {
-                Step::Add(&Planned { addr, port, condition: _, sets, weight: _ }) => {
+                Step::Add(&Planned { addr, port, condition: _, sets, weight: _, node }) => {
                     let index = self.indices.take(now)?;
                     let flags = Backend::LIVE | sets;
-                    let mut row = Backend { addr, port, proto, flags, generation: 0, service, reserved: 0 };
+                    let mut row = Backend { addr, port, proto, flags, generation: 0, service, node };
                     // Noted before the table is read: if that fails, the index is given back.
                     work.backends.push((index, row));
                     row.generation = self.maps.read::<Backends>(index)?.generation;
@@ -276,8 +278,9 @@ impl<M: Maps> Tables<M> {
                 }
                 Step::Keep(planned, (index, row)) => {
                     let flags = Backend::LIVE | planned.sets;
-                    if row.flags != flags {
-                        work.marks.push((index, Backend { flags, ..row }));
+                    let node = planned.node;
+                    if (row.flags, row.node) != (flags, node) {
+                        work.marks.push((index, Backend { flags, node, ..row }));
                     }
                     indices.push(index);
                 }

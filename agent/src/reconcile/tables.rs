@@ -17,7 +17,7 @@ use super::hold::Hold;
 use super::policy::Policies;
 use crate::maps::{
     Backends, Endpoints, ExitAddresses, Frontends, HashTable, MapError, Maps, Masquerades, NodeAddresses,
-    Services, SettingsRow, Slots, SourceRanges, Tunnels, UnmasqueradedRanges,
+    RelayNodes, RelayPeers, Services, SettingsRow, Slots, SourceRanges, Tunnels, UnmasqueradedRanges,
 };
 use crate::model::{Name, Prefix, Touched};
 use crate::plan;
@@ -197,12 +197,20 @@ impl<M: Maps> Tables<M> {
         }
         let flags = rows.settings.flags | self.enforced;
         let old = self.maps.read::<SettingsRow>(0)?;
-        let settings = Settings { flags, epoch: old.epoch, ..rows.settings };
+        let relay = rows.relay.as_ref().map_or(old.relay, |rows| rows.relay);
+        let settings = Settings { flags, epoch: old.epoch, relay, ..rows.settings };
         if old != settings {
             // Ranges are taken back before they change: a program must not see half of one.
-            let (flags, epoch) = (settings.flags, settings.epoch);
-            self.maps.write::<SettingsRow>(0, &Settings { flags, epoch, ..Settings::NONE })?;
+            if old.ranges != settings.ranges {
+                let ranges = Settings::NONE.ranges;
+                self.maps.write::<SettingsRow>(0, &Settings { ranges, ..settings })?;
+            }
             self.maps.write::<SettingsRow>(0, &settings)?;
+        }
+        if let Some(relay) = &rows.relay {
+            // Last, what leads packets to where the others say.
+            self.apply_rows::<RelayPeers>(&relay.peers, Whose::OfNodes)?;
+            self.apply_rows::<RelayNodes>(&relay.nodes, Whose::OfNodes)?;
         }
         let key = |range: &Prefix| RangeKey { bits: range.bits().into(), addr: range.addr() };
         let kept = rows.exits.kept.iter().map(|range| (key(range), 1)).collect();

@@ -87,6 +87,7 @@ impl Model {
             | Change::LocalSubnet(..)
             | Change::Uplink { .. }
             | Change::Queue { .. }
+            | Change::Tunnel(_)
             | Change::Attachment(..)
             | Change::Tenant(..)
             | Change::HostPorts(..)

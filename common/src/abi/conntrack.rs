@@ -57,7 +57,7 @@ pub struct Entry {
     pub kind: u8,
     /// The bits of [`crate::tcp::State`].
     pub state: u8,
-    /// [`Entry::OWN_SOURCE`], [`Entry::PLAIN`], [`Entry::MASQUERADED`], [`Entry::SHADOWING`] and [`Entry::EXEMPT`].
+    /// [`Entry::OWN_SOURCE`] and the constants behind it.
     pub flags: u8,
     pub reserved: u8,
     /// [`Settings::epoch`](super::node::Settings::epoch) when policies were last asked about the flow, by a packet of this
@@ -90,4 +90,10 @@ impl Entry {
     pub const SHADOWING: u8 = 8;
     /// This node's own process opened it: no policy has a say in it (rule 49), also when live flows are judged again.
     pub const EXEMPT: u8 = 16;
+    /// The backend is on another node, which gets the client's packets as they are ([`super::relay`]) and answers by
+    /// itself: there is no other direction here. The source stands for that node, the destination is the backend's address.
+    pub const RELAYS: u8 = 32;
+    /// The client's packets come relayed by another node, for an address that may be none of this one's. What the
+    /// backend answers goes past the stack.
+    pub const RELAYED: u8 = 64;
 }

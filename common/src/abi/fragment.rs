@@ -28,10 +28,12 @@ pub struct DatagramKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Datagram {
-    /// What source and destination become, where it is [`Datagram::REWRITTEN`].
+    /// What source and destination become, where it is [`Datagram::REWRITTEN`]; the source stands for the node that it goes
+    /// to, where it is [`Datagram::RELAYED`].
     pub src: Addr,
     pub dst: Addr,
-    /// [`Datagram::AWAITED`], [`Datagram::PASSES`], [`Datagram::REWRITTEN`] or [`Datagram::DROPPED`].
+    /// [`Datagram::AWAITED`], [`Datagram::PASSES`], [`Datagram::REWRITTEN`], [`Datagram::DROPPED`] or
+    /// [`Datagram::RELAYED`].
     pub fate: u8,
     /// Those of the flow's [`crate::abi::conntrack::Entry`].
     pub flags: u8,
@@ -50,6 +52,8 @@ impl Datagram {
     pub const REWRITTEN: u8 = 2;
     /// Its first fragment was dropped or refused.
     pub const DROPPED: u8 = 3;
+    /// To another node, as it is ([`super::relay`]).
+    pub const RELAYED: u8 = 4;
 
     /// How long a receiver waits for the rest (`net.ipv4.ipfrag_time`).
     pub const LIFETIME: u32 = 30;

@@ -2,6 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::relay::NodeNumber;
 use crate::addr::{Addr, Port, Proto};
 
 /// What a client addresses. One hash lookup by this key decides whether a packet is for a service.
@@ -16,7 +17,7 @@ pub struct FrontendKey {
     pub addr: Addr,
     pub port: Port,
     pub proto: Proto,
-    /// [`FrontendKey::EXTERNAL`], [`FrontendKey::INTERNAL`] or [`FrontendKey::OWN`].
+    /// [`FrontendKey::EXTERNAL`], [`FrontendKey::INTERNAL`], [`FrontendKey::OWN`] or [`FrontendKey::RELAYED`].
     pub scope: u8,
 }
 
@@ -29,6 +30,9 @@ impl FrontendKey {
     /// A port of a loopback address: sockets of the host alone look it up. A packet that claims to be for a loopback
     /// address of the host finds nothing (CVE-2020-8558).
     pub const OWN: u8 = 2;
+    /// The row for packets that another node relayed (see [`crate::abi::relay`]): it has that node's choices, as far as
+    /// they are of this one. It exists where the external row says [`Frontend::RELAYS`].
+    pub const RELAYED: u8 = 3;
 
     /// Stands for the node's IPv4 addresses.
     pub const NODE_V4: Addr = Addr::v4([0; 4]);
@@ -85,6 +89,9 @@ impl Frontend {
     /// A port of this host that leads to one of its pods. Where it has no address of its own it is at every address of
     /// the host, whichever of them serve NodePorts.
     pub const HOST_PORT: u32 = 256;
+    /// Packets from outside go to a backend on another node as they are, through that node
+    /// ([`crate::abi::relay`]), which keeps the client's address with the policy Cluster too.
+    pub const RELAYS: u32 = 512;
 
     /// Whether a backend that a client remembers is still one of those that this frontend chooses among; its
     /// generation is for the caller to compare (rule 29).
@@ -107,7 +114,8 @@ pub type Connections = u64;
 
 /// One endpoint of one service port. A row that slots may name never becomes another endpoint's: it is released by a
 /// new generation, rests for a grace period and may then serve another endpoint. A flow that remembers (index,
-/// generation) therefore learns at its next packet that its backend is gone. Only the flags change meanwhile.
+/// generation) therefore learns at its next packet that its backend is gone. Only the flags and the node change
+/// meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Backend {
@@ -117,7 +125,9 @@ pub struct Backend {
     pub flags: u8,
     pub generation: u32,
     pub service: u32,
-    pub reserved: u32,
+    /// The node that it is on, where packets may be relayed there; 0 where it is on this one, on none that is known, or
+    /// nothing is relayed.
+    pub node: NodeNumber,
 }
 
 impl Backend {
@@ -216,7 +226,7 @@ mod tests {
         let frontend = |flags| Frontend { service: 1, offset: 0, length: 1, flags, affinity: 9 };
         let backend = |flags| {
             let (addr, port, proto) = (Addr::UNSPECIFIED, Port::ZERO, Proto::TCP);
-            Backend { addr, port, proto, flags, generation: 0, service: 1, reserved: 0 }
+            Backend { addr, port, proto, flags, generation: 0, service: 1, node: 0 }
         };
         let (live, cluster, local) = (Backend::LIVE, Backend::CLUSTER, Backend::LOCAL);
         for (policy, flags, chosen) in [

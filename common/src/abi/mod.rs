@@ -13,6 +13,7 @@ pub mod fragment;
 pub mod lb;
 pub mod node;
 pub mod policy;
+pub mod relay;
 pub mod socket;
 pub mod state;
 pub mod tunnel;

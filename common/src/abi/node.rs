@@ -2,6 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::relay::Relay;
 use crate::addr::Addr;
 
 /// One of this node's own addresses, by the address.
@@ -41,6 +42,8 @@ pub struct Settings {
     /// Another number whenever a live flow may have lost its permission: a flow that was judged under another one is judged
     /// again at its next packet (rule 52).
     pub epoch: u32,
+    /// How packets are relayed to other nodes.
+    pub relay: Relay,
 }
 
 /// The words are those of a mapped address, in memory order.
@@ -71,6 +74,7 @@ impl Settings {
         flags: 0,
         ranges: [ServiceRange { first: [0; 4], mask: [0; 4], used: 0 }; Self::RANGES],
         epoch: 0,
+        relay: Relay { device: 0, room: 0, vni: 0 },
     };
 
     /// Whether the address is in a range of cluster IPs.

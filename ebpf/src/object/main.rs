@@ -10,6 +10,7 @@ mod fib;
 mod maps;
 mod masquerade;
 mod mtu;
+mod relay;
 mod skb;
 mod socket;
 mod steps;

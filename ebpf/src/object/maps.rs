@@ -17,6 +17,7 @@ use ferroflow_common::abi::lb::{
 };
 use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings};
 use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeKey, Rules, Verdict};
+use ferroflow_common::abi::relay::{NodeNumber, Relay};
 use ferroflow_common::abi::socket::{Translation, Translations};
 use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::abi::tunnel::Tunnel;
@@ -88,6 +89,12 @@ static TUNNELS: LpmTrie<Addr, Tunnel, 65_536> = LpmTrie::new();
 
 #[btf_map(name = "node_addresses", pin_by_name)]
 static NODE_ADDRESSES: HashMap<Addr, NodeAddress, 1_024, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "relay_nodes", pin_by_name)]
+static RELAY_NODES: HashMap<NodeNumber, Addr, 16_384, ON_DEMAND> = HashMap::new();
+
+#[btf_map(name = "relay_peers", pin_by_name)]
+static RELAY_PEERS: HashMap<Addr, NodeNumber, 65_536, ON_DEMAND> = HashMap::new();
 
 #[btf_map(name = "masquerade", pin_by_name)]
 static MASQUERADE: Array<Masquerade, 1, MMAP> = Array::new();
@@ -215,6 +222,31 @@ impl Services for Kernel {
             // SAFETY: a row of the array, which lives as long as the program; the addition is atomic.
             unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) count, in(reg) 1u64, options(nostack)) };
         }
+    }
+
+    #[inline(always)]
+    fn node(&self, number: NodeNumber) -> Option<Addr> {
+        // SAFETY: copied before anything else is called.
+        unsafe { RELAY_NODES.get(&number) }.copied()
+    }
+
+    #[inline(always)]
+    fn is_peer(&self, addr: &Addr) -> bool {
+        // SAFETY: copied before anything else is called.
+        unsafe { RELAY_PEERS.get(addr) }.is_some_and(|number| *number != 0)
+    }
+
+    #[inline(always)]
+    fn relays(&self) -> bool {
+        self.relay().device != 0
+    }
+}
+
+impl Kernel {
+    /// How packets are relayed to other nodes.
+    #[inline(always)]
+    pub(crate) fn relay(&self) -> Relay {
+        SETTINGS.get(0).map_or(Relay { device: 0, room: 0, vni: 0 }, |settings| settings.relay)
     }
 }
 

@@ -19,7 +19,7 @@ use ferroflow_ebpf::masquerade::{self, Exits};
 use ferroflow_ebpf::tables::Aligned;
 
 use crate::maps::Kernel;
-use crate::skb::Skb;
+use crate::skb::{Mark, Skb};
 use crate::tc::action;
 
 /// Pods are masqueraded to the world. Where they are not, the verifier drops all that is about it.
@@ -36,7 +36,7 @@ static UNMASQUERADED: LpmTrie<Addr, Unmasqueraded, 65_536> = LpmTrie::new();
 #[classifier]
 pub(crate) fn device_egress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
-    if skb.is_finished() {
+    if skb.told() == Mark::FINISHED {
         return TC_ACT_UNSPEC;
     }
     let verdict = masquerade::leaving(&mut skb, &Kernel);

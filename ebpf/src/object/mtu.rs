@@ -9,6 +9,7 @@ use aya_ebpf::programs::TcContext;
 use ferroflow_common::family::{Family as _, V4, V6};
 use ferroflow_ebpf::mtu;
 use ferroflow_ebpf::packet::Packet as _;
+use ferroflow_ebpf::reject::turn_around;
 use ferroflow_ebpf::service::Outcome;
 
 use crate::skb::Skb;
@@ -28,6 +29,21 @@ pub(crate) fn answer(skb: &Skb, room: u32) -> i32 {
     let ifindex = unsafe { (*context).ifindex };
     // SAFETY: the helper takes numbers and checks them.
     (unsafe { bpf_redirect(ifindex, u64::from(BPF_F_INGRESS)) }) as i32
+}
+
+/// The same for a packet that is as its sender sent it: out by its own interface, to where it came from.
+#[inline(always)]
+pub(crate) fn answer_back(skb: &mut Skb, room: u32) -> i32 {
+    let context = skb.0.as_ptr().cast::<__sk_buff>();
+    let outcome =
+        if skb.ethertype() == V4::ETHERTYPE { too_big_v4(context, room) } else { too_big_v6(context, room) };
+    if let Err(reason) = Outcome(outcome).fate().and_then(|_error| turn_around(skb)) {
+        return shot(reason);
+    }
+    // SAFETY: the context is the program's own.
+    let ifindex = unsafe { (*context).ifindex };
+    // SAFETY: the helper takes numbers and checks them.
+    (unsafe { bpf_redirect(ifindex, 0) }) as i32
 }
 
 macro_rules! too_big {

@@ -2,6 +2,7 @@
 
 use core::arch::asm;
 use core::mem::MaybeUninit;
+use core::ptr::NonNull;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
@@ -68,9 +69,24 @@ impl Exit {
     }
 }
 
-/// A number of the traffic control's own classifiers (`skb->tc_index`), which the kernel keeps from one hook to the next; of
-/// the sixteen bits those use the low ones.
-const FINISHED: u32 = 0xfe40;
+/// What one program tells the next: a number of the traffic control's own classifiers (`skb->tc_index`), which the kernel
+/// keeps from one hook to the next; of the sixteen bits those use the low ones.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub(crate) struct Mark(u32);
+
+impl Mark {
+    /// The program at the device that the packet leaves by has nothing more to do.
+    pub(crate) const FINISHED: Self = Self(0xfe40);
+    /// The same, and the tunnel knows where it goes.
+    pub(crate) const ADDRESSED: Self = Self(0xfe41);
+
+    /// Whether it is one of them.
+    #[inline(always)]
+    const fn is_ours(self) -> bool {
+        self.0 & !1 == Self::FINISHED.0
+    }
+}
 
 /// The multiples of four that a sum's length less four may be.
 const SUM_MASK: u32 = SUM_MAX - 4;
@@ -83,19 +99,22 @@ impl Skb {
         let skb = self.0.as_ptr().cast::<__sk_buff>();
         // SAFETY: the context is the program's own `__sk_buff`.
         let ifindex = unsafe { (*skb).ingress_ifindex };
-        // SAFETY: as above.
-        let segment = unsafe { (*skb).gso_size };
+        let length = self.longest();
         if self.ethertype() == V4::ETHERTYPE {
             let Some([src, dst]) = self.words(L3 + V4::SRC_OFF) else { return Exit::NOWHERE };
-            let length = mtu::longest::<V4, _>(self, segment);
             self.ask(Query::new::<V4>(ifindex, [src, 0, 0, 0], [dst, 0, 0, 0], length), length)
         } else {
             let Some([s0, s1, s2, s3, d0, d1, d2, d3]) = self.words(L3 + V6::SRC_OFF) else {
                 return Exit::NOWHERE;
             };
-            let length = mtu::longest::<V6, _>(self, segment);
             self.ask(Query::new::<V6>(ifindex, [s0, s1, s2, s3], [d0, d1, d2, d3], length), length)
         }
+    }
+
+    /// How long the packet is on the wire: see [`mtu::longest`].
+    #[inline(always)]
+    pub(crate) fn longest(&self) -> u16 {
+        longest(self.0.as_ptr().cast()) as u16
     }
 
     #[inline(always)]
@@ -122,24 +141,23 @@ impl Skb {
         unsafe { (*self.0.as_ptr().cast::<__sk_buff>()).ingress_ifindex == 0 }
     }
 
-    /// Tells the program at the device that the packet leaves by that it has nothing more to do.
     #[inline(always)]
-    pub(crate) fn finish(&self) {
+    pub(crate) fn tell(&self, Mark(number): Mark) {
         // SAFETY: the context is the program's own `__sk_buff`, whose field may be written in TC programs.
-        unsafe { (*self.0.as_ptr().cast::<__sk_buff>()).tc_index = FINISHED };
+        unsafe { (*self.0.as_ptr().cast::<__sk_buff>()).tc_index = number };
     }
 
-    /// Whether a program has said so; which is said once.
+    /// What a program has told, which is told once; or any other mark.
     #[inline(always)]
-    pub(crate) fn is_finished(&self) -> bool {
+    pub(crate) fn told(&self) -> Mark {
         let skb = self.0.as_ptr().cast::<__sk_buff>();
         // SAFETY: as above.
-        let is_finished = unsafe { (*skb).tc_index } == FINISHED;
-        if is_finished {
+        let mark = Mark(unsafe { (*skb).tc_index });
+        if mark.is_ours() {
             // SAFETY: as above.
             unsafe { (*skb).tc_index = 0 };
         }
-        is_finished
+        mark
     }
 
     /// Copies the packet and gives its length; `None` where that is more than there is room for.
@@ -195,6 +213,21 @@ fn bounded<const N: usize>(length: u32) -> Option<u32> {
     // SAFETY: takes the subtraction back.
     unsafe { asm!("{0} += 1", inout(reg) length, options(pure, nomem, nostack)) };
     Some(length as u32)
+}
+
+/// A global function, as the [steps](crate::steps) are.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn longest(skb: *mut __sk_buff) -> u64 {
+    // SAFETY: a program's context, which is never null; the verifier admits nothing else here.
+    let skb = Skb(TcContext::new(unsafe { NonNull::new_unchecked(skb) }));
+    // SAFETY: as above.
+    let segment = unsafe { (*skb.0.as_ptr().cast::<__sk_buff>()).gso_size };
+    u64::from(if skb.ethertype() == V4::ETHERTYPE {
+        mtu::longest::<V4, _>(&skb, segment)
+    } else {
+        mtu::longest::<V6, _>(&skb, segment)
+    })
 }
 
 impl Packet for Skb {

@@ -15,7 +15,7 @@ use ferroflow_ebpf::icmp::{self, Changes, Quote};
 use ferroflow_ebpf::policy::Wanted;
 use ferroflow_ebpf::service::{Origin, Outcome, Way};
 use ferroflow_ebpf::steps::Steps;
-use ferroflow_ebpf::{conntrack, device, judge, masquerade, pod, policy, service};
+use ferroflow_ebpf::{conntrack, device, judge, masquerade, pod, policy, relay, service};
 
 use crate::maps::Kernel;
 use crate::skb::Skb;
@@ -37,7 +37,7 @@ macro_rules! global {
 macro_rules! steps {
     (
         $family:ty, $leave:ident, $arrive:ident, $enter:ident, $mend:ident, $choose:ident, $track:ident, $refuse:ident,
-        $judge:ident, $track_plain:ident, $portless:ident,
+        $choose_here:ident, $judge:ident, $track_plain:ident, $portless:ident,
         $find_error:ident, $deliver_error:ident, $requote_error:ident, $mend_error:ident,
         $find_fragment:ident, $first_fragment:ident, $later_fragment:ident, $remember_fragment:ident,
         $masquerade:ident, $echo:ident
@@ -46,8 +46,9 @@ macro_rules! steps {
             fn $leave(skb, way: u32) {
                 Outcome::of(pod::leave::<$family, _, _>(skb, &Kernel, Way(way)))
             }
-            fn $arrive(skb, way: u32) {
-                Outcome::of(device::arrive::<$family, _, _>(skb, &Kernel, Way(way)))
+            fn $arrive(skb, way: u32, origin: u32) {
+                let origin = Origin::from_number(origin);
+                Outcome::of(device::arrive::<$family, _, _>(skb, &Kernel, Way(way), origin))
             }
             fn $enter(skb, way: u32, origin: u32) {
                 Outcome::of(pod::enter::<$family, _, _>(skb, &Kernel, Way(way), Origin::from_number(origin)))
@@ -68,6 +69,9 @@ macro_rules! steps {
             }
             fn $choose(skb, origin: u32) {
                 Outcome::of(service::choose::<$family, _, _>(skb, &Kernel, Origin::from_number(origin)))
+            }
+            fn $choose_here(skb, ) {
+                Outcome::of(relay::choose::<$family, _, _>(skb, &Kernel))
             }
             fn $track(skb, chosen: u64) {
                 Outcome::of(service::track::<$family, _, _>(skb, &Kernel, Outcome(chosen)))
@@ -119,7 +123,7 @@ macro_rules! steps {
             fn known(&self, packet: &mut Skb, origin: Origin, Way(way): Way) -> Outcome {
                 Outcome(match origin {
                     Origin::Pod => $leave(context(packet), way),
-                    Origin::Outside => $arrive(context(packet), way),
+                    Origin::Outside | Origin::Relay => $arrive(context(packet), way, origin as u32),
                     Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => {
                         $enter(context(packet), way, origin as u32)
                     }
@@ -148,7 +152,15 @@ macro_rules! steps {
 
             #[inline(always)]
             fn choose(&self, packet: &mut Skb, origin: Origin) -> Outcome {
-                Outcome($choose(context(packet), origin as u32))
+                Outcome(match origin {
+                    Origin::Relay => $choose_here(context(packet)),
+                    Origin::Pod
+                    | Origin::Outside
+                    | Origin::Node
+                    | Origin::Inward
+                    | Origin::Own
+                    | Origin::Exit => $choose(context(packet), origin as u32),
+                })
             }
 
             #[inline(always)]
@@ -277,6 +289,7 @@ steps!(
     choose_v4,
     track_v4,
     refuse_v4,
+    choose_here_v4,
     judge_v4,
     track_plain_v4,
     portless_v4,
@@ -300,6 +313,7 @@ steps!(
     choose_v6,
     track_v6,
     refuse_v6,
+    choose_here_v6,
     judge_v6,
     track_plain_v6,
     portless_v6,

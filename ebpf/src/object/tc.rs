@@ -13,7 +13,8 @@ use ferroflow_ebpf::{device, pod, tunnel};
 
 use crate::maps::{self, Kernel};
 use crate::mtu;
-use crate::skb::Skb;
+use crate::relay;
+use crate::skb::{Mark, Skb};
 use crate::steps;
 
 /// Pods send from their own addresses alone. Where that is not checked, the verifier drops what is about it.
@@ -42,7 +43,7 @@ impl Senders<Skb> for Kernel {
 pub(crate) fn pod_egress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
     // Pods do not say what is finished.
-    let _of_a_pod = skb.is_finished();
+    let _of_a_pod = skb.told();
     let verdict = pod::leaving(&mut skb, &Kernel);
     if verdict == Ok(Verdict::Reply) {
         // Past the program on the way in: the pod's policies have no say in what refuses its own packet.
@@ -56,7 +57,7 @@ pub(crate) fn pod_egress(ctx: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn pod_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
-    if skb.is_finished() {
+    if skb.told() == Mark::FINISHED {
         return TC_ACT_UNSPEC;
     }
     let origin = if skb.is_own() { Origin::Own } else { Origin::Inward };
@@ -69,13 +70,15 @@ pub(crate) fn pod_ingress(ctx: TcContext) -> i32 {
 pub(crate) fn device_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
     // Neither does another node, where no program of its device took that away: a veth keeps it.
-    let _of_its_sender = skb.is_finished();
+    let _of_its_sender = skb.told();
     let port = TUNNEL_PORT.load();
     if port != 0 && is_for_tunnel(&skb, port) {
         return TC_ACT_UNSPEC;
     }
-    let verdict = device::arriving(&mut skb, &Kernel);
-    action(&skb, verdict)
+    match device::arriving(&mut skb, &Kernel) {
+        Ok(Verdict::Relay { node }) => relay::send(&mut skb, node),
+        verdict => action(&skb, verdict),
+    }
 }
 
 /// With a frame of its own, which no step's comes on top of.
@@ -99,6 +102,8 @@ pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
         }
         // No drop: what was kept goes on later.
         Ok(Verdict::Taken) => TC_ACT_SHOT,
+        // What comes from outside alone is relayed: see `device_ingress`.
+        Ok(Verdict::Relay { .. }) => shot(DropReason::RelayFailed),
         Err(reason) => shot(reason),
     }
 }
@@ -110,7 +115,7 @@ fn hand(skb: &Skb, link: u32) -> i32 {
         // SAFETY: the helper takes numbers and checks them.
         return (unsafe { bpf_redirect_peer(link, 0) }) as i32;
     }
-    skb.finish();
+    skb.tell(Mark::FINISHED);
     let ifindex = link & !Endpoint::QUEUED;
     // SAFETY: as above; without parameters the next hop is the packet's own destination.
     (unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) }) as i32
@@ -120,7 +125,7 @@ fn hand(skb: &Skb, link: u32) -> i32 {
 fn forward(skb: &Skb) -> i32 {
     let exit = skb.exit();
     if let Some(ifindex) = exit.device() {
-        skb.finish();
+        skb.tell(Mark::FINISHED);
         if exit.is_tunnel() {
             // SAFETY: the helper takes numbers and checks them.
             return (unsafe { bpf_redirect(ifindex, 0) }) as i32;

@@ -12,19 +12,25 @@ use ferroflow_common::verdict::{DropReason, Verdict};
 use ferroflow_ebpf::{device, pod, tunnel};
 
 use crate::maps::Kernel;
-use crate::skb::Skb;
+use crate::relay;
+use crate::skb::{Mark, Skb};
 use crate::tc::{action, shot};
 
 /// TC egress on the tunnel's device: as on any other of the node, and then to which node.
 #[classifier]
 pub(crate) fn tunnel_egress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
-    let verdict = if skb.is_finished() { Ok(Verdict::Stack) } else { pod::entering(&mut skb, &Kernel) };
+    let mark = skb.told();
+    if mark == Mark::ADDRESSED {
+        skb.tell(Mark::FINISHED);
+        return TC_ACT_UNSPEC;
+    }
+    let verdict = if mark == Mark::FINISHED { Ok(Verdict::Stack) } else { pod::entering(&mut skb, &Kernel) };
     match verdict {
         Ok(Verdict::Stack) => match encapsulate(&mut skb) {
             Ok(()) => {
                 // So it is for the program at the device that the outer packet leaves by.
-                skb.finish();
+                skb.tell(Mark::FINISHED);
                 TC_ACT_UNSPEC
             }
             Err(reason) => shot(reason),
@@ -38,14 +44,27 @@ pub(crate) fn tunnel_egress(ctx: TcContext) -> i32 {
 pub(crate) fn tunnel_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
     // As on any other device.
-    let _of_its_sender = skb.is_finished();
-    let verdict = device::arriving(&mut skb, &Kernel);
+    let _of_its_sender = skb.told();
+    let origin = match relay::origin(&skb) {
+        Ok(origin) => origin,
+        Err(reason) => return shot(reason),
+    };
+    let verdict = device::arriving_from(&mut skb, &Kernel, origin);
     action(&skb, verdict)
 }
 
 #[inline(never)]
 fn encapsulate(skb: &mut Skb) -> Result<(), DropReason> {
-    let Tunnel { node, vni } = tunnel::leaving(skb, &Kernel)?;
+    let end = tunnel::leaving(skb, &Kernel)?;
+    address(skb, &end)
+}
+
+/// Says where the tunnel's device is to send the packet.
+///
+/// # Errors
+/// [`DropReason::NoTunnel`] where the kernel refuses.
+#[inline(always)]
+pub(crate) fn address(skb: &Skb, &Tunnel { node, vni }: &Tunnel) -> Result<(), DropReason> {
     // SAFETY: plain numbers; zero is a valid value of every field, and the kernel's of those that are not set.
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     key.tunnel_id = vni;
@@ -66,7 +85,7 @@ fn encapsulate(skb: &mut Skb) -> Result<(), DropReason> {
 }
 
 /// What the key of kernels before 6.0 has; later ones take it too.
-const SIZE: u32 = offset_of!(bpf_tunnel_key, __bindgen_anon_3) as u32;
+pub(crate) const SIZE: u32 = offset_of!(bpf_tunnel_key, __bindgen_anon_3) as u32;
 
 /// Of the outer header.
 const TTL: u8 = 64;

@@ -21,7 +21,9 @@ use crate::maps::{self, Kernel};
 pub(crate) fn device_xdp(ctx: XdpContext) -> u32 {
     match xdp::arriving(&mut Frame(ctx), &Kernel) {
         Ok(Verdict::Reply) => xdp_action::XDP_TX,
-        Ok(Verdict::Stack | Verdict::Forward | Verdict::Taken | Verdict::Pod { .. }) => xdp_action::XDP_PASS,
+        Ok(
+            Verdict::Stack | Verdict::Forward | Verdict::Taken | Verdict::Relay { .. } | Verdict::Pod { .. },
+        ) => xdp_action::XDP_PASS,
         Err(reason) => {
             maps::count(reason);
             xdp_action::XDP_DROP

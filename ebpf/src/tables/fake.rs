@@ -12,6 +12,7 @@ use ferroflow_common::abi::lb::{
 };
 use ferroflow_common::abi::node::{NodeAddress, ServiceRange, Settings};
 use ferroflow_common::abi::policy::{Class, PolicyKey, PortRange, RangeKey, Rules, Verdict};
+use ferroflow_common::abi::relay::NodeNumber;
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::DropReason;
@@ -68,6 +69,8 @@ pub struct Fake {
     pub sender: Option<u32>,
     /// What sockets of the host have.
     pub host_ports: Vec<(Proto, u16)>,
+    /// Other nodes.
+    pub nodes: BTreeMap<NodeNumber, Addr>,
 }
 
 /// A backend that is released between two looks of one program at the tables: slots named it, and then another.
@@ -106,7 +109,7 @@ impl Fake {
             self.slots.push(self.backends.len() as u32);
             let port = Port::new(port);
             let flags = Backend::LIVE;
-            self.backends.push(Backend { addr, port, proto, flags, generation: 1, service, reserved: 0 });
+            self.backends.push(Backend { addr, port, proto, flags, generation: 1, service, node: 0 });
         }
         let key = FrontendKey { addr, port: Port::new(port), proto, scope: FrontendKey::EXTERNAL };
         let length = backends.len() as u32;
@@ -268,7 +271,7 @@ const NO_BACKEND: Backend = Backend {
     flags: 0,
     generation: 0,
     service: 0,
-    reserved: 0,
+    node: 0,
 };
 
 /// A tracked direction that lives in the table.
@@ -365,6 +368,21 @@ impl Services for Fake {
     fn connect(&self, index: u32) {
         self.count_array();
         *self.connections.borrow_mut().entry(index).or_insert(0) += 1;
+    }
+
+    fn node(&self, number: NodeNumber) -> Option<Addr> {
+        self.count_hash();
+        self.nodes.get(&number).copied()
+    }
+
+    fn is_peer(&self, addr: &Addr) -> bool {
+        self.count_hash();
+        self.nodes.values().any(|node| node == addr)
+    }
+
+    fn relays(&self) -> bool {
+        self.count_array();
+        !self.nodes.is_empty()
     }
 }
 

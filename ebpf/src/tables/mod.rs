@@ -9,6 +9,7 @@ use ferroflow_common::abi::lb::{
     Affinity, AffinityKey, Backend, Connections, Frontend, FrontendKey, ServiceClient,
 };
 use ferroflow_common::abi::node::NodeAddress;
+use ferroflow_common::abi::relay::NodeNumber;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::Family;
 use ferroflow_common::verdict::DropReason;
@@ -54,6 +55,12 @@ pub trait Services {
     fn connections(&self, index: u32) -> Connections;
     /// Counts one more.
     fn connect(&self, index: u32);
+    /// The address by which packets are relayed to the node with this number.
+    fn node(&self, number: NodeNumber) -> Option<Addr>;
+    /// Whether a node of the cluster has the address.
+    fn is_peer(&self, addr: &Addr) -> bool;
+    /// Whether this node relays packets.
+    fn relays(&self) -> bool;
 }
 
 /// A live entry of the connection table. Two CPUs may write it at once: both write what they saw, each field is one

@@ -126,6 +126,7 @@ fn view(maps: &FakeMaps) -> BTreeMap<String, String> {
         let scope = match key.scope {
             FrontendKey::INTERNAL => " internal",
             FrontendKey::OWN => " own",
+            FrontendKey::RELAYED => " relayed",
             _ => "",
         };
         view.insert(format!("{}:{}/{}{scope}", key.addr, key.port, key.proto), text);

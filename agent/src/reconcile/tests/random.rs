@@ -415,6 +415,7 @@ fn key(change: &Change) -> String {
         | Change::LocalSubnet(..)
         | Change::HostPorts(..)
         | Change::Queue { .. }
-        | Change::Uplink { .. } => unreachable!("not generated"),
+        | Change::Uplink { .. }
+        | Change::Tunnel(_) => unreachable!("not generated"),
     }
 }
