@@ -29,7 +29,7 @@ where
     arriving_from(packet, tables, Origin::Outside)
 }
 
-/// The same, by way of a tunnel: `origin` is [`Origin::Outside`] or [`Origin::Relay`].
+/// The same, by way of a tunnel: `origin` is [`Origin::Tunnel`] or [`Origin::Relay`].
 ///
 /// # Errors
 /// Why the packet is dropped.

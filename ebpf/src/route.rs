@@ -54,7 +54,7 @@ pub fn rewritten<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite) -> Verdict {
 #[inline(always)]
 pub fn onwards<F: Family, T: Tables<F>>(tables: &T, to: &Rewrite, origin: Origin) -> Verdict {
     match origin {
-        Origin::Pod | Origin::Outside | Origin::Relay => rewritten::<F, T>(tables, to),
+        Origin::Pod | Origin::Outside | Origin::Tunnel | Origin::Relay => rewritten::<F, T>(tables, to),
         Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => Verdict::Stack,
     }
 }

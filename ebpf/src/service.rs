@@ -37,8 +37,10 @@ pub enum Origin {
     Own,
     /// The same, which sends it out of one of the node's own devices: a pod's packet to the world opens a flow.
     Exit,
-    /// Another node, which got it from outside and relays it as it came: see [`crate::relay`]. One bit more than
-    /// [`Origin::Outside`]: where it is one of the two, the compiler sees that it is none of the others.
+    /// Another node, by the tunnel, which carries what pods and nodes say to pods.
+    Tunnel = 8,
+    /// The same, which got it from outside and relays it as it came: see [`crate::relay`]. One bit more than
+    /// [`Origin::Tunnel`]: where it is one of the two, the compiler sees that it is none of the others.
     Relay = 9,
 }
 
@@ -52,6 +54,7 @@ impl Origin {
             3 => Self::Inward,
             4 => Self::Own,
             5 => Self::Exit,
+            8 => Self::Tunnel,
             9 => Self::Relay,
             _ => Self::Node,
         }
@@ -509,8 +512,10 @@ where
     if origin.is_at_pod() {
         return judge::admit_portless::<F, P, T>(packet, tables, origin);
     }
-    if origin == Origin::Relay {
-        return Outcome::of(Err(DropReason::AstrayRelay));
+    // What was masqueraded left by another device.
+    if matches!(origin, Origin::Tunnel | Origin::Relay) {
+        let strays = origin == Origin::Relay;
+        return if strays { Outcome::of(Err(DropReason::AstrayRelay)) } else { Outcome::STACK };
     }
     if origin != Origin::Node && tables.masquerades() {
         tables.known_echo(packet, origin)
@@ -699,7 +704,7 @@ fn masquerades<T: Services>(tables: &T, frontend: &Frontend, origin: Origin) -> 
         Origin::Pod | Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => {
             frontend.flags & Frontend::NORTH_SOUTH == 0 && tables.settings() & Settings::MASQUERADE_ALL != 0
         }
-        Origin::Outside | Origin::Relay => frontend.flags & Frontend::KEEP_CLIENT == 0,
+        Origin::Outside | Origin::Tunnel | Origin::Relay => frontend.flags & Frontend::KEEP_CLIENT == 0,
     }
 }
 

@@ -26,7 +26,9 @@ pub trait Steps<F: Answer + Errors, P: Reshape>:
     fn known(&self, packet: &mut P, origin: Origin, way: Way) -> Outcome {
         Outcome::of(match origin {
             Origin::Pod => pod::leave::<F, P, Self>(packet, self, way),
-            Origin::Outside | Origin::Relay => device::arrive::<F, P, Self>(packet, self, way, origin),
+            Origin::Outside | Origin::Tunnel | Origin::Relay => {
+                device::arrive::<F, P, Self>(packet, self, way, origin)
+            }
             Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => {
                 pod::enter::<F, P, Self>(packet, self, way, origin)
             }
@@ -62,6 +64,7 @@ pub trait Steps<F: Answer + Errors, P: Reshape>:
     fn choose(&self, packet: &mut P, origin: Origin) -> Outcome {
         Outcome::of(match origin {
             Origin::Relay => relay::choose::<F, P, Self>(packet, self),
+            Origin::Tunnel => service::choose::<F, P, Self>(packet, self, Origin::Outside),
             Origin::Pod | Origin::Outside | Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => {
                 service::choose::<F, P, Self>(packet, self, origin)
             }

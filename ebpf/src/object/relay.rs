@@ -68,9 +68,9 @@ fn is_relayed(skb: &Skb) -> bool {
     skb.words(SENDER).is_some_and(|[word]: [u32; 1]| word == RELAYED)
 }
 
-/// What [`Origin::Relay`] has more than [`Origin::Outside`].
-const RELAY_BIT: u32 = Origin::Relay as u32 ^ Origin::Outside as u32;
-const _: () = assert!(RELAY_BIT.is_power_of_two() && Origin::Relay as u32 > Origin::Outside as u32);
+/// What [`Origin::Relay`] has more than [`Origin::Tunnel`].
+const RELAY_BIT: u32 = Origin::Relay as u32 ^ Origin::Tunnel as u32;
+const _: () = assert!(RELAY_BIT == 1 && Origin::Relay as u32 > Origin::Tunnel as u32);
 
 /// Whose a packet is that comes out of the tunnel.
 ///
@@ -83,9 +83,9 @@ pub(crate) fn origin(skb: &Skb) -> Result<Origin, DropReason> {
         return Err(DropReason::StrangeRelay);
     }
     // What the verifier knew it would follow all the way, once for each of the two.
-    let relayed = skb.forget(u32::from(is_relayed)) & 1;
+    let relayed = skb.forget(u32::from(is_relayed)) & RELAY_BIT;
     // SAFETY: the number of the one or of the other.
-    Ok(unsafe { transmute::<u32, Origin>(Origin::Outside as u32 | relayed * RELAY_BIT) })
+    Ok(unsafe { transmute::<u32, Origin>(Origin::Tunnel as u32 | relayed) })
 }
 
 /// Whether a node of the cluster sent the packet; 0 where not. One that came by no tunnel is a copy that a program has

@@ -123,7 +123,9 @@ macro_rules! steps {
             fn known(&self, packet: &mut Skb, origin: Origin, Way(way): Way) -> Outcome {
                 Outcome(match origin {
                     Origin::Pod => $leave(context(packet), way),
-                    Origin::Outside | Origin::Relay => $arrive(context(packet), way, origin as u32),
+                    Origin::Outside | Origin::Tunnel | Origin::Relay => {
+                        $arrive(context(packet), way, origin as u32)
+                    }
                     Origin::Node | Origin::Inward | Origin::Own | Origin::Exit => {
                         $enter(context(packet), way, origin as u32)
                     }
@@ -154,6 +156,7 @@ macro_rules! steps {
             fn choose(&self, packet: &mut Skb, origin: Origin) -> Outcome {
                 Outcome(match origin {
                     Origin::Relay => $choose_here(context(packet)),
+                    Origin::Tunnel => $choose(context(packet), Origin::Outside as u32),
                     Origin::Pod
                     | Origin::Outside
                     | Origin::Node
