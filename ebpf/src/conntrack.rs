@@ -410,6 +410,11 @@ fn claim<F: Family, T: Tables<F>>(
     }
 }
 
+/// How often a flow that needs no other source port is entered (rule 36). An insert into an LRU table fails for a moment
+/// where the lock of the tuple's bucket is not to be had (`-EBUSY` before kernel commit 2775da216287, `-EDEADLK` and
+/// `-ETIMEDOUT` since these locks are rqspinlocks), and where no entry can be evicted because of that (`-ENOMEM`).
+pub const INSERT_TRIES: u32 = 3;
+
 /// How many source ports a new flow tries: with half of a backend's ports taken all fail once in 256 times.
 pub const PORT_TRIES: u32 = 8;
 
@@ -499,6 +504,7 @@ mod tests {
         a_tuple_is_taken_over_when_its_flow_is_over,
         a_flow_whose_tuple_was_taken_leaves_the_other_alone,
         rule_36_a_full_table_is_told_and_leaves_nothing,
+        rule_36_an_insert_that_fails_for_a_moment_loses_nothing,
         rule_35_a_server_may_open_to_a_former_client,
         a_looped_flow_is_followed_both_ways,
         rule_34_a_request_mends_its_missing_reply_direction,
@@ -794,6 +800,16 @@ mod tests {
         let second = Net { vip: (F::vip(2), 80), ..first };
         second.answer(backend, ACK);
         assert_eq!(second.send(ACK), backend);
+    }
+
+    fn rule_36_an_insert_that_fails_for_a_moment_loses_nothing<F: Names>() {
+        for refusals in 0..PORT_TRIES {
+            let net = Net::new::<F>(Proto::TCP);
+            net.fake.refusals.set(refusals);
+            let backend = net.send(SYN);
+            net.answer(backend, SYN | ACK);
+            assert_eq!((net.send(ACK), net.fake.tracked().len()), (backend, 2), "{refusals} refusals");
+        }
     }
 
     fn rule_36_a_full_table_is_told_and_leaves_nothing<F: Names>() {

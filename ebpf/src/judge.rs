@@ -33,7 +33,7 @@ use ferroflow_common::family::Family;
 use ferroflow_common::tcp::Flags;
 use ferroflow_common::verdict::DropReason;
 
-use crate::conntrack::{self, Epoch, Flow, Halves};
+use crate::conntrack::{self, Epoch, Flow, Halves, INSERT_TRIES};
 use crate::icmp::Errors;
 use crate::live;
 use crate::masquerade;
@@ -104,7 +104,17 @@ where
     if outcome.is_turned() {
         outcome = tables.judge(packet, outcome, origin);
     }
-    if outcome.is_admitted() { tables.track_plain(packet, outcome) } else { outcome }
+    if !outcome.is_admitted() {
+        return outcome;
+    }
+    let admitted = outcome;
+    for _ in 0..INSERT_TRIES {
+        outcome = tables.track_plain(packet, admitted);
+        if !outcome.is_refused_entry() {
+            break;
+        }
+    }
+    outcome
 }
 
 /// A packet without ports.
@@ -365,6 +375,7 @@ mod tests {
         a_sender_that_is_no_pod_sends_nothing,
         while_it_migrates_plain_flows_are_the_stacks,
         a_full_table_lets_nothing_new_pass,
+        rule_36_an_insert_that_fails_for_a_moment_loses_nothing,
     );
 
     const SYN: u8 = Flags::SYN;
@@ -724,6 +735,18 @@ mod tests {
         let request = between::<F>(1, 2, 80);
         for _ in 0..2 {
             assert_eq!(request.leave(&fake), passes(&request, Goes::Stack));
+        }
+    }
+
+    fn rule_36_an_insert_that_fails_for_a_moment_loses_nothing<F: Names>() {
+        let mut fake = net::<F>();
+        isolate::<F>(&mut fake, 2, SET, EndpointPolicy::OPEN);
+        lay(&mut fake, SET, FIRST, Proto::TCP, 80);
+        for refusals in 0..INSERT_TRIES {
+            fake.refusals.set(refusals);
+            let request = between::<F>(1, 2, 80);
+            assert_eq!(request.leave(&fake), passes(&request, TO_2), "{refusals} refusals");
+            fake.conntrack.borrow_mut().clear();
         }
     }
 

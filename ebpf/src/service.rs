@@ -328,6 +328,12 @@ impl Outcome {
         self == Self::new(DROPPED, DropReason::TupleCollision as u32)
     }
 
+    /// The connection table took no entry, for the moment: see [`INSERT_TRIES`](conntrack::INSERT_TRIES).
+    #[inline(always)]
+    pub(crate) fn is_refused_entry(self) -> bool {
+        self == Self::new(DROPPED, DropReason::ConntrackInsert as u32)
+    }
+
     /// To a pod of this node, or out of it, without the node's stack.
     #[inline(always)]
     pub(crate) const fn is_past_the_stack(self) -> bool {
@@ -431,10 +437,11 @@ where
         let mut chosen = outcome;
         for _ in 0..PORT_TRIES {
             outcome = tables.track_flow(packet, chosen);
-            if !outcome.is_collision() {
+            if outcome.is_collision() {
+                chosen = chosen.elsewhere();
+            } else if !outcome.is_refused_entry() {
                 break;
             }
-            chosen = chosen.elsewhere();
         }
     }
     if outcome == Outcome::TRACKED { tables.known(packet, origin, way.settled()) } else { outcome }
@@ -480,7 +487,7 @@ where
     {
         for _ in 0..PORT_TRIES {
             outcome = tables.masquerade_flow(packet);
-            if !outcome.is_collision() {
+            if !outcome.is_collision() && !outcome.is_refused_entry() {
                 break;
             }
         }

@@ -54,6 +54,8 @@ pub struct Fake {
     pub clock: Cell<u32>,
     /// How many flows fit, counted per direction; all, where it is `None`.
     pub room: Cell<Option<usize>>,
+    /// How many of the next inserts the kernel refuses.
+    pub refusals: Cell<u32>,
     /// What every throw gives; otherwise each gives another number.
     pub dice: Cell<Option<u32>>,
     thrown: Cell<u32>,
@@ -475,6 +477,10 @@ macro_rules! tables {
                 let present = rows.contains_key(&key);
                 if present && conflict == OnConflict::Fail {
                     return Err(InsertError::Exists);
+                }
+                if let Some(refusals) = self.refusals.get().checked_sub(1) {
+                    self.refusals.set(refusals);
+                    return Err(InsertError::Refused);
                 }
                 if !present && self.room.get().is_some_and(|room| rows.len() >= room) {
                     return Err(InsertError::Refused);
