@@ -205,6 +205,16 @@ fn leads_to<F: Family>(entry: &Entry, tuple: &Tuple<F::Bytes>) -> bool {
         && F::words(&F::bytes(&entry.dst)) == F::words(&tuple.src)
 }
 
+/// A backend that was chosen. One that was released since has a new generation, which would keep a flow there.
+///
+/// # Errors
+/// [`DropReason::NoBackend`].
+#[inline(always)]
+pub(crate) fn serving<T: Services>(tables: &T, index: u32) -> Result<Backend, DropReason> {
+    let backend = tables.backend(index).ok_or(DropReason::NoBackend)?;
+    if backend.flags & Backend::LIVE == 0 { Err(DropReason::NoBackend) } else { Ok(backend) }
+}
+
 /// Tracks a new flow to the backend `index`. The backend sees the client's own address, or `masquerade` (rule 26).
 ///
 /// A client that is its own backend is masqueraded by the frontend's address: a pod takes no packets from its own
@@ -223,11 +233,7 @@ pub fn open<F: Family, T: Tables<F>>(
     is_taken: impl Fn(&Aligned<Tuple<F::Bytes>>) -> bool,
 ) -> Result<(), DropReason> {
     let tuple = &headers.tuple;
-    let backend = tables.backend(index).ok_or(DropReason::NoBackend)?;
-    // Released since it was chosen: its new generation would keep the flow there.
-    if backend.flags & Backend::LIVE == 0 {
-        return Err(DropReason::NoBackend);
-    }
+    let backend = serving(tables, index)?;
     // The node takes nothing from its own address, and what its own processes answer passes it anyway.
     let masquerade = masquerade.filter(|_| tables.node_address(&backend.addr).is_none());
     let random = masquerade.is_some() || source_port == SourcePort::Random;

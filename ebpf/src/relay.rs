@@ -42,7 +42,7 @@ pub fn begin<F: Parse, T: Tables<F>>(
     headers: &Headers<F>,
     chosen: Outcome,
 ) -> Result<Outcome, DropReason> {
-    let backend = tables.backend(chosen.backend()).ok_or(DropReason::NoBackend)?;
+    let backend = conntrack::serving(tables, chosen.backend())?;
     // Whatever the policy Cluster chooses of this node's own endpoints, the policy Local chooses, too.
     if backend.flags & Backend::LOCAL != 0 {
         return Ok(chosen.unmasqueraded());
