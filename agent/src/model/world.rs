@@ -166,7 +166,10 @@ impl World {
                     if leads { self.uplinks.insert(ifindex) } else { self.uplinks.remove(&ifindex) };
                 if changed { vec![Touched::Node] } else { Vec::new() }
             }
-            Change::Queue { ifindex, there } => self.apply_queue(ifindex, there),
+            Change::Queue { ifindex, there } => {
+                let changed = if there { self.queues.insert(ifindex) } else { self.queues.remove(&ifindex) };
+                if changed { self.behind(ifindex) } else { Vec::new() }
+            }
             Change::Tunnel(link) => {
                 let old = std::mem::replace(&mut self.tunnel, link);
                 if old == link { Vec::new() } else { vec![Touched::Node] }
@@ -200,10 +203,10 @@ impl World {
         there.chain([Touched::Node]).collect()
     }
 
-    fn apply_queue(&mut self, ifindex: u32, there: bool) -> Vec<Touched> {
-        let changed = if there { self.queues.insert(ifindex) } else { self.queues.remove(&ifindex) };
+    /// The addresses behind an interface.
+    fn behind(&self, ifindex: u32) -> Vec<Touched> {
         let behind = self.attachments.iter().chain(&self.local_routes).filter(|(_, at)| **at == ifindex);
-        let behind: BTreeSet<_> = behind.filter(|_| changed).map(|(addr, _)| *addr).collect();
+        let behind: BTreeSet<_> = behind.map(|(addr, _)| *addr).collect();
         behind.into_iter().map(Touched::Endpoint).collect()
     }
 
