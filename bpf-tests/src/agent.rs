@@ -1,6 +1,7 @@
 //! The real agent on a node of the cluster.
 
 use std::{
+    collections::BTreeMap,
     env, fs,
     fs::File,
     path::{Path, PathBuf},
@@ -203,10 +204,18 @@ impl Agent {
         self.spawn(env)
     }
 
-    /// How many files it has open.
-    pub fn open_files(&self) -> Result<usize> {
+    /// How many files it has open, by kind: `socket`, `bpf-map`, or what the file's path begins with.
+    pub fn open_files(&self) -> Result<BTreeMap<String, usize>> {
         let child = self.child.as_ref().with_context(|| format!("{} has no agent", self.node))?;
-        Ok(fs::read_dir(format!("/proc/{}/fd", child.id()))?.count())
+        let mut kinds = BTreeMap::new();
+        for entry in fs::read_dir(format!("/proc/{}/fd", child.id()))? {
+            // One that was closed meanwhile is none.
+            let Ok(target) = fs::read_link(entry?.path()) else { continue };
+            let target = target.to_string_lossy().into_owned();
+            let kind = target.trim_start_matches("anon_inode:").split(':').next().unwrap_or_default();
+            *kinds.entry(kind.to_owned()).or_default() += 1;
+        }
+        Ok(kinds)
     }
 
     /// From the next start on: another value of a flag that it was given, or a flag more.

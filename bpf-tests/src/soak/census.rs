@@ -21,8 +21,8 @@ use crate::{agent::Agent, cluster::Node, cni::Runtime, metrics::scrape};
 pub(super) struct Census {
     /// These are the same whenever the cluster is.
     counts: BTreeMap<(String, &'static str), usize>,
-    /// Open files of the agents.
-    files: BTreeMap<String, usize>,
+    /// Open files of the agents, by kind.
+    files: BTreeMap<String, BTreeMap<String, usize>>,
     /// What the agents have allocated, in bytes, and what is resident of their own, in KiB.
     memory: BTreeMap<String, (u64, u64)>,
 }
@@ -60,9 +60,10 @@ impl Census {
     /// The first thing of the agents that became more.
     pub(super) fn grew(&self, base: &Self) -> Option<String> {
         for (node, files) in &self.files {
-            let before = base.files.get(node).copied().unwrap_or_default();
-            if *files > before {
-                return Some(format!("open files of {node}: {files}, not {before}"));
+            let before = base.files.get(node)?;
+            let (now, then): (usize, usize) = (files.values().sum(), before.values().sum());
+            if now > then {
+                return Some(format!("open files of {node}: {now} ({files:?}), not {then} ({before:?})"));
             }
         }
         None
@@ -133,6 +134,7 @@ impl fmt::Display for Census {
             let (heap, own) = self.memory.get(node).copied().unwrap_or_default();
             let heap = heap / 1024;
             let counts = counts.join(", ");
+            let files: usize = files.values().sum();
             writeln!(f, "  {node}: {counts}; open files {files}, allocated {heap} KiB, resident {own} KiB")?;
         }
         Ok(())
