@@ -35,19 +35,19 @@ pub(crate) fn run(toolchain: &Toolchain) -> Result<ExitCode> {
         let start = Instant::now();
         let tally = part(toolchain).unwrap_or_else(|error| {
             eprintln!("error: {error:#}");
-            Tally::FAILED
+            Tally::failure(format!("{name}: {error:#}"))
         });
+        report += &line(name, &tally, start.elapsed());
         sum += tally;
-        report += &line(name, tally, start.elapsed());
     }
     print!("\n{report}");
     Ok(sum.report())
 }
 
-fn line(name: &str, tally: Tally, took: Duration) -> String {
+fn line(name: &str, tally: &Tally, took: Duration) -> String {
     let end = if tally.failed == 0 { "ok" } else { "FAILED" };
-    let tests =
-        if tally == Tally::default() || tally == Tally::FAILED { String::new() } else { tally.to_string() };
+    let Tally { passed, failed, skipped, .. } = *tally;
+    let tests = if passed + skipped == 0 && failed <= 1 { String::new() } else { tally.to_string() };
     let line = format!("{name:8} {end:6} {:6.1} s  {tests}", took.as_secs_f64());
     format!("{}\n", line.trim_end())
 }
@@ -95,9 +95,14 @@ fn soak(toolchain: &Toolchain) -> Result<Tally> {
 fn program(toolchain: &Toolchain, name: &str, args: &[String]) -> Result<Tally> {
     let mut tally = Tally::default();
     let mut command = demo::command(toolchain, name, args)?;
-    let done = test::stream(&mut command, stdout(), |line| tally += checks(name, line))?;
+    let done = test::stream(&mut command, stdout(), |line| {
+        tally += checks(name, line);
+        if line.trim_end().ends_with("  NO") {
+            tally.failures.push(format!("{name}: {line}"));
+        }
+    })?;
     if !done && tally.failed == 0 {
-        tally.failed = 1;
+        tally += Tally::failure(format!("{name}: see its error above"));
     }
     Ok(tally)
 }
@@ -108,7 +113,7 @@ fn checks(name: &str, line: &str) -> Tally {
         let (checks, passed) = line.trim().strip_prefix(name)?.strip_prefix(": ")?.split_once(" checks, ")?;
         let (checks, passed): (usize, usize) =
             (checks.parse().ok()?, passed.strip_suffix(" passed")?.parse().ok()?);
-        Some(Tally { passed, failed: checks.checked_sub(passed)?, skipped: 0 })
+        Some(Tally { passed, failed: checks.checked_sub(passed)?, ..Tally::default() })
     };
     counts().unwrap_or_default()
 }

@@ -21,15 +21,20 @@ pub(crate) enum Scope {
 }
 
 /// How many tests ended how. Displayed: the closing line.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub(crate) struct Tally {
     pub(crate) passed: usize,
     pub(crate) failed: usize,
     pub(crate) skipped: usize,
+    /// What failed, in its own words.
+    pub(crate) failures: Vec<String>,
 }
 
 impl Tally {
-    pub(crate) const FAILED: Self = Self { passed: 0, failed: 1, skipped: 0 };
+    /// Something that is no test, which could not be done.
+    pub(crate) fn failure(words: String) -> Self {
+        Self { failed: 1, failures: vec![words], ..Self::default() }
+    }
 
     /// Of one line `test result: ok. 3 passed; 0 failed; 1 ignored; ..`, zero of any other.
     pub(crate) fn of_line(line: &str) -> Self {
@@ -38,7 +43,8 @@ impl Tally {
             let number = counts.split_once(what).and_then(|(before, _)| before.trim_end().rsplit(' ').next());
             number.and_then(|number| number.parse().ok()).unwrap_or(0)
         };
-        Self { passed: count("passed"), failed: count("failed;"), skipped: count("ignored") }
+        let failures = Vec::new();
+        Self { passed: count("passed"), failed: count("failed;"), skipped: count("ignored"), failures }
     }
 
     /// The harness counted each of these as passed.
@@ -47,8 +53,11 @@ impl Tally {
         self.skipped += tests;
     }
 
-    /// Prints the closing line.
+    /// Prints what failed, far below which the run may have gone on, and the closing line.
     pub(crate) fn report(self) -> ExitCode {
+        for words in &self.failures {
+            println!("\nFAILED {}", words.trim_end());
+        }
         println!("\n{self}");
         if self.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
@@ -59,6 +68,7 @@ impl AddAssign for Tally {
         self.passed += other.passed;
         self.failed += other.failed;
         self.skipped += other.skipped;
+        self.failures.extend(other.failures);
     }
 }
 
@@ -93,7 +103,7 @@ pub(crate) fn run(toolchain: &Toolchain, scope: Scope, filter: Option<&str>) -> 
 fn or_failed(step: Result<Tally>) -> Tally {
     step.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
-        Tally::FAILED
+        Tally::failure(format!("{error:#}"))
     })
 }
 
@@ -118,12 +128,39 @@ fn kernel(toolchain: &Toolchain, filter: Option<&str>) -> Result<Tally> {
 
 /// Runs `cargo test`. What fails without a test having failed, a build or a crash, is one failure.
 pub(crate) fn cargo_test(cargo: &mut Command, show: impl Write) -> Result<Tally> {
-    let mut tally = Tally::default();
-    let done = stream(cargo, show, |line| tally += Tally::of_line(line))?;
-    if !done && tally.failed == 0 {
-        tally.failed = 1;
+    let mut reader = Reader::default();
+    let done = stream(cargo, show, |line| reader.read(line))?;
+    if !done && reader.tally.failed == 0 {
+        reader.tally += Tally::failure("without a test having failed: see its error above".to_owned());
     }
-    Ok(tally)
+    Ok(reader.tally)
+}
+
+/// Reads what programs of tests print, line by line.
+#[derive(Default)]
+pub(crate) struct Reader {
+    pub(crate) tally: Tally,
+    /// Lines that are still taken down of the last failure.
+    left: usize,
+}
+
+impl Reader {
+    /// Of each failure: an agent's log may follow.
+    const LINES: usize = 40;
+
+    pub(crate) fn read(&mut self, line: &str) {
+        self.tally += Tally::of_line(line);
+        if let Some(name) = line.strip_prefix("---- ") {
+            self.tally.failures.push(format!("{}\n", name.trim_end().trim_end_matches('-').trim_end()));
+            self.left = Self::LINES;
+        } else if line.trim_end() == "failures:" {
+            self.left = 0;
+        } else if let (Some(last), 1..) = (self.tally.failures.last_mut(), self.left) {
+            *last += line.trim_end();
+            last.push('\n');
+            self.left -= 1;
+        }
+    }
 }
 
 /// Copies a command's output to `show` as it comes, and gives each line to `see`. Returns whether the command succeeded.
@@ -155,8 +192,21 @@ mod tests {
         ] {
             tally += Tally::of_line(line);
         }
-        assert_eq!(tally, Tally { passed: 15, failed: 2, skipped: 1 });
+        assert_eq!(tally, Tally { passed: 15, failed: 2, skipped: 1, failures: Vec::new() });
         assert_eq!(tally.to_string(), "15 passed, 2 failed, 1 skipped");
+    }
+
+    #[test]
+    fn what_failed_is_taken_down_to_a_length() {
+        let mut reader = Reader::default();
+        let log = "a line of its log\n".repeat(100);
+        let text = format!(
+            "\nfailures:\n\n---- one ----\nno answer\n\n---- two ----\n{log}\nfailures:\n    one\n    two\n"
+        );
+        text.split_inclusive('\n').for_each(|line| reader.read(line));
+        let [one, two] = &*reader.tally.failures else { panic!("{:?}", reader.tally) };
+        assert_eq!(one, "one\nno answer\n\n");
+        assert_eq!(two.lines().count(), 1 + Reader::LINES);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Result, bail};
 
-use crate::test::{Tally, stream};
+use crate::test::{Reader, Tally, stream};
 
 /// Runs it to its end. What it writes to its second serial port is in `returned`.
 pub(super) fn run(vmlinuz: &Path, initrd: &Path, returned: &Path) -> Result<Tally> {
@@ -50,7 +50,7 @@ const EMULATED: &str = "20";
 /// What the lines of the console say; see bpf_tests::vm.
 #[derive(Default)]
 struct Console {
-    tally: Tally,
+    tests: Reader,
     /// Among the passed.
     skips: usize,
     done: bool,
@@ -59,16 +59,17 @@ struct Console {
 impl Console {
     fn read(&mut self, line: &str) {
         let line = line.trim_end();
-        self.tally += Tally::of_line(line);
+        self.tests.read(line);
         self.skips += usize::from(line.starts_with("SKIP "));
         if let Some((name, code)) = line.strip_prefix("vm: ").and_then(|rest| rest.split_once(" ended with "))
         {
             // The harness's own line has counted what failed, where it came to write one.
-            let counted = self.tally.failed > 0 && code == "101";
+            let tally = &mut self.tests.tally;
+            let counted = tally.failed > 0 && code == "101";
             match (code, counted) {
-                ("0", _) if name == "verify" => self.tally.passed += 1,
+                ("0", _) if name == "verify" => tally.passed += 1,
                 ("0", _) | (_, true) => {}
-                _ => self.tally.failed += 1,
+                _ => *tally += Tally::failure(format!("{name} in the machine ended with {code}")),
             }
         }
         self.done |= line == "vm: done";
@@ -76,8 +77,10 @@ impl Console {
 
     /// These kernels lack nothing that a test here needs: what is skipped all the same is a failure.
     fn result(self) -> Tally {
-        let Tally { passed, failed, skipped } = self.tally;
-        Tally { passed: passed.saturating_sub(self.skips), failed: failed + self.skips, skipped }
+        let Self { tests: Reader { mut tally, .. }, skips, .. } = self;
+        tally.passed = tally.passed.saturating_sub(skips);
+        tally.failed += skips;
+        tally
     }
 }
 

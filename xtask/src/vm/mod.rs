@@ -93,7 +93,7 @@ pub(crate) fn run(toolchain: &Toolchain, plan: &Plan) -> Tally {
         Ok(programs) => plan.kernels.iter().map(|kernel| one(toolchain, plan, *kernel, &programs)).sum(),
         Err(error) => {
             eprintln!("error: {error:#}");
-            Tally::FAILED
+            Tally::failure(format!("{error:#}"))
         }
     }
 }
@@ -103,7 +103,7 @@ fn one(toolchain: &Toolchain, plan: &Plan, kernel: Kernel, programs: &Programs) 
     let start = Instant::now();
     let tally = boot(toolchain, plan, kernel, programs).unwrap_or_else(|error| {
         eprintln!("error: kernel {}: {error:#}", kernel.version);
-        Tally::FAILED
+        Tally::failure(format!("kernel {}: {error:#}", kernel.version))
     });
     println!("kernel {}: {tally}, {:.0} s", kernel.version, start.elapsed().as_secs_f64());
     tally
@@ -128,8 +128,9 @@ fn boot(toolchain: &Toolchain, plan: &Plan, kernel: Kernel, programs: &Programs)
     // A name that has changed would match nothing, and no test would fail.
     let least = if let Tests::Named(_) = plan.tests { 2 } else { commands.lines().count() };
     if tally.passed + tally.failed < least {
-        eprintln!("error: {} tests ran, at least {least} should have", tally.passed + tally.failed);
-        tally += Tally::FAILED;
+        let few = format!("{} tests ran, at least {least} should have", tally.passed + tally.failed);
+        eprintln!("error: {few}");
+        tally += Tally::failure(few);
     }
     if plan.update {
         // A serial port ends lines as terminals do.
