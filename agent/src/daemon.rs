@@ -170,7 +170,11 @@ fn watch_host(
 ) -> (Receiver<NetEvent>, Receiver<kube_proxy::Found>) {
     let (events, routes) = mpsc::channel(QUEUE);
     // Where it ends early, so does what it sends to.
-    tasks.spawn(net::watch(events).map(drop));
+    tasks.spawn(async {
+        if let Err(error) = net::watch(events).await {
+            tracing::error!(%error, "cannot watch the host's routes and addresses");
+        }
+    });
     let (events, proxies) = mpsc::channel(QUEUE);
     tasks.spawn(kube_proxy::watch(kube_proxy.clone(), events));
     tasks.spawn(kube_proxy::keep_timeouts(timeouts));

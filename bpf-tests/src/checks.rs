@@ -73,7 +73,7 @@ impl World {
         let mut cluster = Cluster::with_pods(sandbox, &["a", "b"], 0)?;
         cluster.manifests().write_cluster(&cluster)?;
         let (agents, runtimes) = start_agents(&cluster, agent_args)?;
-        attach_all(&mut cluster, &runtimes)?;
+        attach_all(&mut cluster, &runtimes).map_err(|error| anyhow!("{error:#}\n{}", logs_of(&agents)))?;
         let mut world = Self::served(cluster, &BACKENDS)?;
         (world.agents, world.runtimes) = (agents, runtimes);
         world.wait_programmed()?;
@@ -94,7 +94,7 @@ impl World {
             world.apis.push(api);
             runtimes.push(runtime);
         }
-        attach_all(&mut world.cluster, &runtimes)?;
+        attach_all(&mut world.cluster, &runtimes).map_err(|error| anyhow!("{error:#}\n{}", world.logs()))?;
         world.cluster.manifests().write_cluster(&world.cluster)?;
         world.set_backends(&BACKENDS)?;
         world.wait_programmed()?;
@@ -177,7 +177,7 @@ impl World {
     }
 
     pub fn logs(&self) -> String {
-        self.agents.iter().map(Agent::log_tail).collect::<Vec<_>>().join("\n")
+        logs_of(&self.agents)
     }
 
     /// Makes these pods the backends of `web`.
@@ -266,6 +266,10 @@ impl World {
 
 /// An agent on each node that attaches pods, and the runtime that asks it to.
 /// Each node's pods.
+fn logs_of(agents: &[Agent]) -> String {
+    agents.iter().map(Agent::log_tail).collect::<Vec<_>>().join("\n")
+}
+
 fn attach_all(cluster: &mut Cluster, runtimes: &[Runtime]) -> Result<()> {
     for (node, runtime) in ["a", "b"].into_iter().zip(runtimes) {
         runtime.wait_ready()?;

@@ -4,14 +4,18 @@
 use std::{
     collections::BTreeSet,
     fs,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::programs::{TcAttachType, tc};
 use bpf_tests::{
     agent::Agent,
@@ -24,7 +28,14 @@ use bpf_tests::{
     sandbox::Sandbox,
     traffic::Protocol,
 };
-use nix::net::if_::if_nameindex;
+use ferroflow_ebpf::noise::Noise;
+use nix::net::if_::{if_nameindex, if_nametoindex};
+use rtnetlink::{
+    RouteMessageBuilder,
+    packet_core::{NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage},
+    packet_route::RouteNetlinkMessage,
+    sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
+};
 
 fn main() -> ExitCode {
     runner::main(&[
@@ -34,6 +45,7 @@ fn main() -> ExitCode {
         ("pins_of_maps_that_somebody_removes_come_back", pins_of_maps),
         ("routes_to_pods_that_somebody_removes_come_back", routes_to_pods),
         ("a_repair_becomes_an_event_on_the_node", a_repair_becomes_an_event),
+        ("routes_that_others_make_are_no_answers", routes_that_others_make_are_no_answers),
     ])
 }
 
@@ -192,6 +204,64 @@ fn wait_for(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
             bail!("waited {LIMIT:?} for {what}");
         }
         thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// The kernel tells an agent of others' routes with the numbers of the requests that made them. Where one is taken for the
+/// answer to a list of the agent's own, that list lacks routes to pods. Each agent numbers its requests from 1.
+fn routes_that_others_make_are_no_answers(sandbox: &Sandbox) -> Result<()> {
+    World::test(sandbox, &[], |world| {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let others = world.cluster.node("a").netns.run(|_| thread::spawn(move || make_routes(&stopped)))?;
+        let restarted = (0..5).try_for_each(|turn| {
+            world.agents[0].kill9()?;
+            world.agents[0].restart()?;
+            // Some events later.
+            thread::sleep(Duration::from_millis(200));
+            let writes = world.agents[0].wait_synced()?["writes"].clone();
+            ensure!(writes == 0, "start {turn}: {writes} writes to tables\n{}", world.logs());
+            Ok(())
+        });
+        stop.store(true, Ordering::Relaxed);
+        others.join().map_err(|_panic| anyhow!("it panicked")).flatten().context("make routes")?;
+        restarted?;
+        serves(world)
+    })
+}
+
+/// A route to nobody comes and goes, again and again.
+fn make_routes(stop: &AtomicBool) -> Result<()> {
+    const NUMBERS: usize = 64;
+    const AT_ONCE: usize = 32;
+    let socket = Socket::new(NETLINK_ROUTE)?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    let route = RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(Ipv4Addr::new(203, 0, 113, 0), 24)
+        .output_interface(if_nametoindex("eth0")?)
+        .build();
+    let mut turns = [
+        (RouteNetlinkMessage::NewRoute(route.clone()), NLM_F_REQUEST | NLM_F_CREATE),
+        (RouteNetlinkMessage::DelRoute(route), NLM_F_REQUEST),
+    ]
+    .map(|(change, flags)| {
+        let mut message = NetlinkMessage::from(change);
+        message.header.flags = flags;
+        message.finalize();
+        message
+    });
+    let mut noise = Noise(1);
+    while !stop.load(Ordering::Relaxed) {
+        for _ in 0..AT_ONCE {
+            for message in &mut turns {
+                message.header.sequence_number = u32::try_from(1 + noise.below(NUMBERS))?;
+                let mut bytes = vec![0; message.buffer_len()];
+                message.serialize(&mut bytes);
+                socket.send(&bytes, 0)?;
+            }
+        }
+        thread::sleep(Duration::from_millis(1));
     }
     Ok(())
 }

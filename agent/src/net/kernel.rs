@@ -9,9 +9,10 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::LinkLayerType;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType};
-use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
+use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_connection};
 use tokio::sync::mpsc::Sender;
 
+use super::notices::notices;
 use super::{NetError, NetEvent, Snapshot, queue, report};
 use crate::model::Prefix;
 
@@ -31,33 +32,77 @@ const SETTLE: Duration = Duration::from_millis(5);
 /// Lists again without an event, should one have been lost (the socket's buffer overran).
 const RELIST: Duration = Duration::from_secs(30);
 
+/// After a list that failed.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// How often a list is made again that lacks what was there before.
+const DOUBTS: u32 = 8;
+
 /// Reports the host's own addresses, its routes to single ones, and every change of them, until the receiver is
 /// closed.
 ///
 /// # Errors
 /// [`NetError`] where netlink cannot be used at all.
 pub async fn watch(events: Sender<NetEvent>) -> Result<(), NetError> {
-    let (connection, handle, mut messages) = new_multicast_connection(&GROUPS)?;
-    let connection = tokio::spawn(connection);
+    let (mut handle, mut notices) = (asking()?, notices(&GROUPS)?);
     let mut known = Snapshot::default();
     let mut synced = false;
     while !events.is_closed() {
-        let seen = list(&handle).await?;
-        report(&events, &known, &seen).await;
-        known = seen;
-        if !synced {
-            let _closed = events.send(NetEvent::Synced).await;
-            synced = true;
+        match list_after(&known, || list(&handle)).await {
+            Ok(seen) => {
+                report(&events, &known, &seen).await;
+                known = seen;
+                if !synced {
+                    let _closed = events.send(NetEvent::Synced).await;
+                    synced = true;
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot list the host's routes and addresses; trying again");
+                tokio::time::sleep(AGAIN).await;
+                handle = asking()?;
+                continue;
+            }
         }
         tokio::select! {
             () = events.closed() => break,
-            _message = messages.next() => tokio::time::sleep(SETTLE).await,
+            notice = notices.next() => {
+                if notice.is_none() {
+                    notices = super::notices::notices(&GROUPS)?;
+                }
+                tokio::time::sleep(SETTLE).await;
+            }
             () = tokio::time::sleep(RELIST) => {}
         }
-        while let Ok(Some(_message)) = tokio::time::timeout(Duration::ZERO, messages.next()).await {}
+        while let Ok(Some(_notice)) = tokio::time::timeout(Duration::ZERO, notices.next()).await {}
     }
-    connection.abort();
     Ok(())
+}
+
+fn asking() -> Result<Handle, NetError> {
+    let (connection, handle, _unasked) = new_connection()?;
+    tokio::spawn(connection);
+    Ok(handle)
+}
+
+/// What is there now. A list that is made while the kernel's tables change may lack what was there all the time, and what
+/// this node takes for gone its pods lose: it is believed when two lists agree.
+async fn list_after<F, E>(known: &Snapshot, list: impl Fn() -> F) -> Result<Snapshot, E>
+where
+    F: Future<Output = Result<Snapshot, E>>,
+{
+    let mut seen = list().await?;
+    for _ in 0..DOUBTS {
+        if !seen.lacks_any_of(known) {
+            break;
+        }
+        let again = list().await?;
+        if again == seen {
+            break;
+        }
+        seen = again;
+    }
+    Ok(seen)
 }
 
 pub(super) async fn list(handle: &Handle) -> Result<Snapshot, rtnetlink::Error> {
@@ -73,7 +118,7 @@ pub(super) async fn list(handle: &Handle) -> Result<Snapshot, rtnetlink::Error> 
         }
     }
     for ifindex in uplinks {
-        if is_ethernet(handle, ifindex).await {
+        if is_ethernet(handle, ifindex).await? {
             found.uplinks.insert(ifindex, ifindex);
         }
     }
@@ -149,10 +194,15 @@ fn default_route(route: &RouteMessage) -> Vec<u32> {
 }
 
 /// Whether packets on the interface have Ethernet headers, which the programs read. One that is gone has none.
-async fn is_ethernet(handle: &Handle, ifindex: u32) -> bool {
+async fn is_ethernet(handle: &Handle, ifindex: u32) -> Result<bool, rtnetlink::Error> {
     let mut links = Box::pin(handle.link().get().match_index(ifindex).execute());
-    let link = links.try_next().await;
-    link.is_ok_and(|link| link.is_some_and(|link| link.header.link_layer_type == LinkLayerType::Ether))
+    match links.try_next().await {
+        Ok(link) => Ok(link.is_some_and(|link| link.header.link_layer_type == LinkLayerType::Ether)),
+        Err(rtnetlink::Error::NetlinkError(error)) if error.to_io().raw_os_error() == Some(libc::ENODEV) => {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn whole_address(destination: &RouteAddress, prefix_length: u8) -> Option<IpAddr> {
@@ -167,6 +217,8 @@ fn whole_address(destination: &RouteAddress, prefix_length: u8) -> Option<IpAddr
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+    use std::future::ready;
     use std::net::Ipv4Addr;
 
     use super::*;
@@ -191,6 +243,36 @@ mod tests {
         let mut elsewhere = default;
         elsewhere.header.table = 99;
         assert!(default_route(&elsewhere).is_empty());
+    }
+
+    /// What is believed, and how many lists it took, where the routes lead to pods with these numbers.
+    async fn believed(before: &[u8], lists: &[&[u8]]) -> (Vec<u8>, usize) {
+        let with = |pods: &[u8]| Snapshot {
+            routes: pods.iter().map(|&pod| (Addr::v4([10, 244, 1, pod]), pod.into())).collect(),
+            ..Snapshot::default()
+        };
+        let made = Cell::new(0);
+        let list = || {
+            let list = lists.get(made.replace(made.get() + 1)).or(lists.last()).unwrap();
+            ready(Ok::<_, ()>(with(list)))
+        };
+        let seen = list_after(&with(before), list).await.unwrap();
+        (seen.routes.into_keys().map(|addr| addr.bytes[15]).collect(), made.get())
+    }
+
+    #[tokio::test]
+    async fn what_a_list_lacks_is_gone_when_the_next_lacks_it_too() {
+        assert_eq!(believed(&[1, 2], &[&[1, 2, 3]]).await, (vec![1, 2, 3], 1));
+        assert_eq!(believed(&[1, 2], &[&[1], &[1, 2, 3]]).await, (vec![1, 2, 3], 2));
+        assert_eq!(believed(&[1, 2], &[&[1], &[1]]).await, (vec![1], 2));
+        assert_eq!(believed(&[1, 2], &[&[], &[2], &[2]]).await, (vec![2], 3));
+    }
+
+    #[tokio::test]
+    async fn lists_that_never_agree_are_believed_at_last() {
+        let lists: Vec<Vec<u8>> = (0..50).map(|list| vec![100 + list]).collect();
+        let lists: Vec<&[u8]> = lists.iter().map(Vec::as_slice).collect();
+        assert_eq!(believed(&[1], &lists).await.1, 1 + DOUBTS as usize);
     }
 
     #[test]

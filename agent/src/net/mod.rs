@@ -6,6 +6,7 @@ pub(crate) mod fake;
 mod kernel;
 pub mod loopback;
 mod netns;
+mod notices;
 pub mod pod;
 pub mod queue;
 pub mod routes;
@@ -39,6 +40,20 @@ struct Snapshot {
     uplinks: BTreeMap<u32, u32>,
     /// The interfaces with a queue, each by itself.
     queues: BTreeMap<u32, u32>,
+}
+
+impl Snapshot {
+    /// Whether anything that was there before is not.
+    fn lacks_any_of(&self, before: &Self) -> bool {
+        fn lacks<A: Ord>(now: &BTreeMap<A, u32>, before: &BTreeMap<A, u32>) -> bool {
+            before.keys().any(|key| !now.contains_key(key))
+        }
+        lacks(&self.routes, &before.routes)
+            || lacks(&self.addresses, &before.addresses)
+            || lacks(&self.subnets, &before.subnets)
+            || lacks(&self.uplinks, &before.uplinks)
+            || lacks(&self.queues, &before.queues)
+    }
 }
 
 /// One address, or range of them, that is now at another interface, or at none.

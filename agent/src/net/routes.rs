@@ -13,9 +13,10 @@ use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
-use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
+use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_connection};
 use tokio::sync::watch::{Receiver, Sender};
 
+use super::notices::notices;
 use super::pod::{Netlink as _, PodError, gateway};
 use super::tunnel::{self, TunnelDevice, TunnelError};
 use super::{NetError, veth};
@@ -227,9 +228,9 @@ impl Kernel {
     /// # Errors
     /// [`NetError::Socket`].
     pub fn open() -> Result<(Self, impl Stream<Item: Send> + Unpin + Send), NetError> {
-        let (connection, netlink, events) = new_multicast_connection(&GROUPS)?;
+        let (connection, netlink, _unasked) = new_connection()?;
         tokio::spawn(connection);
-        Ok((Self { netlink, tunnel: AtomicU32::new(0) }, events))
+        Ok((Self { netlink, tunnel: AtomicU32::new(0) }, notices(&GROUPS)?))
     }
 }
 
