@@ -180,19 +180,22 @@ fn make_directory(path: &Path) -> Result<(), StartError> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)
 }
 
-/// Root alone may connect.
+/// Root alone may connect. The socket gets its name once it listens: a plugin that finds it is answered. What is there
+/// already is of an agent that is gone, for this one has the lock.
 fn listen(path: &Path) -> Result<UnixListener, StartError> {
     let failed = |source| StartError::Io { path: path.to_owned(), source };
     if let Some(dir) = path.parent() {
         make_directory(dir)?;
     }
-    match fs::remove_file(path) {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    match fs::remove_file(&name) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-        // Of an agent that is gone: this one has the lock.
         _ => {}
     }
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
+    let listener = UnixListener::bind(&name).map_err(failed)?;
+    fs::set_permissions(&name, Permissions::from_mode(0o600)).map_err(failed)?;
+    fs::rename(&name, path).map_err(failed)?;
     Ok(listener)
 }
 
