@@ -10,8 +10,10 @@
 //! a CNI plugin leaves it: that is how the agent finds local pods.
 
 use std::{
+    io::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
+    process::{Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -187,6 +189,23 @@ impl Cluster {
             }
             Ok(passes)
         })?
+    }
+
+    /// From now on the network between the nodes drops what comes from pods, as clouds' do that know machines alone.
+    pub fn check_sources(&self) -> Result<()> {
+        let ports: Vec<_> = self.nodes.iter().map(|node| node.name.clone()).collect();
+        let rules = format!(
+            "table netdev sources {{ chain arriving {{ type filter hook ingress devices = {{ {} }} priority 0; \
+             ip saddr 10.244.0.0/16 drop; ip6 saddr fd00:10:244::/48 drop; }}; }}\n",
+            ports.join(", ")
+        );
+        let mut nft = Command::new("nft");
+        nft.args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+        let mut nft = self.switch.spawn(nft)?;
+        nft.stdin.take().context("no input")?.write_all(rules.as_bytes())?;
+        let output = nft.wait_with_output()?;
+        ensure!(output.status.success(), "nft: {}\n{rules}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
     }
 
     /// What all agents read.

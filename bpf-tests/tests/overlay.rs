@@ -11,11 +11,12 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use bpf_tests::{
     agent::Agent,
-    checks::{ECHO_SERVICE_PORT, failures, service, tally, target},
+    checks::{ECHO_SERVICE_PORT, WEB_PORT, failures, service, tally, target},
     cluster::{Cluster, Family},
     cni::Runtime,
     manifests::{Endpoint, Service},
     netns::{Netns, Prefix},
+    outside::ping,
     pod::{ECHO_PORT, HTTP_PORT, Outcome},
     runner,
     sandbox::Sandbox,
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         ("native_nodes_come_go_and_move", |it| nodes_come_go_and_move(it, NATIVE)),
         ("native_routes_outlive_the_agents_and_are_healed", |it| routes_outlive_the_agents(it, NATIVE)),
         ("vxlan_pods_services_and_hosts_across_nodes", |it| across_nodes(it, VXLAN)),
+        ("vxlan_crosses_a_network_that_knows_no_pods", crosses_a_network_that_knows_no_pods),
         ("vxlan_pods_have_room_for_the_tunnel", pods_have_room_for_the_tunnel),
         ("vxlan_nodes_come_go_and_move", |it| nodes_come_go_and_move(it, VXLAN)),
         ("vxlan_routes_outlive_the_agents_and_are_healed", |it| routes_outlive_the_agents(it, VXLAN)),
@@ -38,6 +40,8 @@ fn main() -> ExitCode {
 
 const NATIVE: &[&str] = &["--routing", "native"];
 const VXLAN: &[&str] = &["--routing", "vxlan"];
+
+const NODE_PORT: u16 = 30080;
 
 /// How long a change of the cluster, or of the kernel's routes, may take to be in force.
 const CHANGE_LIMIT: Duration = Duration::from_secs(10);
@@ -183,6 +187,36 @@ fn across_nodes(sandbox: &Sandbox, args: &[&str]) -> Result<()> {
         for pod in it.cluster.pods() {
             let errors = pod.checksum_errors()?;
             ensure!(errors == 0, "{}: {errors} checksum errors", pod.name);
+        }
+        Ok(())
+    })
+}
+
+/// Nothing leaves a node in a pod's name: not to pods, nor to nodes, nor answers to either; not even a pod's answer to a node
+/// that stands in for a client.
+fn crosses_a_network_that_knows_no_pods(sandbox: &Sandbox) -> Result<()> {
+    Fixture::test(sandbox, VXLAN, |it| {
+        it.cluster.check_sources()?;
+        let exposed = it.web.exposed("NodePort", &[(WEB_PORT, NODE_PORT)]);
+        it.cluster.manifests().write("service-web", &exposed)?;
+        for family in Family::BOTH {
+            it.wait_reaches("a1", "b1", family)?;
+            it.service_answers(family)?;
+            it.hosts_and_pods(family).with_context(|| format!("{family:?}"))?;
+            it.streams(family)?;
+            let (a, b) = (it.cluster.node("a"), it.cluster.node("b"));
+            ping(&it.cluster.pod("b1").netns, a.ip(family), 77, 56).context("ping from b1 to host a")?;
+            // Host a's port, which has no backend there.
+            let target = SocketAddr::new(a.ip(family), NODE_PORT);
+            wait_for(|| Ok(drop(tally(&b.ask(&quick(target))?, target, a.ip(family))?)))?;
+            for (who, answers) in [
+                ("host b", b.ask(&Ask::http(target).count(20).strict())?),
+                ("b1", it.cluster.pod("b1").ask(&Ask::http(target).count(20).strict())?),
+            ] {
+                let by =
+                    tally(&answers, target, a.ip(family)).with_context(|| format!("{who} to {target}"))?;
+                ensure!(by.keys().eq(["b1", "c1"]), "{who} to {target}: {by:?}");
+            }
         }
         Ok(())
     })

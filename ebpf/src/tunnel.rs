@@ -1,12 +1,21 @@
 //! What goes out of the tunnel's device: which node has its destination; and what comes for it from other nodes.
+//!
+//! ```text
+//!   pod ─▶ pod of another node      the kernel's route leads into the tunnel
+//!   pod ─▶ another node itself      the kernel's route leads to the device between the nodes, where the packet is turned
+//!                                   into the tunnel: that network knows no pods, and may drop what comes from one
+//!   node ─▶ pod of another node     the kernel's route leads into the tunnel, and so do answers as above
+//!   node ─▶ node, pod ─▶ world      the device between the nodes; pods by the node's address
+//! ```
 
-use ferroflow_common::abi::tunnel::{DEVICE_MAC, SENDER_MAC, Tunnel};
+use ferroflow_common::abi::tunnel::{DEVICE_MAC, NodeTunnel, SENDER_MAC, Tunnel};
 use ferroflow_common::addr::{Addr, Proto};
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::DropReason;
 
+use crate::icmp::Errors;
 use crate::packet::{L3, Packet};
-use crate::tables::Services;
+use crate::tables::{Aligned, Services, Tables};
 
 /// To the device at the other end, and where that stands in the Ethernet header.
 const ENDS: [u8; 12] = ends();
@@ -23,6 +32,40 @@ pub trait Tunnels {
     fn tunnel(&self, addr: &Addr) -> Option<Tunnel>;
 }
 
+/// The nodes by their own addresses.
+pub trait NodeTunnels {
+    fn node_tunnel(&self, addr: &Addr) -> Option<NodeTunnel>;
+}
+
+/// The way of a packet that is a pod's of this node, to another node itself. `None` for what is not, and for what a node or
+/// the world is to take for this node's.
+#[inline(always)]
+pub fn towards_node<P, T>(packet: &P, tables: &T) -> Option<NodeTunnel>
+where
+    P: Packet,
+    T: Tables<V4> + Tables<V6> + NodeTunnels,
+{
+    match packet.ethertype() {
+        V4::ETHERTYPE => towards_node_of::<V4, P, T>(packet, tables),
+        V6::ETHERTYPE => towards_node_of::<V6, P, T>(packet, tables),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn towards_node_of<F, P, T>(packet: &P, tables: &T) -> Option<NodeTunnel>
+where
+    F: Errors,
+    P: Packet,
+    T: Tables<F> + NodeTunnels,
+{
+    let Aligned([_, dst]) = F::ends(packet, L3)?;
+    let way = tables.node_tunnel(&F::addr(dst))?;
+    // Read again: the stack is short.
+    let Aligned([src, _]) = F::ends(packet, L3)?;
+    tables.endpoint(&F::addr(src)).map(|_pod| way)
+}
+
 /// Makes a packet one that the other end takes, and says which end that is.
 ///
 /// # Errors
@@ -37,8 +80,17 @@ pub fn leaving<P: Packet, T: Tunnels>(packet: &mut P, tunnels: &T) -> Result<Tun
         _ => None,
     };
     let tunnel = to.and_then(|to| tunnels.tunnel(&to)).ok_or(DropReason::NoTunnel)?;
-    packet.write(ENDS_OFF, &ENDS)?;
+    dress(packet)?;
     Ok(tunnel)
+}
+
+/// Gives the packet the link-layer addresses that the device at the other end takes.
+///
+/// # Errors
+/// [`DropReason::Rewrite`].
+#[inline(always)]
+pub fn dress<P: Packet>(packet: &mut P) -> Result<(), DropReason> {
+    packet.write(ENDS_OFF, &ENDS)
 }
 
 /// The length of a UDP header (RFC 768).
@@ -106,6 +158,7 @@ mod tests {
         the_node_that_has_the_destination_gets_the_packet,
         what_nobody_has_is_dropped_by_name,
         what_a_tunnel_of_this_node_carries_is_the_stacks,
+        what_a_pod_says_to_another_node_is_for_the_tunnel,
     );
 
     /// One pod of one node.
@@ -137,6 +190,26 @@ mod tests {
         assert_eq!(leaving(&mut packet, &One(F::pod(3))), Err(DropReason::NoTunnel), "truncated");
         packet.0[12] = 0;
         assert_eq!(leaving(&mut packet, &One(F::pod(3))), Err(DropReason::NoTunnel), "no IP");
+    }
+
+    fn what_a_pod_says_to_another_node_is_for_the_tunnel<F: Names>() {
+        let mut fake = Fake::default();
+        let (here, there) = (F::vip(200), F::vip(201));
+        let way = NodeTunnel { end: THERE, device: 9 };
+        fake.local(F::pod(1), 11);
+        fake.node_tunnels.insert(there, way);
+        for (src, dst, found) in [
+            (F::pod(1), there, Some(way)),
+            (here, there, None),
+            (F::pod(3), there, None),
+            (F::pod(1), here, None),
+            (F::pod(1), F::vip(99), None),
+        ] {
+            let packet = Bytes(Frame::tcp((src, 4000), (dst, 6443), Flags::SYN).build());
+            assert_eq!(towards_node(&packet, &fake), found, "{src} to {dst}");
+            let echo = Bytes(Frame::icmp(src, dst, 8, 0).build());
+            assert_eq!(towards_node(&echo, &fake), found, "ping, {src} to {dst}");
+        }
     }
 
     fn what_a_tunnel_of_this_node_carries_is_the_stacks<F: Names>() {

@@ -21,9 +21,9 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 use super::batch;
 use super::{
     ArrayTable, Backends, ConnectedSockets, ConnectionCounts, Endpoints, ExitAddresses, Frontends, HashTable,
-    Ipcache, IpcacheRanges, MapError, Maps, Masquerades, NodeAddresses, PeerClasses, Plain, Policy,
-    PolicySets, PortRanges, RelayNodes, RelayPeers, Services, SettingsRow, Slots, SourceRanges, Tunnels,
-    UnmasqueradedRanges,
+    Ipcache, IpcacheRanges, MapError, Maps, Masquerades, NodeAddresses, NodeTunnels, PeerClasses, Plain,
+    Policy, PolicySets, PortRanges, RelayNodes, RelayPeers, Services, SettingsRow, Slots, SourceRanges,
+    Tunnels, UnmasqueradedRanges,
 };
 
 /// A value whose bytes may go to the kernel and come from it.
@@ -63,6 +63,7 @@ impl KernelMaps {
             Endpoints::NAME,
             NodeAddresses::NAME,
             Tunnels::NAME,
+            NodeTunnels::NAME,
             ConnectedSockets::NAME,
             ExitAddresses::NAME,
             RelayNodes::NAME,

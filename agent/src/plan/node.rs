@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ferroflow_common::abi::node::{Masquerade, NodeAddress, ServiceRange, Settings};
-use ferroflow_common::abi::tunnel::Tunnel;
+use ferroflow_common::abi::tunnel::{NodeTunnel, Tunnel};
 use ferroflow_common::addr::Addr;
 
 use super::masquerade::{self, Exits};
@@ -30,6 +30,8 @@ pub struct NodeRows {
     pub settings: Settings,
     /// The nodes that packets are carried to, by the ranges of their pods.
     pub tunnels: BTreeMap<Prefix, Tunnel>,
+    /// The ways to the other nodes themselves; `None`: as they are.
+    pub node_tunnels: Option<BTreeMap<Addr, NodeTunnel>>,
     /// How pods leave the node.
     pub exits: Exits,
     /// `None`: as it is.
@@ -57,6 +59,7 @@ pub fn rows(world: &World, config: &Config) -> NodeRows {
         exits: masquerade::exits(world, &config.world),
         relay: relay::rows(world, config),
         tunnels: routes::tunnels(world, config.routing, config.vni),
+        node_tunnels: routes::node_tunnels(world, config.routing, config.vni),
         surplus,
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use ferroflow_common::abi::tunnel::Tunnel;
+use ferroflow_common::abi::tunnel::{NodeTunnel, Tunnel};
 use ferroflow_common::addr::Addr;
 
 use crate::model::{Family, Node, Prefix, Routes, Way, World};
@@ -92,6 +92,25 @@ pub fn tunnels(world: &World, routing: Routing, vni: u32) -> BTreeMap<Prefix, Tu
     ends.map(|(cidr, node)| (cidr, Tunnel { node, vni })).collect()
 }
 
+/// What the programs are told of the other nodes themselves, by their addresses. `None` as long as the tunnel is not there:
+/// then the table stays as it is.
+pub fn node_tunnels(world: &World, routing: Routing, vni: u32) -> Option<BTreeMap<Addr, NodeTunnel>> {
+    match routing {
+        // The network between the nodes knows the pods.
+        Routing::None | Routing::Native => return Some(BTreeMap::new()),
+        Routing::Vxlan => {}
+    }
+    let device = world.tunnel()?.ifindex;
+    let mut rows = BTreeMap::new();
+    for (_, node) in world.nodes().filter(|(name, _)| *name != world.own_name()) {
+        let Some(end) = end(world, node) else { continue };
+        let row = NodeTunnel { end: Tunnel { node: end, vni }, device };
+        let primary = Family::ALL.into_iter().filter_map(|family| node.primary(family));
+        rows.extend(primary.map(|addr| (addr, row)));
+    }
+    Some(rows)
+}
+
 /// How many bytes of a packet the tunnel takes: Ethernet, VXLAN, UDP and IP (RFC 7348 section 5).
 pub fn overhead(world: &World) -> u32 {
     match world.own_node().and_then(|node| node.primary(Family::V4)) {
@@ -171,7 +190,7 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
-    use crate::model::Change;
+    use crate::model::{Change, TunnelLink};
 
     fn addr(text: &str) -> Addr {
         text.parse::<IpAddr>().unwrap().into()
@@ -257,6 +276,25 @@ mod tests {
         let planned = vxlan(&world);
         assert_eq!(planned.routes.get(&prefix("10.244.2.0/24")), Some(&Way::Tunnel { source: None }));
         assert_eq!(overhead(&world), 70);
+    }
+
+    #[test]
+    fn other_nodes_themselves_are_reached_by_the_tunnel_once_it_is_there() {
+        let mut world = world();
+        let rows = |world: &World, routing| node_tunnels(world, routing, 7);
+        assert_eq!(rows(&world, Routing::Native), Some(BTreeMap::new()));
+        assert_eq!(rows(&world, Routing::Vxlan), None, "as they are");
+        world.apply(Change::Tunnel(Some(TunnelLink { ifindex: 9, mtu: 1450 })));
+        assert_eq!(rows(&world, Routing::Native), Some(BTreeMap::new()));
+        let way = |node| NodeTunnel { end: Tunnel { node: addr(node), vni: 7 }, device: 9 };
+        let (b, c) = (way("192.168.50.2"), way("192.168.50.3"));
+        let all = [("192.168.50.2", b), ("fd50::2", b), ("192.168.50.3", c), ("fd50::3", c)];
+        let all = all.map(|(node, way)| (addr(node), way));
+        assert_eq!(rows(&world, Routing::Vxlan), Some(BTreeMap::from(all)));
+        // Without a family in common there is no way.
+        set(&mut world, "a", &["192.168.50.1"], &["10.244.1.0/24"]);
+        set(&mut world, "b", &["fd50::2"], &["10.244.2.0/24"]);
+        assert!(!rows(&world, Routing::Vxlan).unwrap().contains_key(&addr("fd50::2")));
     }
 
     #[test]

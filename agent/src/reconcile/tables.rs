@@ -17,7 +17,8 @@ use super::hold::Hold;
 use super::policy::Policies;
 use crate::maps::{
     Backends, Endpoints, ExitAddresses, Frontends, HashTable, MapError, Maps, Masquerades, NodeAddresses,
-    RelayNodes, RelayPeers, Services, SettingsRow, Slots, SourceRanges, Tunnels, UnmasqueradedRanges,
+    NodeTunnels, RelayNodes, RelayPeers, Services, SettingsRow, Slots, SourceRanges, Tunnels,
+    UnmasqueradedRanges,
 };
 use crate::model::{Name, Prefix, Touched};
 use crate::plan;
@@ -218,7 +219,11 @@ impl<M: Maps> Tables<M> {
         self.apply_rows::<NodeAddresses>(&rows.addresses, Whose::This)?;
         self.apply_rows::<ExitAddresses>(&rows.exits.addresses, Whose::This)?;
         self.apply_rows::<UnmasqueradedRanges>(&kept, Whose::OfNodes)?;
-        self.apply_rows::<Tunnels>(&tunnels, Whose::OfNodes)
+        self.apply_rows::<Tunnels>(&tunnels, Whose::OfNodes)?;
+        match &rows.node_tunnels {
+            Some(rows) => self.apply_rows::<NodeTunnels>(rows, Whose::OfNodes),
+            None => Ok(()),
+        }
     }
 
     /// Makes a small table what it should be. Rows of nodes that cannot be read stay until they can.

@@ -15,6 +15,15 @@ pub struct Tunnel {
     pub vni: u32,
 }
 
+/// The way to another node itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct NodeTunnel {
+    pub end: Tunnel,
+    /// The interface of the tunnel's device here.
+    pub device: u32,
+}
+
 /// The link-layer address of every tunnel device: whatever a node puts into a tunnel is for the device at its end.
 pub const DEVICE_MAC: [u8; 6] = *b"\x02ferro";
 

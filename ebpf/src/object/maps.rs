@@ -20,14 +20,14 @@ use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeK
 use ferroflow_common::abi::relay::{NodeNumber, Relay};
 use ferroflow_common::abi::socket::{Translation, Translations};
 use ferroflow_common::abi::state::AgentState;
-use ferroflow_common::abi::tunnel::Tunnel;
+use ferroflow_common::abi::tunnel::{NodeTunnel, Tunnel};
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::{DROP_ROWS, DropReason};
 use ferroflow_ebpf::judge::Judges;
 use ferroflow_ebpf::policy::{Policies, Wanted};
 use ferroflow_ebpf::tables::{Aligned, Datagrams, InsertError, OnConflict, Services, Tables, Tracked};
-use ferroflow_ebpf::tunnel::Tunnels;
+use ferroflow_ebpf::tunnel::{NodeTunnels, Tunnels};
 
 use crate::direct;
 use crate::skb::Skb;
@@ -86,6 +86,9 @@ static ENDPOINTS: HashMap<Addr, Endpoint, 4_096, ON_DEMAND> = HashMap::new();
 
 #[btf_map(name = "tunnels", pin_by_name)]
 static TUNNELS: LpmTrie<Addr, Tunnel, 65_536> = LpmTrie::new();
+
+#[btf_map(name = "node_tunnels", pin_by_name)]
+static NODE_TUNNELS: HashMap<Addr, NodeTunnel, 65_536, ON_DEMAND> = HashMap::new();
 
 #[btf_map(name = "node_addresses", pin_by_name)]
 static NODE_ADDRESSES: HashMap<Addr, NodeAddress, 1_024, ON_DEMAND> = HashMap::new();
@@ -483,5 +486,13 @@ impl<F: Flows> Tables<F> for Kernel {
     fn random(&self) -> u32 {
         // SAFETY: as above.
         unsafe { bpf_get_prandom_u32() }
+    }
+}
+
+impl NodeTunnels for Kernel {
+    #[inline(always)]
+    fn node_tunnel(&self, addr: &Addr) -> Option<NodeTunnel> {
+        // SAFETY: copied before anything else is called; the agent replaces a row by a new one, never in place.
+        unsafe { NODE_TUNNELS.get(addr) }.copied()
     }
 }

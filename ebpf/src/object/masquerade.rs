@@ -15,12 +15,14 @@ use ferroflow_common::abi::node::{Masquerade, Unmasqueraded};
 use ferroflow_common::abi::policy::RangeKey;
 use ferroflow_common::addr::{Addr, Proto};
 use ferroflow_common::family::{Family, V4};
+use ferroflow_common::verdict::Verdict;
 use ferroflow_ebpf::masquerade::{self, Exits};
 use ferroflow_ebpf::tables::Aligned;
 
 use crate::maps::Kernel;
 use crate::skb::{Mark, Skb};
-use crate::tc::action;
+use crate::tc::{TUNNEL_PORT, action};
+use crate::tunnel;
 
 /// Pods are masqueraded to the world. Where they are not, the verifier drops all that is about it.
 #[unsafe(no_mangle)]
@@ -40,6 +42,9 @@ pub(crate) fn device_egress(ctx: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     let verdict = masquerade::leaving(&mut skb, &Kernel);
+    if verdict == Ok(Verdict::Stack) && TUNNEL_PORT.load() != 0 {
+        return tunnel::turn_to_node(&mut skb);
+    }
     action(&skb, verdict)
 }
 

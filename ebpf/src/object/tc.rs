@@ -23,7 +23,7 @@ static CHECK_SOURCES: Global<u8> = Global::new(0);
 
 /// The UDP port at which other nodes' tunnels end here; 0 without tunnels, and the verifier drops what is about them.
 #[unsafe(no_mangle)]
-static TUNNEL_PORT: Global<u16> = Global::new(0);
+pub(crate) static TUNNEL_PORT: Global<u16> = Global::new(0);
 
 impl Senders<Skb> for Kernel {
     #[inline(always)]

@@ -1,13 +1,14 @@
 //! The programs on the tunnel's device, which carries packets between nodes in VXLAN.
 
 use core::mem::offset_of;
+use core::ptr::NonNull;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{__sk_buff, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, TC_ACT_UNSPEC, bpf_tunnel_key};
-use aya_ebpf::helpers::generated::bpf_skb_set_tunnel_key;
+use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_set_tunnel_key};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use ferroflow_common::abi::tunnel::Tunnel;
+use ferroflow_common::abi::tunnel::{NodeTunnel, Tunnel};
 use ferroflow_common::verdict::{DropReason, Verdict};
 use ferroflow_ebpf::{device, pod, tunnel};
 
@@ -51,6 +52,38 @@ pub(crate) fn tunnel_ingress(ctx: TcContext) -> i32 {
     };
     let verdict = device::arriving_from(&mut skb, &Kernel, origin);
     action(&skb, verdict)
+}
+
+/// Into the tunnel with what a pod says to another node itself; all else goes on as it goes.
+#[inline(always)]
+pub(crate) fn turn_to_node(skb: &mut Skb) -> i32 {
+    let device = addressed_to_node(skb.0.as_ptr().cast());
+    if device == 0 {
+        return TC_ACT_UNSPEC;
+    }
+    if device == FAILED {
+        return shot(DropReason::NoTunnel);
+    }
+    skb.tell(Mark::ADDRESSED);
+    // SAFETY: the helper takes numbers and checks them.
+    (unsafe { bpf_redirect(device, 0) }) as i32
+}
+
+/// The kernel refused; no interface has the number.
+const FAILED: u32 = u32::MAX;
+
+/// A global function, as the [steps](crate::steps) are: the tunnel's device, for which the packet is ready then; 0 where it is
+/// not for that, [`FAILED`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn addressed_to_node(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: a program's context, which is never null; the verifier admits nothing else here.
+    let mut skb = Skb(TcContext::new(unsafe { NonNull::new_unchecked(skb) }));
+    let Some(NodeTunnel { end, device }) = tunnel::towards_node(&skb, &Kernel) else { return 0 };
+    if tunnel::dress(&mut skb).and_then(|()| address(&skb, &end)).is_err() {
+        return FAILED;
+    }
+    device
 }
 
 #[inline(never)]

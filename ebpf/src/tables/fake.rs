@@ -13,6 +13,7 @@ use ferroflow_common::abi::lb::{
 use ferroflow_common::abi::node::{NodeAddress, ServiceRange, Settings};
 use ferroflow_common::abi::policy::{Class, PolicyKey, PortRange, RangeKey, Rules, Verdict};
 use ferroflow_common::abi::relay::NodeNumber;
+use ferroflow_common::abi::tunnel::NodeTunnel;
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::DropReason;
@@ -26,6 +27,7 @@ use crate::policy::Policies;
 use crate::reject::Answer;
 use crate::source::Senders;
 use crate::steps::Steps;
+use crate::tunnel::NodeTunnels;
 
 #[derive(Debug, Default)]
 pub struct Fake {
@@ -45,6 +47,7 @@ pub struct Fake {
     pub endpoints: HashMap<Addr, Endpoint>,
     /// Pods of other nodes to which there are routes, one by one.
     pub elsewhere: Vec<Addr>,
+    pub node_tunnels: HashMap<Addr, NodeTunnel>,
     pub conntrack: RefCell<BTreeMap<Tuple<[u8; 16]>, Row>>,
     pub datagrams: RefCell<BTreeMap<DatagramKey, Datagram>>,
     pub held: RefCell<BTreeMap<DatagramKey, Vec<u8>>>,
@@ -434,6 +437,13 @@ impl Senders<Bytes> for Fake {
 
     fn sender(&self, _packet: &Bytes) -> u32 {
         self.sender.unwrap_or(0)
+    }
+}
+
+impl NodeTunnels for Fake {
+    fn node_tunnel(&self, addr: &Addr) -> Option<NodeTunnel> {
+        self.count_hash();
+        self.node_tunnels.get(addr).copied()
     }
 }
 
