@@ -208,7 +208,7 @@ fn crosses_a_network_that_knows_no_pods(sandbox: &Sandbox) -> Result<()> {
             ping(&it.cluster.pod("b1").netns, a.ip(family), 77, 56).context("ping from b1 to host a")?;
             // Host a's port, which has no backend there.
             let target = SocketAddr::new(a.ip(family), NODE_PORT);
-            wait_for(|| Ok(drop(tally(&b.ask(&quick(target))?, target, a.ip(family))?)))?;
+            wait_for(|| tally(&b.ask(&quick(target))?, target, a.ip(family)).map(drop))?;
             for (who, answers) in [
                 ("host b", b.ask(&Ask::http(target).count(20).strict())?),
                 ("b1", it.cluster.pod("b1").ask(&Ask::http(target).count(20).strict())?),

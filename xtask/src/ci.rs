@@ -86,9 +86,9 @@ fn demonstrate(toolchain: &Toolchain) -> Result<Tally> {
     program(toolchain, "demo", &[])
 }
 
-/// Ten minutes; what fails is run again with the seed that it printed.
+/// Five minutes; what fails is run again with the seed that it printed.
 fn soak(toolchain: &Toolchain) -> Result<Tally> {
-    program(toolchain, "soak", &["--minutes", "10"].map(str::to_owned))
+    program(toolchain, "soak", &["--minutes", "5"].map(str::to_owned))
 }
 
 /// A program of bpf-tests that counts its checks.
