@@ -21,7 +21,7 @@
 //! | `port_ranges` | array, mmap | row -> [`abi::policy::PortRange`] | agent | programs, CLI |
 //! | `policy_sets`, `peer_classes` | hash | number -> [`abi::policy::Meaning`] | agent | agent (restore), CLI |
 //! | `tunnels` | LPM trie | [`abi::policy::RangeKey`] -> [`abi::tunnel::Tunnel`] | agent | programs |
-//! | `node_tunnels` | hash | [`addr::Addr`] of a node -> [`abi::tunnel::NodeTunnel`] | agent | programs |
+//! | `node_tunnels` | hash | [`addr::Addr`] of a node -> [`abi::tunnel::Tunnel`] | agent | programs |
 //! | `relay_nodes` | hash | [`abi::relay::NodeNumber`] -> [`addr::Addr`] of the node | agent | programs |
 //! | `relay_peers` | hash | [`addr::Addr`] -> [`abi::relay::NodeNumber`] of the node that has it | agent | programs |
 //! | `node_addresses` | hash | [`addr::Addr`] -> [`abi::node::NodeAddress`] | agent | programs |

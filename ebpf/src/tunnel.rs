@@ -8,7 +8,7 @@
 //!   node ─▶ node, pod ─▶ world      the device between the nodes; pods by the node's address
 //! ```
 
-use ferroflow_common::abi::tunnel::{DEVICE_MAC, NodeTunnel, SENDER_MAC, Tunnel};
+use ferroflow_common::abi::tunnel::{DEVICE_MAC, Tunnel};
 use ferroflow_common::addr::{Addr, Proto};
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::DropReason;
@@ -17,14 +17,8 @@ use crate::icmp::Errors;
 use crate::packet::{L3, Packet};
 use crate::tables::{Aligned, Services, Tables};
 
-/// To the device at the other end, and where that stands in the Ethernet header.
-const ENDS: [u8; 12] = ends();
+/// Where the Ethernet header's two addresses stand.
 const ENDS_OFF: u32 = 0;
-
-const fn ends() -> [u8; 12] {
-    let ([t0, t1, t2, t3, t4, t5], [f0, f1, f2, f3, f4, f5]) = (DEVICE_MAC, SENDER_MAC);
-    [t0, t1, t2, t3, t4, t5, f0, f1, f2, f3, f4, f5]
-}
 
 /// The nodes by the ranges of their pods.
 pub trait Tunnels {
@@ -34,13 +28,13 @@ pub trait Tunnels {
 
 /// The nodes by their own addresses.
 pub trait NodeTunnels {
-    fn node_tunnel(&self, addr: &Addr) -> Option<NodeTunnel>;
+    fn node_tunnel(&self, addr: &Addr) -> Option<Tunnel>;
 }
 
 /// The way of a packet that is a pod's of this node, to another node itself. `None` for what is not, and for what a node or
 /// the world is to take for this node's.
 #[inline(always)]
-pub fn towards_node<P, T>(packet: &P, tables: &T) -> Option<NodeTunnel>
+pub fn towards_node<P, T>(packet: &P, tables: &T) -> Option<Tunnel>
 where
     P: Packet,
     T: Tables<V4> + Tables<V6> + NodeTunnels,
@@ -53,7 +47,7 @@ where
 }
 
 #[inline(always)]
-fn towards_node_of<F, P, T>(packet: &P, tables: &T) -> Option<NodeTunnel>
+fn towards_node_of<F, P, T>(packet: &P, tables: &T) -> Option<Tunnel>
 where
     F: Errors,
     P: Packet,
@@ -66,12 +60,9 @@ where
     tables.endpoint(&F::addr(src)).map(|_pod| way)
 }
 
-/// Makes a packet one that the other end takes, and says which end that is.
-///
-/// # Errors
-/// [`DropReason::NoTunnel`] where no node has the destination, or it is no IP packet.
+/// The way of a packet by its destination. `None` where no node has that, or it is no IP packet.
 #[inline(always)]
-pub fn leaving<P: Packet, T: Tunnels>(packet: &mut P, tunnels: &T) -> Result<Tunnel, DropReason> {
+pub fn way<P: Packet, T: Tunnels>(packet: &P, tunnels: &T) -> Option<Tunnel> {
     let to = match packet.ethertype() {
         V4::ETHERTYPE => {
             packet.words(L3 + V4::DST_OFF).map(|[word]| V4::addr(V4::from_words([word, 0, 0, 0])))
@@ -79,18 +70,17 @@ pub fn leaving<P: Packet, T: Tunnels>(packet: &mut P, tunnels: &T) -> Result<Tun
         V6::ETHERTYPE => packet.words(L3 + V6::DST_OFF).map(|words| V6::addr(V6::from_words(words))),
         _ => None,
     };
-    let tunnel = to.and_then(|to| tunnels.tunnel(&to)).ok_or(DropReason::NoTunnel)?;
-    dress(packet)?;
-    Ok(tunnel)
+    to.and_then(|to| tunnels.tunnel(&to))
 }
 
-/// Gives the packet the link-layer addresses that the device at the other end takes.
+/// Gives the packet the link-layer addresses that the device at the other end takes: `sender` says what it is to that.
 ///
 /// # Errors
 /// [`DropReason::Rewrite`].
 #[inline(always)]
-pub fn dress<P: Packet>(packet: &mut P) -> Result<(), DropReason> {
-    packet.write(ENDS_OFF, &ENDS)
+pub fn dress<P: Packet>(packet: &mut P, sender: [u8; 6]) -> Result<(), DropReason> {
+    let ([t0, t1, t2, t3, t4, t5], [f0, f1, f2, f3, f4, f5]) = (DEVICE_MAC, sender);
+    packet.write(ENDS_OFF, &[t0, t1, t2, t3, t4, t5, f0, f1, f2, f3, f4, f5])
 }
 
 /// The length of a UDP header (RFC 768).
@@ -147,6 +137,7 @@ fn is_vxlan<P: Packet>(packet: &P, udp: u32, port: u16) -> bool {
 #[cfg(test)]
 mod tests {
     use ferroflow_common::abi::node::NodeAddress;
+    use ferroflow_common::abi::tunnel::SENDER_MAC;
     use ferroflow_common::tcp::Flags;
 
     use super::*;
@@ -156,7 +147,7 @@ mod tests {
 
     both_families!(
         the_node_that_has_the_destination_gets_the_packet,
-        what_nobody_has_is_dropped_by_name,
+        what_nobody_has_has_no_way,
         what_a_tunnel_of_this_node_carries_is_the_stacks,
         what_a_pod_says_to_another_node_is_for_the_tunnel,
     );
@@ -164,7 +155,7 @@ mod tests {
     /// One pod of one node.
     struct One(Addr);
 
-    const THERE: Tunnel = Tunnel { node: Addr::v4([192, 168, 50, 2]), vni: 7 };
+    const THERE: Tunnel = Tunnel { node: Addr::v4([192, 168, 50, 2]), vni: 7, device: 9, room: 1450 };
 
     impl Tunnels for One {
         fn tunnel(&self, addr: &Addr) -> Option<Tunnel> {
@@ -178,28 +169,28 @@ mod tests {
 
     fn the_node_that_has_the_destination_gets_the_packet<F: Names>() {
         let (before, mut packet) = (frame::<F>(), frame::<F>());
-        assert_eq!(leaving(&mut packet, &One(F::pod(3))), Ok(THERE));
+        assert_eq!(way(&packet, &One(F::pod(3))), Some(THERE));
+        dress(&mut packet, SENDER_MAC).unwrap();
         assert_eq!((&packet.0[..6], &packet.0[6..12]), (&DEVICE_MAC[..], &SENDER_MAC[..]));
         assert_eq!(packet.0[12..], before.0[12..], "nothing else changes");
     }
 
-    fn what_nobody_has_is_dropped_by_name<F: Names>() {
+    fn what_nobody_has_has_no_way<F: Names>() {
         let mut packet = frame::<F>();
-        assert_eq!(leaving(&mut packet, &One(F::pod(1))), Err(DropReason::NoTunnel));
+        assert_eq!(way(&packet, &One(F::pod(1))), None);
         packet.0.truncate(20);
-        assert_eq!(leaving(&mut packet, &One(F::pod(3))), Err(DropReason::NoTunnel), "truncated");
+        assert_eq!(way(&packet, &One(F::pod(3))), None, "truncated");
         packet.0[12] = 0;
-        assert_eq!(leaving(&mut packet, &One(F::pod(3))), Err(DropReason::NoTunnel), "no IP");
+        assert_eq!(way(&packet, &One(F::pod(3))), None, "no IP");
     }
 
     fn what_a_pod_says_to_another_node_is_for_the_tunnel<F: Names>() {
         let mut fake = Fake::default();
         let (here, there) = (F::vip(200), F::vip(201));
-        let way = NodeTunnel { end: THERE, device: 9 };
         fake.local(F::pod(1), 11);
-        fake.node_tunnels.insert(there, way);
+        fake.node_tunnels.insert(there, THERE);
         for (src, dst, found) in [
-            (F::pod(1), there, Some(way)),
+            (F::pod(1), there, Some(THERE)),
             (here, there, None),
             (F::pod(3), there, None),
             (F::pod(1), here, None),

@@ -17,7 +17,7 @@ use ferroflow_common::abi::node::{Masquerade, NodeAddress, Settings, Unmasquerad
 use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeKey, Rules};
 use ferroflow_common::abi::relay::NodeNumber;
 use ferroflow_common::abi::socket::Translation;
-use ferroflow_common::abi::tunnel::{NodeTunnel, Tunnel};
+use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -60,7 +60,7 @@ tables! { HashTable:
     /// The node that has a range of pods. A trie, like `SourceRanges`.
     Tunnels = "tunnels", Key = RangeKey, Value = Tunnel;
     /// The way to another node itself, by its address.
-    NodeTunnels = "node_tunnels", Key = Addr, Value = NodeTunnel;
+    NodeTunnels = "node_tunnels", Key = Addr, Value = Tunnel;
     /// The address by which packets are relayed to a node.
     RelayNodes = "relay_nodes", Key = NodeNumber, Value = Addr;
     /// Whose packets may be relayed here.

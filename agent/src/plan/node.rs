@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ferroflow_common::abi::node::{Masquerade, NodeAddress, ServiceRange, Settings};
-use ferroflow_common::abi::tunnel::{NodeTunnel, Tunnel};
 use ferroflow_common::addr::Addr;
 
 use super::masquerade::{self, Exits};
 use super::relay::{self, RelayRows};
-use super::{Config, MasqueradeScope, routes};
+use super::routes::{self, Tunnels};
+use super::{Config, MasqueradeScope};
 use crate::model::{Family, KubeProxy, Prefix, World};
 
 /// Which of the node's addresses serve NodePorts (rule 24).
@@ -28,10 +28,8 @@ pub struct NodeRows {
     pub addresses: BTreeMap<Addr, NodeAddress>,
     pub masquerade: Masquerade,
     pub settings: Settings,
-    /// The nodes that packets are carried to, by the ranges of their pods.
-    pub tunnels: BTreeMap<Prefix, Tunnel>,
-    /// The ways to the other nodes themselves; `None`: as they are.
-    pub node_tunnels: Option<BTreeMap<Addr, NodeTunnel>>,
+    /// The ways to other nodes; `None`: as they are.
+    pub tunnels: Option<Tunnels>,
     /// How pods leave the node.
     pub exits: Exits,
     /// `None`: as it is.
@@ -59,7 +57,6 @@ pub fn rows(world: &World, config: &Config) -> NodeRows {
         exits: masquerade::exits(world, &config.world),
         relay: relay::rows(world, config),
         tunnels: routes::tunnels(world, config.routing, config.vni),
-        node_tunnels: routes::node_tunnels(world, config.routing, config.vni),
         surplus,
     }
 }

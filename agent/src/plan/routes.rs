@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use ferroflow_common::abi::tunnel::{NodeTunnel, Tunnel};
+use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
 
 use crate::model::{Family, Node, Prefix, Routes, Way, World};
@@ -86,29 +86,35 @@ pub fn routes(world: &World, routing: Routing) -> PlannedRoutes {
     planned
 }
 
-/// What the programs are told of the pods of all nodes that there are routes to.
-pub fn tunnels(world: &World, routing: Routing, vni: u32) -> BTreeMap<Prefix, Tunnel> {
-    let ends = routes(world, routing).ends.into_iter();
-    ends.map(|(cidr, node)| (cidr, Tunnel { node, vni })).collect()
+/// What the programs are told of the ways to other nodes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tunnels {
+    /// To the pods of all nodes that there are routes to, by the ranges.
+    pub pods: BTreeMap<Prefix, Tunnel>,
+    /// To the other nodes themselves, where the network between them knows no pods.
+    pub nodes: BTreeMap<Addr, Tunnel>,
 }
 
-/// What the programs are told of the other nodes themselves, by their addresses. `None` as long as the tunnel is not there:
-/// then the table stays as it is.
-pub fn node_tunnels(world: &World, routing: Routing, vni: u32) -> Option<BTreeMap<Addr, NodeTunnel>> {
-    match routing {
-        // The network between the nodes knows the pods.
-        Routing::None | Routing::Native => return Some(BTreeMap::new()),
-        Routing::Vxlan => {}
+/// `None` as long as the tunnel that there is to be is not there: then the tables stay as they are, which is empty at first,
+/// and then packets go by the kernel's routes.
+pub fn tunnels(world: &World, routing: Routing, vni: u32) -> Option<Tunnels> {
+    let (device, room) = match routing {
+        Routing::None | Routing::Native => (0, 0),
+        Routing::Vxlan => world.tunnel().map(|link| (link.ifindex, link.mtu))?,
+    };
+    let to = |node| Tunnel { node, vni, device, room };
+    let ends = routes(world, routing).ends.into_iter();
+    let mut ways =
+        Tunnels { pods: ends.map(|(cidr, node)| (cidr, to(node))).collect(), ..Tunnels::default() };
+    if device == 0 {
+        return Some(ways);
     }
-    let device = world.tunnel()?.ifindex;
-    let mut rows = BTreeMap::new();
     for (_, node) in world.nodes().filter(|(name, _)| *name != world.own_name()) {
         let Some(end) = end(world, node) else { continue };
-        let row = NodeTunnel { end: Tunnel { node: end, vni }, device };
         let primary = Family::ALL.into_iter().filter_map(|family| node.primary(family));
-        rows.extend(primary.map(|addr| (addr, row)));
+        ways.nodes.extend(primary.map(|addr| (addr, to(end))));
     }
-    Some(rows)
+    Some(ways)
 }
 
 /// How many bytes of a packet the tunnel takes: Ethernet, VXLAN, UDP and IP (RFC 7348 section 5).
@@ -260,10 +266,14 @@ mod tests {
         assert_eq!(planned.routes.get(&prefix("10.244.2.0/24")), Some(&own("192.168.50.1")));
         assert_eq!(planned.routes.get(&prefix("fd00:10:244:2::/64")), Some(&own("fd50::1")));
         assert_eq!(planned.routes.get(&prefix("10.244.1.0/24")), Some(&Way::Unreachable));
-        let rows = tunnels(&world, Routing::Vxlan, 7);
-        let there = Tunnel { node: addr("192.168.50.2"), vni: 7 };
+        assert_eq!(tunnels(&world, Routing::Vxlan, 7), None, "as they are");
+        world.apply(Change::Tunnel(Some(TunnelLink { ifindex: 9, mtu: 1450 })));
+        let rows = tunnels(&world, Routing::Vxlan, 7).unwrap().pods;
+        let there = Tunnel { node: addr("192.168.50.2"), vni: 7, device: 9, room: 1450 };
         assert_eq!(rows.get(&prefix("fd00:10:244:2::/64")), Some(&there));
-        assert_eq!((rows.len(), tunnels(&world, Routing::Native, 7).len(), overhead(&world)), (4, 4, 50));
+        let native = tunnels(&world, Routing::Native, 7).unwrap();
+        assert_eq!((rows.len(), native.pods.len(), overhead(&world)), (4, 4, 50));
+        assert!(native.nodes.is_empty() && native.pods.values().all(|it| it.device == 0));
         // Not on a link of this node, and of one family alone.
         set(&mut world, "b", &["fd99::2"], &["10.244.2.0/24"]);
         let planned = vxlan(&world);
@@ -279,22 +289,18 @@ mod tests {
     }
 
     #[test]
-    fn other_nodes_themselves_are_reached_by_the_tunnel_once_it_is_there() {
+    fn other_nodes_themselves_are_reached_by_the_tunnel() {
         let mut world = world();
-        let rows = |world: &World, routing| node_tunnels(world, routing, 7);
-        assert_eq!(rows(&world, Routing::Native), Some(BTreeMap::new()));
-        assert_eq!(rows(&world, Routing::Vxlan), None, "as they are");
         world.apply(Change::Tunnel(Some(TunnelLink { ifindex: 9, mtu: 1450 })));
-        assert_eq!(rows(&world, Routing::Native), Some(BTreeMap::new()));
-        let way = |node| NodeTunnel { end: Tunnel { node: addr(node), vni: 7 }, device: 9 };
+        let nodes = |world: &World| tunnels(world, Routing::Vxlan, 7).unwrap().nodes;
+        let way = |node| Tunnel { node: addr(node), vni: 7, device: 9, room: 1450 };
         let (b, c) = (way("192.168.50.2"), way("192.168.50.3"));
         let all = [("192.168.50.2", b), ("fd50::2", b), ("192.168.50.3", c), ("fd50::3", c)];
-        let all = all.map(|(node, way)| (addr(node), way));
-        assert_eq!(rows(&world, Routing::Vxlan), Some(BTreeMap::from(all)));
+        assert_eq!(nodes(&world), all.map(|(node, way)| (addr(node), way)).into());
         // Without a family in common there is no way.
         set(&mut world, "a", &["192.168.50.1"], &["10.244.1.0/24"]);
         set(&mut world, "b", &["fd50::2"], &["10.244.2.0/24"]);
-        assert!(!rows(&world, Routing::Vxlan).unwrap().contains_key(&addr("fd50::2")));
+        assert!(!nodes(&world).contains_key(&addr("fd50::2")));
     }
 
     #[test]

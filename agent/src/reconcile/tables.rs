@@ -215,15 +215,13 @@ impl<M: Maps> Tables<M> {
         }
         let key = |range: &Prefix| RangeKey { bits: range.bits().into(), addr: range.addr() };
         let kept = rows.exits.kept.iter().map(|range| (key(range), 1)).collect();
-        let tunnels = rows.tunnels.iter().map(|(range, row)| (key(range), *row)).collect();
         self.apply_rows::<NodeAddresses>(&rows.addresses, Whose::This)?;
         self.apply_rows::<ExitAddresses>(&rows.exits.addresses, Whose::This)?;
         self.apply_rows::<UnmasqueradedRanges>(&kept, Whose::OfNodes)?;
-        self.apply_rows::<Tunnels>(&tunnels, Whose::OfNodes)?;
-        match &rows.node_tunnels {
-            Some(rows) => self.apply_rows::<NodeTunnels>(rows, Whose::OfNodes),
-            None => Ok(()),
-        }
+        let Some(ways) = &rows.tunnels else { return Ok(()) };
+        let pods = ways.pods.iter().map(|(range, row)| (key(range), *row)).collect();
+        self.apply_rows::<Tunnels>(&pods, Whose::OfNodes)?;
+        self.apply_rows::<NodeTunnels>(&ways.nodes, Whose::OfNodes)
     }
 
     /// Makes a small table what it should be. Rows of nodes that cannot be read stay until they can.

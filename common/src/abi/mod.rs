@@ -35,7 +35,7 @@ const _: () = {
     assert!(size_of::<socket::Translation>() == 44);
     assert!(size_of::<socket::Translations>() == 180);
     assert!(socket::Translations::ROWS.is_power_of_two());
-    assert!(size_of::<tunnel::Tunnel>() == 20);
+    assert!(size_of::<tunnel::Tunnel>() == 28);
     assert!(size_of::<endpoint::Endpoint>() == 20);
     assert!(size_of::<policy::RangeKey>() == 20);
     assert!(size_of::<policy::PolicyKey>() == 8);

@@ -5,7 +5,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::addr::Addr;
 
-/// Whose a range of pods is.
+/// The way to a range of pods, or to a node itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Tunnel {
@@ -13,15 +13,10 @@ pub struct Tunnel {
     pub node: Addr,
     /// The network's identifier, 24 bits.
     pub vni: u32,
-}
-
-/// The way to another node itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub struct NodeTunnel {
-    pub end: Tunnel,
-    /// The interface of the tunnel's device here.
+    /// The interface of the tunnel's device here; 0 where there is none on the way.
     pub device: u32,
+    /// Of what that carries, in bytes from the IP header on.
+    pub room: u32,
 }
 
 /// The link-layer address of every tunnel device: whatever a node puts into a tunnel is for the device at its end.

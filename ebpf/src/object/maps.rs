@@ -20,7 +20,7 @@ use ferroflow_common::abi::policy::{Class, Meaning, PolicyKey, PortRange, RangeK
 use ferroflow_common::abi::relay::{NodeNumber, Relay};
 use ferroflow_common::abi::socket::{Translation, Translations};
 use ferroflow_common::abi::state::AgentState;
-use ferroflow_common::abi::tunnel::{NodeTunnel, Tunnel};
+use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::{DROP_ROWS, DropReason};
@@ -88,7 +88,7 @@ static ENDPOINTS: HashMap<Addr, Endpoint, 4_096, ON_DEMAND> = HashMap::new();
 static TUNNELS: LpmTrie<Addr, Tunnel, 65_536> = LpmTrie::new();
 
 #[btf_map(name = "node_tunnels", pin_by_name)]
-static NODE_TUNNELS: HashMap<Addr, NodeTunnel, 65_536, ON_DEMAND> = HashMap::new();
+static NODE_TUNNELS: HashMap<Addr, Tunnel, 65_536, ON_DEMAND> = HashMap::new();
 
 #[btf_map(name = "node_addresses", pin_by_name)]
 static NODE_ADDRESSES: HashMap<Addr, NodeAddress, 1_024, ON_DEMAND> = HashMap::new();
@@ -491,7 +491,7 @@ impl<F: Flows> Tables<F> for Kernel {
 
 impl NodeTunnels for Kernel {
     #[inline(always)]
-    fn node_tunnel(&self, addr: &Addr) -> Option<NodeTunnel> {
+    fn node_tunnel(&self, addr: &Addr) -> Option<Tunnel> {
         // SAFETY: copied before anything else is called; the agent replaces a row by a new one, never in place.
         unsafe { NODE_TUNNELS.get(addr) }.copied()
     }

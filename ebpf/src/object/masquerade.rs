@@ -45,7 +45,7 @@ pub(crate) fn device_egress(ctx: TcContext) -> i32 {
     if verdict == Ok(Verdict::Stack) && TUNNEL_PORT.load() != 0 {
         return tunnel::turn_to_node(&mut skb);
     }
-    action(&skb, verdict)
+    action(&mut skb, verdict)
 }
 
 /// The network namespace of the packet's device (`BPF_F_CURRENT_NETNS`).

@@ -5,10 +5,10 @@ use core::ptr::NonNull;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{__sk_buff, BPF_F_TUNINFO_IPV6, bpf_tunnel_key};
-use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_get_tunnel_key};
+use aya_ebpf::helpers::generated::bpf_skb_get_tunnel_key;
 use aya_ebpf::programs::TcContext;
 use ferroflow_common::abi::relay::{NodeNumber, Relay, SENDER_MAC};
-use ferroflow_common::abi::tunnel::{DEVICE_MAC, Tunnel};
+use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
 use ferroflow_common::family::{Family as _, V6};
 use ferroflow_common::verdict::DropReason;
@@ -18,44 +18,33 @@ use ferroflow_ebpf::tables::Services as _;
 
 use crate::maps::Kernel;
 use crate::mtu;
-use crate::skb::{Mark, Skb};
+use crate::skb::Skb;
 use crate::tc::shot;
-use crate::tunnel::{self, SIZE};
+use crate::tunnel::{Entered, Entrance, SIZE};
 
 /// Sends the packet to the node, or tells its sender that it is too long for that.
 #[inline(always)]
 pub(crate) fn send(skb: &mut Skb, node: NodeNumber) -> i32 {
-    let done = relay(skb.0.as_ptr().cast(), node);
-    if done & TOO_LONG != 0 { mtu::answer_back(skb, done as u32) } else { done as i32 }
+    match Entrance(relay(skb.0.as_ptr().cast(), node)).enter(skb) {
+        Entered::Gone(action) => action,
+        Entered::TooLong(room) => mtu::answer_back(skb, room),
+        Entered::Not => shot(DropReason::RelayFailed),
+    }
 }
 
-/// With how much there is room for.
-const TOO_LONG: u64 = 1 << 32;
-
-/// A global function, as the [steps](crate::steps) are: what the program returns, or [`TOO_LONG`].
+/// A global function, as the [steps](crate::steps) are: an [`Entrance`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn relay(skb: *mut __sk_buff, node: u32) -> u64 {
     // SAFETY: a program's context, which is never null; the verifier admits nothing else here.
     let mut skb = Skb(TcContext::new(unsafe { NonNull::new_unchecked(skb) }));
     let Relay { device, room, vni } = Kernel.relay();
-    if device != 0 && u32::from(skb.longest()) > room {
-        return TOO_LONG | u64::from(room);
+    let Some(node) = Kernel.node(node) else { return 0 };
+    if device == 0 {
+        return 0;
     }
-    if device == 0 || into_tunnel(&mut skb, node, vni).is_err() {
-        return shot(DropReason::RelayFailed) as u64;
-    }
-    skb.tell(Mark::ADDRESSED);
-    // SAFETY: the helper takes numbers and checks them.
-    (unsafe { bpf_redirect(device, 0) }) as u64
-}
-
-#[inline(always)]
-fn into_tunnel(skb: &mut Skb, node: NodeNumber, vni: u32) -> Result<(), DropReason> {
-    let node = Kernel.node(node).ok_or(DropReason::RelayFailed)?;
-    let ([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5]) = (DEVICE_MAC, SENDER_MAC);
-    skb.write(0, &[d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5])?;
-    tunnel::address(skb, &Tunnel { node, vni })
+    let length = u32::from(skb.longest());
+    Entrance::ready(&mut skb, &Tunnel { node, vni, device, room }, SENDER_MAC, length).0
 }
 
 /// Where the sender stands in the Ethernet header, and how it begins where it relays.

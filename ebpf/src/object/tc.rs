@@ -16,6 +16,7 @@ use crate::mtu;
 use crate::relay;
 use crate::skb::{Mark, Skb};
 use crate::steps;
+use crate::tunnel::{self as tunnel_device, Entered};
 
 /// Pods send from their own addresses alone. Where that is not checked, the verifier drops what is about it.
 #[unsafe(no_mangle)]
@@ -50,7 +51,7 @@ pub(crate) fn pod_egress(ctx: TcContext) -> i32 {
         // SAFETY: the helper takes numbers and checks them.
         return (unsafe { bpf_redirect_peer(Kernel.sender(&skb), 0) }) as i32;
     }
-    action(&skb, verdict)
+    action(&mut skb, verdict)
 }
 
 /// TC egress on the host's end of a pod's veth: what the node's stack sends to the pod.
@@ -62,7 +63,7 @@ pub(crate) fn pod_ingress(ctx: TcContext) -> i32 {
     }
     let origin = if skb.is_own() { Origin::Own } else { Origin::Inward };
     let verdict = pod::entering_pod(&mut skb, &Kernel, origin);
-    action(&skb, verdict)
+    action(&mut skb, verdict)
 }
 
 /// TC ingress on a device of the node: what comes from outside.
@@ -77,7 +78,7 @@ pub(crate) fn device_ingress(ctx: TcContext) -> i32 {
     }
     match device::arriving(&mut skb, &Kernel) {
         Ok(Verdict::Relay { node }) => relay::send(&mut skb, node),
-        verdict => action(&skb, verdict),
+        verdict => action(&mut skb, verdict),
     }
 }
 
@@ -88,7 +89,7 @@ fn is_for_tunnel(skb: &Skb, port: u16) -> bool {
 }
 
 #[inline(always)]
-pub(crate) fn action(skb: &Skb, verdict: Result<Verdict, DropReason>) -> i32 {
+pub(crate) fn action(skb: &mut Skb, verdict: Result<Verdict, DropReason>) -> i32 {
     match verdict {
         // Other programs on the interface see the packet next; without any, it passes.
         Ok(Verdict::Stack) => TC_ACT_UNSPEC,
@@ -122,7 +123,14 @@ fn hand(skb: &Skb, link: u32) -> i32 {
 }
 
 #[inline(always)]
-fn forward(skb: &Skb) -> i32 {
+fn forward(skb: &mut Skb) -> i32 {
+    if TUNNEL_PORT.load() != 0 {
+        match tunnel_device::to_pods(skb) {
+            Entered::Gone(action) => return action,
+            Entered::TooLong(room) => return mtu::answer(skb, room),
+            Entered::Not => {}
+        }
+    }
     let exit = skb.exit();
     if let Some(ifindex) = exit.device() {
         skb.tell(Mark::FINISHED);

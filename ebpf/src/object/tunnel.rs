@@ -8,7 +8,7 @@ use aya_ebpf::bindings::{__sk_buff, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, TC_A
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_set_tunnel_key};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use ferroflow_common::abi::tunnel::{NodeTunnel, Tunnel};
+use ferroflow_common::abi::tunnel::{SENDER_MAC, Tunnel};
 use ferroflow_common::verdict::{DropReason, Verdict};
 use ferroflow_ebpf::{device, pod, tunnel};
 
@@ -36,7 +36,7 @@ pub(crate) fn tunnel_egress(ctx: TcContext) -> i32 {
             }
             Err(reason) => shot(reason),
         },
-        verdict => action(&skb, verdict),
+        verdict => action(&mut skb, verdict),
     }
 }
 
@@ -51,45 +51,103 @@ pub(crate) fn tunnel_ingress(ctx: TcContext) -> i32 {
         Err(reason) => return shot(reason),
     };
     let verdict = device::arriving_from(&mut skb, &Kernel, origin);
-    action(&skb, verdict)
+    action(&mut skb, verdict)
 }
 
 /// Into the tunnel with what a pod says to another node itself; all else goes on as it goes.
 #[inline(always)]
 pub(crate) fn turn_to_node(skb: &mut Skb) -> i32 {
-    let device = addressed_to_node(skb.0.as_ptr().cast());
-    if device == 0 {
-        return TC_ACT_UNSPEC;
+    // What is too long is carried in fragments: it was routed, and its sender has been told of a narrow way there.
+    match Entrance(to_node(skb.0.as_ptr().cast())).enter(skb) {
+        Entered::Gone(action) => action,
+        Entered::TooLong(_) | Entered::Not => TC_ACT_UNSPEC,
     }
-    if device == FAILED {
-        return shot(DropReason::NoTunnel);
-    }
-    skb.tell(Mark::ADDRESSED);
-    // SAFETY: the helper takes numbers and checks them.
-    (unsafe { bpf_redirect(device, 0) }) as i32
 }
 
-/// The kernel refused; no interface has the number.
-const FAILED: u32 = u32::MAX;
+/// Into the tunnel with what is for a pod of another node.
+#[inline(always)]
+pub(crate) fn to_pods(skb: &mut Skb) -> Entered {
+    Entrance(to_pod(skb.0.as_ptr().cast())).enter(skb)
+}
 
-/// A global function, as the [steps](crate::steps) are: the tunnel's device, for which the packet is ready then; 0 where it is
-/// not for that, [`FAILED`].
+/// What became of a packet that may be one for the tunnel.
+pub(crate) enum Entered {
+    /// What the program returns.
+    Gone(i32),
+    /// With how much there is room for.
+    TooLong(u32),
+    Not,
+}
+
+/// Whether a packet is ready for the tunnel, in one register: the tunnel's device, or 0 where it is not for one.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct Entrance(pub(crate) u64);
+
+impl Entrance {
+    const NONE: Self = Self(0);
+    const TOO_LONG: u64 = 1 << 32;
+    /// The kernel refused.
+    const FAILED: u64 = 2 << 32;
+
+    /// Readies the packet for the way; `sender` is what stands in its Ethernet header then.
+    #[inline(always)]
+    pub(crate) fn ready(skb: &mut Skb, way: &Tunnel, sender: [u8; 6], length: u32) -> Self {
+        if length > way.room {
+            return Self(Self::TOO_LONG | u64::from(way.room));
+        }
+        if tunnel::dress(skb, sender).and_then(|()| address(skb, way)).is_err() {
+            return Self(Self::FAILED);
+        }
+        Self(u64::from(way.device))
+    }
+
+    #[inline(always)]
+    pub(crate) fn enter(self, skb: &Skb) -> Entered {
+        if self.0 & Self::TOO_LONG != 0 {
+            return Entered::TooLong(self.0 as u32);
+        }
+        if self.0 & Self::FAILED != 0 {
+            return Entered::Gone(shot(DropReason::NoTunnel));
+        }
+        if self.0 == 0 {
+            return Entered::Not;
+        }
+        skb.tell(Mark::ADDRESSED);
+        // SAFETY: the helper takes numbers and checks them.
+        Entered::Gone((unsafe { bpf_redirect(self.0 as u32, 0) }) as i32)
+    }
+}
+
+/// Global functions, as the [steps](crate::steps) are: each an [`Entrance`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn addressed_to_node(skb: *mut __sk_buff) -> u32 {
+extern "C" fn to_node(skb: *mut __sk_buff) -> u64 {
     // SAFETY: a program's context, which is never null; the verifier admits nothing else here.
     let mut skb = Skb(TcContext::new(unsafe { NonNull::new_unchecked(skb) }));
-    let Some(NodeTunnel { end, device }) = tunnel::towards_node(&skb, &Kernel) else { return 0 };
-    if tunnel::dress(&mut skb).and_then(|()| address(&skb, &end)).is_err() {
-        return FAILED;
+    let Some(way) = tunnel::towards_node(&skb, &Kernel) else { return Entrance::NONE.0 };
+    Entrance::ready(&mut skb, &way, SENDER_MAC, 0).0
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn to_pod(skb: *mut __sk_buff) -> u64 {
+    // SAFETY: as above.
+    let mut skb = Skb(TcContext::new(unsafe { NonNull::new_unchecked(skb) }));
+    match tunnel::way(&skb, &Kernel) {
+        Some(way) if way.device != 0 => {
+            let length = u32::from(skb.longest());
+            Entrance::ready(&mut skb, &way, SENDER_MAC, length).0
+        }
+        _ => Entrance::NONE.0,
     }
-    device
 }
 
 #[inline(never)]
 fn encapsulate(skb: &mut Skb) -> Result<(), DropReason> {
-    let end = tunnel::leaving(skb, &Kernel)?;
-    address(skb, &end)
+    let way = tunnel::way(skb, &Kernel).ok_or(DropReason::NoTunnel)?;
+    tunnel::dress(skb, SENDER_MAC)?;
+    address(skb, &way)
 }
 
 /// Says where the tunnel's device is to send the packet.
@@ -97,7 +155,7 @@ fn encapsulate(skb: &mut Skb) -> Result<(), DropReason> {
 /// # Errors
 /// [`DropReason::NoTunnel`] where the kernel refuses.
 #[inline(always)]
-pub(crate) fn address(skb: &Skb, &Tunnel { node, vni }: &Tunnel) -> Result<(), DropReason> {
+fn address(skb: &Skb, &Tunnel { node, vni, .. }: &Tunnel) -> Result<(), DropReason> {
     // SAFETY: plain numbers; zero is a valid value of every field, and the kernel's of those that are not set.
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     key.tunnel_id = vni;

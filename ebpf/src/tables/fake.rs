@@ -13,7 +13,7 @@ use ferroflow_common::abi::lb::{
 use ferroflow_common::abi::node::{NodeAddress, ServiceRange, Settings};
 use ferroflow_common::abi::policy::{Class, PolicyKey, PortRange, RangeKey, Rules, Verdict};
 use ferroflow_common::abi::relay::NodeNumber;
-use ferroflow_common::abi::tunnel::NodeTunnel;
+use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::{Addr, Port, Proto};
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::DropReason;
@@ -47,7 +47,7 @@ pub struct Fake {
     pub endpoints: HashMap<Addr, Endpoint>,
     /// Pods of other nodes to which there are routes, one by one.
     pub elsewhere: Vec<Addr>,
-    pub node_tunnels: HashMap<Addr, NodeTunnel>,
+    pub node_tunnels: HashMap<Addr, Tunnel>,
     pub conntrack: RefCell<BTreeMap<Tuple<[u8; 16]>, Row>>,
     pub datagrams: RefCell<BTreeMap<DatagramKey, Datagram>>,
     pub held: RefCell<BTreeMap<DatagramKey, Vec<u8>>>,
@@ -441,7 +441,7 @@ impl Senders<Bytes> for Fake {
 }
 
 impl NodeTunnels for Fake {
-    fn node_tunnel(&self, addr: &Addr) -> Option<NodeTunnel> {
+    fn node_tunnel(&self, addr: &Addr) -> Option<Tunnel> {
         self.count_hash();
         self.node_tunnels.get(addr).copied()
     }
