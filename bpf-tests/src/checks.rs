@@ -264,12 +264,11 @@ impl World {
     }
 }
 
-/// An agent on each node that attaches pods, and the runtime that asks it to.
-/// Each node's pods.
 fn logs_of(agents: &[Agent]) -> String {
     agents.iter().map(Agent::log_tail).collect::<Vec<_>>().join("\n")
 }
 
+/// Each node's pods.
 fn attach_all(cluster: &mut Cluster, runtimes: &[Runtime]) -> Result<()> {
     for (node, runtime) in ["a", "b"].into_iter().zip(runtimes) {
         runtime.wait_ready()?;
@@ -280,6 +279,7 @@ fn attach_all(cluster: &mut Cluster, runtimes: &[Runtime]) -> Result<()> {
     Ok(())
 }
 
+/// An agent on each node that attaches pods, and the runtime that asks it to.
 fn start_agents(cluster: &Cluster, more: &[&str]) -> Result<(Vec<Agent>, Vec<Runtime>)> {
     let start = |node| {
         let runtime = Runtime::new(node)?;

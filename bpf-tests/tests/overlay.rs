@@ -192,8 +192,8 @@ fn across_nodes(sandbox: &Sandbox, args: &[&str]) -> Result<()> {
     })
 }
 
-/// Nothing leaves a node in a pod's name: not to pods, nor to nodes, nor answers to either; not even a pod's answer to a node
-/// that stands in for a client.
+/// Nothing of this leaves a node in a pod's name: not to pods, nor to nodes, nor answers to either; not even a pod's answer to
+/// a node that stands in for a client.
 fn crosses_a_network_that_knows_no_pods(sandbox: &Sandbox) -> Result<()> {
     Fixture::test(sandbox, VXLAN, |it| {
         it.cluster.check_sources()?;

@@ -1,10 +1,10 @@
 //! What goes out of the tunnel's device: which node has its destination; and what comes for it from other nodes.
 //!
 //! ```text
-//!   pod ─▶ pod of another node      the kernel's route leads into the tunnel
+//!   pod ─▶ pod of another node      the program at the pod puts it into the tunnel; what takes the stack, its route does
 //!   pod ─▶ another node itself      the kernel's route leads to the device between the nodes, where the packet is turned
 //!                                   into the tunnel: that network knows no pods, and may drop what comes from one
-//!   node ─▶ pod of another node     the kernel's route leads into the tunnel, and so do answers as above
+//!   node ─▶ pod of another node     the kernel's route leads into the tunnel, and answers come as above
 //!   node ─▶ node, pod ─▶ world      the device between the nodes; pods by the node's address
 //! ```
 
@@ -31,8 +31,7 @@ pub trait NodeTunnels {
     fn node_tunnel(&self, addr: &Addr) -> Option<Tunnel>;
 }
 
-/// The way of a packet that is a pod's of this node, to another node itself. `None` for what is not, and for what a node or
-/// the world is to take for this node's.
+/// The way of a packet that is a pod's of this node, by its source, to another node itself; `None` for every other.
 #[inline(always)]
 pub fn towards_node<P, T>(packet: &P, tables: &T) -> Option<Tunnel>
 where

@@ -44,7 +44,7 @@ const DOUBTS: u32 = 8;
 /// # Errors
 /// [`NetError`] where netlink cannot be used at all.
 pub async fn watch(events: Sender<NetEvent>) -> Result<(), NetError> {
-    let (mut handle, mut notices) = (asking()?, notices(&GROUPS)?);
+    let (mut handle, mut told) = (asking()?, notices(&GROUPS)?);
     let mut known = Snapshot::default();
     let mut synced = false;
     while !events.is_closed() {
@@ -66,15 +66,15 @@ pub async fn watch(events: Sender<NetEvent>) -> Result<(), NetError> {
         }
         tokio::select! {
             () = events.closed() => break,
-            notice = notices.next() => {
+            notice = told.next() => {
                 if notice.is_none() {
-                    notices = super::notices::notices(&GROUPS)?;
+                    told = notices(&GROUPS)?;
                 }
                 tokio::time::sleep(SETTLE).await;
             }
             () = tokio::time::sleep(RELIST) => {}
         }
-        while let Ok(Some(_notice)) = tokio::time::timeout(Duration::ZERO, notices.next()).await {}
+        while let Ok(Some(_notice)) = tokio::time::timeout(Duration::ZERO, told.next()).await {}
     }
     Ok(())
 }

@@ -60,7 +60,9 @@ impl Census {
     /// The first thing of the agents that became more.
     pub(super) fn grew(&self, base: &Self) -> Option<String> {
         for (node, files) in &self.files {
-            let before = base.files.get(node)?;
+            let Some(before) = base.files.get(node) else {
+                return Some(format!("open files of {node}, which nobody counted before"));
+            };
             let (now, then): (usize, usize) = (files.values().sum(), before.values().sum());
             if now > then {
                 return Some(format!("open files of {node}: {now} ({files:?}), not {then} ({before:?})"));
