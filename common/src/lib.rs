@@ -44,6 +44,7 @@
 
 pub mod abi;
 pub mod addr;
+pub mod clock;
 pub mod crc32c;
 pub mod csum;
 pub mod family;
