@@ -47,6 +47,19 @@ pub struct Answer {
     pub took: Duration,
 }
 
+impl<'a> Container<'a> {
+    /// What a plugin is told of a command for it.
+    pub fn env(self, command: &'a str, args: &'a str) -> [(&'static str, &'a str); 5] {
+        [
+            ("CNI_COMMAND", command),
+            ("CNI_CONTAINERID", self.id),
+            ("CNI_NETNS", self.netns),
+            ("CNI_IFNAME", IFNAME),
+            ("CNI_ARGS", args),
+        ]
+    }
+}
+
 const LIMIT: Duration = Duration::from_secs(90);
 const READY_LIMIT: Duration = Duration::from_secs(20);
 pub const IFNAME: &str = "eth0";
@@ -121,8 +134,13 @@ impl Runtime {
 
     /// Runs the plugin once.
     pub fn run(&self, env: &[(&str, &str)], input: &str) -> Result<Answer> {
-        let mut command = Command::new(self.dir.join("bin/ferroflow-cni"));
-        command.env_clear().env("CNI_PATH", self.dir.join("bin")).envs(env.iter().copied());
+        self.run_from(&self.dir.join("bin"), "ferroflow-cni", env, input)
+    }
+
+    /// The same with any plugin, which finds others where it is itself.
+    pub fn run_from(&self, bin: &Path, plugin: &str, env: &[(&str, &str)], input: &str) -> Result<Answer> {
+        let mut command = Command::new(bin.join(plugin));
+        command.env_clear().env("CNI_PATH", bin).envs(env.iter().copied());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let start = Instant::now();
         let mut child = self.netns.spawn(command)?;
@@ -156,15 +174,7 @@ impl Runtime {
         args: &str,
         more: Value,
     ) -> Result<Answer> {
-        let Container { id, netns } = container;
-        let env = [
-            ("CNI_COMMAND", command),
-            ("CNI_CONTAINERID", id),
-            ("CNI_NETNS", netns),
-            ("CNI_IFNAME", IFNAME),
-            ("CNI_ARGS", args),
-        ];
-        self.run(&env, &self.config("1.1.0", more)?.to_string())
+        self.run(&container.env(command, args), &self.config("1.1.0", more)?.to_string())
     }
 
     /// The result of a successful ADD.

@@ -15,6 +15,7 @@
 //! plain routing against itself: what it differs from 1 is noise.
 
 mod arena;
+mod attach;
 mod compare;
 mod control;
 mod figure;
@@ -70,6 +71,9 @@ struct Cli {
     /// What policies cost, and nothing else: a minute
     #[arg(long)]
     policies: bool,
+    /// How long pods wait for their network, and nothing else: seconds
+    #[arg(long, conflicts_with = "policies")]
+    cni: bool,
     /// Runs of each way, each between two of plain routing
     #[arg(long)]
     pairs: Option<usize>,
@@ -113,6 +117,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         println!("\n{}", report.table());
         return Ok(ExitCode::SUCCESS);
     }
+    if cli.cni {
+        attach::measure(&sandbox, &mut report)?;
+        println!("\n{}", report.table());
+        return Ok(ExitCode::SUCCESS);
+    }
     for (number, &size) in plan.sizes.iter().enumerate() {
         // Not at the largest size: its rules would have to be loaded on a second node as well.
         let what = if number == 1.min(plan.sizes.len() - 1) { What::Everything } else { What::BySize };
@@ -120,6 +129,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     for &size in &plan.control {
         measure_alone(&sandbox, &plan, size, &mut report)?;
+    }
+    if let Err(error) = attach::measure(&sandbox, &mut report) {
+        report.fail("cni/add-p50/ferroflow", 0, &error)?;
     }
     if let Err(error) = policies::measure(&sandbox, &mut report) {
         report.fail("policy/tables/ferroflow", 0, &error)?;
