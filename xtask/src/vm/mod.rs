@@ -45,7 +45,7 @@ const TABLE: &str = "bpf-tests/verified.json";
 const QEMU: &str = "qemu-system-x86_64";
 /// The files of tests that run there, and which of a file: all, or few that together use every hook and path of the
 /// programs, because an emulated machine takes half a minute for each.
-const TESTS: [(&str, &[&str]); 5] = [
+const TESTS: [(&str, &[&str]); 6] = [
     ("programs", &[]),
     ("sctp", &[]),
     (
@@ -59,7 +59,10 @@ const TESTS: [(&str, &[&str]); 5] = [
     ),
     ("north_south", &["rule_26_a_node_port_reaches_every_backend_by_masquerade"]),
     ("restart", &["kill_9_loses_nothing_on_the_packet_path"]),
+    (NETKIT, &[]),
 ];
+/// For kernels that have it.
+const NETKIT: &str = "netkit";
 /// One test at a time, without the one that is not about the kernel: it shows what the object says of its maps, through
 /// a program of the host.
 const ALONE: &str = "--test-threads 1 --skip bpftool_shows_the_tables_by_name";
@@ -118,7 +121,7 @@ fn boot(toolchain: &Toolchain, plan: &Plan, kernel: Kernel, programs: &Programs)
     let dir = toolchain.target("vm");
     fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let table = toolchain.root().join(TABLE);
-    let commands = commands(plan);
+    let commands = commands(plan, kernel);
     let archive = archive(programs, &modules, &commands, &read(&table)?)?;
     let initrd = dir.join(format!("initrd-{}", kernel.version));
     fs::write(&initrd, archive).with_context(|| format!("cannot write {}", initrd.display()))?;
@@ -140,10 +143,10 @@ fn boot(toolchain: &Toolchain, plan: &Plan, kernel: Kernel, programs: &Programs)
     Ok(tally)
 }
 
-fn commands(plan: &Plan) -> String {
+fn commands(plan: &Plan, kernel: Kernel) -> String {
     let verify = if plan.update { "verify --update" } else { "verify" };
     let mut commands = format!("{verify} --repeat 0 --table verified.json\n");
-    for (file, chosen) in TESTS {
+    for (file, chosen) in TESTS.into_iter().filter(|(file, _)| *file != NETKIT || kernel.has_netkit) {
         match &plan.tests {
             Tests::Named(filter) => commands += &format!("{file} {ALONE} {filter}\n"),
             Tests::Chosen if chosen.is_empty() => commands += &format!("{file} {ALONE}\n"),
