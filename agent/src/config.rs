@@ -205,6 +205,10 @@ pub struct Cni {
     #[arg(long = "cni-socket", env = "FERROFLOW_CNI_SOCKET", value_name = "PATH", default_value = protocol::SOCKET)]
     pub socket: PathBuf,
 
+    /// What new pods get as their interface; those that run keep theirs
+    #[arg(long, env = "FERROFLOW_POD_DEVICE", value_enum, default_value_t = PodDevice::Veth)]
+    pub pod_device: PodDevice,
+
     /// Directory for what must outlive the agent and the machine: which pod has which address
     #[arg(long, env = "FERROFLOW_STATE_DIR", value_name = "DIR", default_value = protocol::STATE_DIR)]
     pub state_dir: PathBuf,
@@ -281,6 +285,17 @@ pub enum Masquerade {
     On,
     /// They leave as they are: the network knows the way back, or another program masquerades them
     Off,
+}
+
+/// The devices of pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PodDevice {
+    /// What every kernel has
+    Veth,
+    /// The programs run in the pod's own transmission (Linux 6.7, with CONFIG_NETKIT); the agent does not start without it
+    Netkit,
+    /// netkit where the kernel has it, veth elsewhere
+    Auto,
 }
 
 /// The hook for programs on interfaces.

@@ -21,7 +21,7 @@ use crate::cni;
 use crate::cni::server::StartError;
 use crate::cni::server::conflist::Conflist;
 use crate::cni::server::order::{Order, Place, Readiness, Refused, View};
-use crate::config;
+use crate::config::{self, PodDevice};
 use crate::datapath::{self, Datapath, DatapathError, Interface, Sources};
 use crate::events::{Note, Reason, Recorder};
 use crate::gc;
@@ -34,6 +34,8 @@ use crate::lock::{Lock, LockError};
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
 use crate::model::{At, Change, Family, HostPort, HostPorts, KubeProxy, Name, Tenant, TunnelLink, World};
+use crate::net::device::has_netkit;
+use crate::net::pod::{Kind, PodError};
 use crate::net::routes::{Goal, Laid, Surplus};
 use crate::net::tunnel::TunnelDevice;
 use crate::net::{self, Moved, NetError, NetEvent};
@@ -76,10 +78,8 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     datapath::prepare_agent(&config.bpffs)?;
     datapath::unlock_settings();
     let _lock = Lock::acquire(&config.bpffs.dir)?;
-    let cgroup = match &config.cgroup {
-        Some(dir) => dir.clone(),
-        None => datapath::cgroup2_mount()?,
-    };
+    let cgroup = config.cgroup.clone().map_or_else(datapath::cgroup2_mount, Ok)?;
+    let device = pod_device(&config.cni)?;
     let (events, objects) = mpsc::channel(QUEUE);
     let (recorder, notes) = Recorder::new();
     let (ready, served) = oneshot::channel();
@@ -107,7 +107,7 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         .map_err(|source| DaemonError::RunDir { path: config.run_dir.clone(), source })?;
     let (orders, asked) = mpsc::unbounded_channel();
     if config.cni.enabled {
-        tasks.spawn(attach_pods(&config.cni, orders, &mut reconciler).await?.run());
+        tasks.spawn(attach_pods((&config.cni, device), orders, &mut reconciler).await?.run());
     }
     let (routes_between, routing) = Routes::start(config)?;
     let state = first_words(config);
@@ -197,9 +197,23 @@ fn measure(
     (metrics, Gauges { started, swept }, scrapes)
 }
 
+/// What new pods get.
+fn pod_device(config: &config::Cni) -> Result<Kind, DaemonError> {
+    let kind = match config.pod_device {
+        PodDevice::Netkit | PodDevice::Auto if !config.enabled => return Ok(Kind::Veth),
+        PodDevice::Veth => return Ok(Kind::Veth),
+        PodDevice::Netkit if !has_netkit()? => return Err(DaemonError::NoNetkit),
+        PodDevice::Netkit => Kind::Netkit,
+        PodDevice::Auto if has_netkit()? => Kind::Netkit,
+        PodDevice::Auto => Kind::Veth,
+    };
+    tracing::info!(device = kind.name(), "what new pods get");
+    Ok(kind)
+}
+
 /// Starts to attach pods; those that are attached are known before anything is written.
 async fn attach_pods(
-    config: &config::Cni,
+    (config, device): (&config::Cni, Kind),
     orders: UnboundedSender<Order>,
     reconciler: &mut Reconciler<KernelMaps>,
 ) -> Result<cni::server::Server, StartError> {
@@ -211,6 +225,7 @@ async fn attach_pods(
             name: config.conf_name.clone(),
             ipam: config.ipam.clone(),
         },
+        device,
     };
     let (server, attached) = cni::server::Server::start(options, Arc::new(net::veth::Kernel), orders).await?;
     for place in &attached {
@@ -834,6 +849,13 @@ pub enum DaemonError {
     Net(#[from] NetError),
     #[error("{path}: {source}: name a directory that can be written with --run-dir")]
     RunDir { path: std::path::PathBuf, source: std::io::Error },
+    #[error(
+        "--pod-device netkit: this kernel has none (it takes Linux 6.7 or newer, with CONFIG_NETKIT): say --pod-device veth, \
+         or auto where nodes differ (chart: cni.podDevice)"
+    )]
+    NoNetkit,
+    #[error(transparent)]
+    Device(#[from] PodError),
     #[error("cannot serve the CNI plugin: {0}")]
     Cni(#[from] StartError),
     #[error("the watch of the kernel's routes and addresses ended")]

@@ -5,6 +5,7 @@
 //!     └─ cluster: nodes and pods as network namespaces ── manifests (ordinary Kubernetes YAML)
 //!           ├─ agent: the real binary on a node ── cni: the network plugin beside it, as a runtime runs it
 //!           └─ traffic: requests between pods ── pod (the processes in them: this same executable)
+//!           ├─ raw: packets as they are
 //!           ├─ probe: many first packets at once, and which of them are answered ── tests/netpol
 //!           (outside: a world around it)
 //!           (installed: nodes with the chart's settings ── tests/e2e.rs)
@@ -47,6 +48,7 @@ pub mod packets;
 pub mod patience;
 pub mod pod;
 pub mod probe;
+pub mod raw;
 pub mod run;
 pub mod runner;
 pub mod sandbox;

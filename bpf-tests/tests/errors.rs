@@ -11,7 +11,6 @@
 use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
-    os::fd::{AsRawFd as _, OwnedFd},
     process::ExitCode,
     thread,
     time::{Duration, Instant},
@@ -25,13 +24,14 @@ use bpf_tests::{
     manifests::{Endpoint, Port, Service},
     netns::{Netns, Prefix, Route},
     pod::ECHO_PORT,
+    raw::Raw,
     runner,
     sandbox::Sandbox,
 };
 use ferroflow_common::tcp::Flags;
 use ferroflow_ebpf::frame::{Frame, Transport};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, sendto, setsockopt, socket,
+    setsockopt,
     sockopt::{Ipv4RecvErr, Ipv6RecvErr, Ipv6Ttl},
 };
 
@@ -342,26 +342,6 @@ fn answered(socket: &UdpSocket, datagram: &[u8]) -> Result<()> {
             }
             Err(error) => ensure!(Instant::now() < deadline, "no answer: {error}"),
         }
-    }
-}
-
-/// Sends IP packets as they are.
-struct Raw(OwnedFd);
-
-impl Raw {
-    fn new(netns: &Netns, family: Family) -> Result<Self> {
-        let family = match family {
-            Family::V4 => AddressFamily::Inet,
-            Family::V6 => AddressFamily::Inet6,
-        };
-        let open = move |_: &_| socket(family, SockType::Raw, SockFlag::empty(), SockProtocol::Raw);
-        Ok(Self(netns.run(open)?.context("open a raw socket")?))
-    }
-
-    fn send(&self, frame: &Frame) -> Result<()> {
-        let to = SockaddrStorage::from(SocketAddr::new(frame.dst.ip(), 0));
-        sendto(self.0.as_raw_fd(), &frame.build()[14..], &to, MsgFlags::empty()).context("send a packet")?;
-        Ok(())
     }
 }
 

@@ -68,6 +68,8 @@ const IMPORTS: &[Imports] = &[
 
 /// The only places for `unsafe`.
 const UNSAFE: &[&str] = &[
+    // bpf(2) for a kind of link that aya does not make.
+    "agent/src/datapath/netkit",
     "agent/src/heap",
     "agent/src/maps/batch",
     "agent/src/maps/kernel",

@@ -1,6 +1,8 @@
 //! Attachments: made once, pinned, later swapped to a new program without a moment in between.
 
 use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
@@ -12,7 +14,7 @@ use aya::programs::{
 };
 use aya::sys::{NetlinkError, SyscallError};
 
-use super::{Causes, Datapath, DatapathError};
+use super::{Causes, Datapath, DatapathError, netkit};
 use crate::config::{Attach, Xdp};
 
 /// Whose interface it is.
@@ -45,6 +47,9 @@ impl Interface {
 
 /// The program in a device's driver.
 const XDP: &str = "device_xdp";
+
+/// Where `pod_egress` is pinned that runs in the transmission of a pod.
+const TRANSMISSION: &str = "pod_transmission";
 
 const SOCKET: [&str; 8] =
     ["connect4", "connect6", "getpeername4", "getpeername6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6"];
@@ -166,12 +171,45 @@ impl Datapath {
             let attached = attach_clsact(program, ifindex, hook).map_err(error)?;
             made.extend((attached == Attached::Anew).then_some(name));
         }
-        let early = match kind {
-            Interface::Pod | Interface::Tunnel => Attached::Kept,
-            Interface::Device => self.attach_xdp(ifindex)?,
+        let (name, early) = match kind {
+            Interface::Pod => (TRANSMISSION, self.attach_transmission(ifindex)?),
+            Interface::Device => (XDP, self.attach_xdp(ifindex)?),
+            Interface::Tunnel => return Ok(made),
         };
-        made.extend((early == Attached::Anew).then_some(XDP));
+        made.extend((early == Attached::Anew).then_some(name));
         Ok(made)
+    }
+
+    /// Puts the program for what a pod sends into the pod's transmission, where its device is a netkit.
+    fn attach_transmission(&mut self, ifindex: u32) -> Result<Attached, DatapathError> {
+        if self.plain.contains(&ifindex) {
+            return Ok(Attached::Kept);
+        }
+        let pin = self.pin(TRANSMISSION, ifindex);
+        let [(name, _), _] = Interface::Pod.programs();
+        let error = |source| DatapathError::Attach {
+            place: format!("{name} in the transmission of {ifindex}"),
+            source,
+        };
+        let refused = |call| move |io_error| error(SyscallError { call, io_error }.into());
+        let program = self.ebpf.program_mut(name).ok_or(DatapathError::NoProgram { name })?;
+        let program = <&mut SchedClassifier>::try_from(program).map_err(error)?.fd().map_err(error)?.as_fd();
+        if let Some(link) = netkit::Link::open(&pin).map_err(refused("BPF_OBJ_GET"))? {
+            match link.update(program) {
+                Err(gone) if gone.raw_os_error() == Some(libc::ENOLINK) => remove(&pin)?,
+                done => return done.map(|()| Attached::Kept).map_err(refused("BPF_LINK_UPDATE")),
+            }
+        }
+        match netkit::Link::create(program, ifindex) {
+            Err(refusal) if is_no_netkit(&refusal) => {
+                self.plain.insert(ifindex);
+                Ok(Attached::Kept)
+            }
+            link => {
+                link.map_err(refused("BPF_LINK_CREATE"))?.pin(&pin).map_err(refused("BPF_OBJ_PIN"))?;
+                Ok(Attached::Anew)
+            }
+        }
     }
 
     /// Puts the program into the device's driver where the options ask for it, and takes it out where they do not.
@@ -214,9 +252,11 @@ impl Datapath {
     /// [`DatapathError::Io`] where the pin cannot be removed.
     pub fn detach(&mut self, kind: Interface, ifindex: u32) -> Result<(), DatapathError> {
         let early: &[&str] = match kind {
-            Interface::Pod | Interface::Tunnel => &[],
+            Interface::Pod => &[TRANSMISSION],
             Interface::Device => &[XDP],
+            Interface::Tunnel => &[],
         };
+        self.plain.remove(&ifindex);
         let programs = kind.programs();
         let names = programs.iter().map(|(name, _hook)| name).chain(early);
         names.into_iter().try_for_each(|name| remove(&self.pin(name, ifindex)))
@@ -304,7 +344,7 @@ fn pinned(pin: &Path) -> Result<Option<FdLink>, DatapathError> {
     match PinnedLink::from_pin(pin) {
         Ok(link) => Ok(Some(link.into())),
         Err(LinkError::SyscallError(SyscallError { io_error, .. }))
-            if io_error.kind() == std::io::ErrorKind::NotFound =>
+            if io_error.kind() == io::ErrorKind::NotFound =>
         {
             Ok(None)
         }
@@ -320,7 +360,7 @@ fn keep(link: FdLink, pin: &Path) -> Result<Attached, DatapathError> {
 
 pub(super) fn remove(pin: &Path) -> Result<(), DatapathError> {
     match fs::remove_file(pin) {
-        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
             Err(DatapathError::Io { path: pin.to_owned(), source })
         }
         _ => Ok(()),
@@ -330,6 +370,11 @@ pub(super) fn remove(pin: &Path) -> Result<(), DatapathError> {
 /// The link's device or cgroup went away: the kernel keeps an empty link as long as it is pinned.
 fn is_gone(error: &ProgramError) -> bool {
     syscall_error(error) == Some(libc::ENOLINK)
+}
+
+/// What the kernel says of an interface that is another device, and one without netkit (before 6.7) of every interface.
+fn is_no_netkit(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENXIO | libc::EINVAL))
 }
 
 /// What kernels before 6.6 say to a tcx attachment.

@@ -5,8 +5,10 @@ mod attach;
 mod handle;
 mod host;
 mod migrate;
+mod netkit;
 mod patrol;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use aya::maps::MapError;
@@ -65,6 +67,8 @@ pub struct Datapath {
     cgroup: Option<PathBuf>,
     /// Maps that were replaced, until the programs that used them are.
     formers: Vec<Former>,
+    /// Interfaces of pods that are known to be no netkits.
+    plain: BTreeSet<u32>,
 }
 
 /// The object in this binary.
@@ -112,7 +116,7 @@ impl Datapath {
                 other => break other?,
             }
         };
-        Ok(Self { ebpf, options, cgroup: None, formers: moving.switch()? })
+        Ok(Self { ebpf, options, cgroup: None, formers: moving.switch()?, plain: BTreeSet::new() })
     }
 
     /// The programs, for those who run them on packets of their own.

@@ -1,6 +1,7 @@
 //! The host's network as the kernel tells it: which addresses are its own, and which are behind which interfaces; and
 //! the links of pods, which the agent makes itself where it is the network plugin ([`pod`]).
 
+pub mod device;
 #[cfg(test)]
 pub(crate) mod fake;
 mod kernel;

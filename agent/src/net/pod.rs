@@ -20,10 +20,21 @@ use super::queue::Limits;
 use crate::ipam::Owner;
 use crate::model::Family;
 
-/// What kind of device it is.
+/// What kind of device it is: see [`super::device`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Veth,
+    Netkit,
+}
+
+impl Kind {
+    /// As the kernel calls it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Veth => "veth",
+            Self::Netkit => "netkit",
+        }
+    }
 }
 
 /// A link as it is to be.
@@ -90,6 +101,11 @@ impl PodLink {
     #[must_use]
     pub fn limits(self, limits: Limits) -> Self {
         Self { limits, ..self }
+    }
+
+    #[must_use]
+    pub fn kind(self, kind: Kind) -> Self {
+        Self { kind, ..self }
     }
 }
 

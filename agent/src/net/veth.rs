@@ -1,4 +1,4 @@
-//! Links of pods in the kernel: a veth whose far end is made inside the pod's namespace.
+//! Links of pods in the kernel: a pair of devices ([`device`]), and what makes a way of it.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -9,14 +9,14 @@ use futures_util::TryStreamExt as _;
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
-use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope};
-use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{LinkUnspec, RouteMessageBuilder};
 
 use super::kernel;
 use super::netns::{Netns, Session, sysctl};
-use super::pod::{End, Kind, Mac, Mtu, Netlink, PodError, PodLink, Wired, gateway};
-use super::queue;
+use super::pod::{Mac, Mtu, Netlink, PodError, PodLink, Wired, gateway};
+use super::{device, queue};
 use crate::model::Family;
 
 /// The kernel of this host.
@@ -36,9 +36,7 @@ impl Netlink for Kernel {
             Mtu::Fixed(mtu) => *mtu,
             Mtu::Of(devices) => smallest_mtu(&host, devices)?,
         };
-        match link.kind {
-            Kind::Veth => add_veth(&host, link, mtu, &netns)?,
-        }
+        device::add(&host, link, mtu, &netns)?;
         let wired = configure(&host, link, &netns, mtu).map(|ifindex| Wired { ifindex, mtu });
         if wired.is_err() {
             // The first error says more than one of the clean-up; both ends, their addresses and routes go together.
@@ -120,25 +118,6 @@ impl Netlink for Kernel {
         }
         Ok(())
     }
-}
-
-/// Down at first: what must hold from the first packet on is set before it is up.
-fn add_veth(host: &Session, link: &PodLink, mtu: u32, netns: &Netns) -> Result<(), PodError> {
-    let End { name, mac: Mac(mac) } = &link.pod;
-    let peer = LinkMessageBuilder::<LinkUnspec>::new()
-        .name(&**name)
-        .address(mac.to_vec())
-        .mtu(mtu)
-        .setns_by_fd(netns.fd())
-        .build();
-    let End { name: host_name, mac: Mac(host_mac) } = &link.host;
-    let message = LinkVeth::new(host_name, name)
-        .address(host_mac.to_vec())
-        .mtu(mtu)
-        .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
-        .build();
-    let what = || format!("add the veth {host_name} with {name} in {}", link.netns.display());
-    host.request(what, host.netlink.link().add(message).execute())
 }
 
 /// Configures both ends, the way to the pod last; the host's index.

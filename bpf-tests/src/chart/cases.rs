@@ -50,7 +50,7 @@ impl Bad {
 /// The first is what the chart is linted with.
 #[rustfmt::skip]
 pub(super) const GOOD: &[Good] = &[
-    Good { values: "{}", has: &["--api-server=https://10.0.0.1:6443", "image: localhost/ferroflow:0.1.0", "- --cni\n",
+    Good { values: "{}", has: &["--api-server=https://10.0.0.1:6443", "image: localhost/ferroflow:0.1.0", "- --cni\n", "--pod-device=veth",
         "--socket-lb=tcp", "--xdp=off", "--metrics-port=10249", "--metrics-address=127.0.0.1", "mountPropagation: Bidirectional", "operator: Exists", "maxUnavailable: 1\n", "/ferroflow cleanup --all", "--bpffs=/host/sys/fs/bpf/ferroflow"],
         lacks: &["--log-drops", "--masquerade", "--service-cidr", "--node-port-addresses", "[patch]",
             "imagePullSecrets", "affinity:", "annotations:", "PodMonitor", "ServiceMonitor", "name: metrics"] },
@@ -59,7 +59,7 @@ pub(super) const GOOD: &[Good] = &[
         "--socket-lb=all", "--xdp=best-effort", "--attach=clsact", "--external-ips=serve", "--load-balancer-mode=dsr", "--masquerade-all",
         "--live-flows=cut", "--masquerade=off", "--non-masquerade-cidrs=10.0.0.0/8,fd00::/8",
         "--max-endpoints=4194304", "--log-drops", "value: debug,", "path: /usr/lib/cni", "path: /etc/cni/other", "path: /bpf",
-        "--cni-conf-name=00-ferroflow.conflist", "--routing=native", "path: /sys/fs/cgroup/unified", "--startup-taint=example.com/network", "resources: [nodes/status]",
+        "--cni-conf-name=00-ferroflow.conflist", "--routing=native", "--pod-device=netkit", "path: /sys/fs/cgroup/unified", "--startup-taint=example.com/network", "resources: [nodes/status]",
         "resources: [nodes]", "--set-network-available", "maxUnavailable: 25%", "memory: 1Gi", "example.com/pool: net",
         "key: only", "nodeAffinity:", "example.com/note: \"1\"", "k8s-app: kube-proxy", "--metrics-port=9249", "--metrics-address=::",
         "kind: PodMonitor", "kind: ServiceMonitor", "{name: metrics, port: 9249, targetPort: metrics, protocol: TCP}",
@@ -85,7 +85,7 @@ const EVERYTHING: &str = r#"{
         "pullSecrets": [{"name": "registry-key"}]},
     "apiServer": ["https://10.0.0.1:6443", "https://api.example:6443", "10.0.0.3"],
     "cni": {"enabled": true, "binDir": "/usr/lib/cni", "confDir": "/etc/cni/other", "confName": "00-ferroflow.conflist",
-        "routing": "native"},
+        "routing": "native", "podDevice": "netkit"},
     "socketLb": "all", "xdp": "best-effort", "attach": "clsact",
     "nodePortAddresses": ["10.0.0.0/8", "fd00::/8"], "serviceCIDR": ["10.96.0.0/12", "fd00:10:96::/112"],
     "externalIPs": "serve", "loadBalancerMode": "dsr", "masquerade": "off", "nonMasqueradeCIDRs": ["10.0.0.0/8", "fd00::/8"], "masqueradeAll": true, "maxEndpoints": 4194304, "liveFlows": "cut", "logDrops": true, "logLevel": "debug",
@@ -110,6 +110,7 @@ pub(super) const BAD: &[Bad] = &[
     Bad { values: r#"{"socketLB": "tcp"}"#, says: "additional properties 'socketLB' not allowed" },
     Bad { values: r#"{"cni": {"enable": true}}"#, says: "at '/cni': additional properties 'enable' not allowed" },
     Bad { values: r#"{"cni": {"routing": "bgp"}}"#, says: "at '/cni/routing': value must be one of 'vxlan', 'native', 'none'" },
+    Bad { values: r#"{"cni": {"podDevice": "ipvlan"}}"#, says: "at '/cni/podDevice': value must be one of 'veth', 'netkit', 'auto'" },
     Bad { values: r#"{"cni": {"enabled": "yes"}}"#, says: "at '/cni/enabled': got string, want boolean" },
     Bad { values: r#"{"cni": {"confName": "ferroflow.conf"}}"#, says: "at '/cni/confName'" },
     Bad { values: r#"{"cni": {"binDir": "opt/cni/bin"}}"#, says: "at '/cni/binDir'" },

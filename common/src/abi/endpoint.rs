@@ -7,7 +7,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Endpoint {
-    /// The host's end of the pod's veth; with [`Endpoint::QUEUED`] where packets to the pod wait there for their turn.
+    /// The host's end of the pod's device; with [`Endpoint::QUEUED`] where packets to the pod wait there for their turn.
     pub link: u32,
     pub policy: EndpointPolicy,
 }

@@ -88,6 +88,9 @@ impl Mark {
     }
 }
 
+/// `skb->mark` from a netkit's transmission to the ingress of the host's end.
+const PASSED: u32 = 0xfe40_fe40;
+
 /// The multiples of four that a sum's length less four may be.
 const SUM_MASK: u32 = SUM_MAX - 4;
 const _: () = assert!(SUM_MAX.is_power_of_two());
@@ -97,8 +100,9 @@ impl Skb {
     #[inline(never)]
     pub(crate) fn exit(&self) -> Exit {
         let skb = self.0.as_ptr().cast::<__sk_buff>();
+        // The one that it came in by, or whose pod is sending it.
         // SAFETY: the context is the program's own `__sk_buff`.
-        let ifindex = unsafe { (*skb).ingress_ifindex };
+        let ifindex = unsafe { (*skb).ifindex };
         let length = self.longest();
         if self.ethertype() == V4::ETHERTYPE {
             let Some([src, dst]) = self.words(L3 + V4::SRC_OFF) else { return Exit::NOWHERE };
@@ -132,13 +136,35 @@ impl Skb {
         }
     }
 
-    /// Whether a process of the node, or its kernel, made the packet: it came in by no interface. `__sk_buff` has had the
+    /// Whether a process of the node, or its kernel, made the packet, or a pod is just sending it by a netkit: it came in by
+    /// no interface. `__sk_buff` has had the
     /// field since it is there (4.2), and the kernel writes it for each packet that an interface hands over, and
     /// clears it where one goes from one network namespace to another.
     #[inline(always)]
     pub(crate) fn is_own(&self) -> bool {
         // SAFETY: the context is the program's own `__sk_buff`.
         unsafe { (*self.0.as_ptr().cast::<__sk_buff>()).ingress_ifindex == 0 }
+    }
+
+    /// Says that the packet goes on to the stack from a netkit's transmission, and has to pass the program no more.
+    #[inline(always)]
+    pub(crate) fn pass(&self) {
+        // SAFETY: the context is the program's own `__sk_buff`, whose field may be written in TC programs.
+        unsafe { (*self.0.as_ptr().cast::<__sk_buff>()).mark = PASSED };
+    }
+
+    /// Whether the packet comes from a netkit's transmission, where it was let pass: said once. Pods cannot say it, for a
+    /// veth takes `skb->mark` away between its ends, and a netkit before its program runs.
+    #[inline(always)]
+    pub(crate) fn has_passed(&self) -> bool {
+        let skb = self.0.as_ptr().cast::<__sk_buff>();
+        // SAFETY: as above.
+        if unsafe { (*skb).mark } != PASSED {
+            return false;
+        }
+        // SAFETY: as above.
+        unsafe { (*skb).mark = 0 };
+        !self.is_own()
     }
 
     #[inline(always)]

@@ -39,22 +39,46 @@ impl Senders<Skb> for Kernel {
     }
 }
 
-/// TC ingress on the host's end of a pod's veth: what the pod sends.
+/// TC ingress on the host's end of a pod's device: what the pod sends. On a netkit the program also runs in the pod's own
+/// transmission (`BPF_NETKIT_PEER`), on the same `skb->dev` and in the same network namespace; here comes what it let pass
+/// to the stack, which has been told, and what it sent round.
 #[classifier]
 pub(crate) fn pod_egress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);
+    if skb.has_passed() {
+        return TC_ACT_UNSPEC;
+    }
     // Pods do not say what is finished.
     let _of_a_pod = skb.told();
     let verdict = pod::leaving(&mut skb, &Kernel);
-    if verdict == Ok(Verdict::Reply) {
-        // Past the program on the way in: the pod's policies have no say in what refuses its own packet.
-        // SAFETY: the helper takes numbers and checks them.
-        return (unsafe { bpf_redirect_peer(Kernel.sender(&skb), 0) }) as i32;
+    let transmits = skb.is_own();
+    match verdict {
+        Ok(Verdict::Reply) => reply(&skb, transmits),
+        // `bpf_redirect_peer` is for TC ingress alone; the kernel drops what is sent so from elsewhere.
+        Ok(Verdict::Pod { ifindex }) if transmits => hand(&skb, ifindex | Endpoint::QUEUED),
+        Ok(Verdict::Stack) if transmits => {
+            skb.pass();
+            TC_ACT_UNSPEC
+        }
+        verdict => action(&mut skb, verdict),
     }
-    action(&mut skb, verdict)
 }
 
-/// TC egress on the host's end of a pod's veth: what the node's stack sends to the pod.
+/// Back into the pod, past the program on the way in: the pod's policies have no say in what refuses its own packet.
+#[inline(always)]
+fn reply(skb: &Skb, transmits: bool) -> i32 {
+    let ifindex = Kernel.sender(skb);
+    if transmits {
+        skb.tell(Mark::FINISHED);
+        // SAFETY: the helper takes numbers and checks them.
+        return (unsafe { bpf_redirect(ifindex, 0) }) as i32;
+    }
+    // SAFETY: as above.
+    (unsafe { bpf_redirect_peer(ifindex, 0) }) as i32
+}
+
+/// TC egress on the host's end of a pod's device: what the node's stack sends to the pod. A netkit's own hook on that way
+/// (`BPF_NETKIT_PRIMARY`) would not do: by then the kernel has forgotten which interface the packet came in by.
 #[classifier]
 pub(crate) fn pod_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb(ctx);

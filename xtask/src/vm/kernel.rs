@@ -19,12 +19,14 @@ pub(crate) struct Kernel {
     /// The release of Debian that has it, and the package that depends on its newest image there.
     suite: &'static str,
     package: &'static str,
+    /// Came with 6.7.
+    pub(super) has_netkit: bool,
 }
 
 pub(crate) const KERNELS: [Kernel; 3] = [
-    Kernel { version: "5.10", suite: "bullseye", package: "linux-image-cloud-amd64" },
-    Kernel { version: "6.1", suite: "bookworm", package: "linux-image-cloud-amd64" },
-    Kernel { version: "6.12", suite: "bookworm", package: "linux-image-6.12-cloud-amd64" },
+    Kernel { version: "5.10", suite: "bullseye", package: "linux-image-cloud-amd64", has_netkit: false },
+    Kernel { version: "6.1", suite: "bookworm", package: "linux-image-cloud-amd64", has_netkit: false },
+    Kernel { version: "6.12", suite: "bookworm", package: "linux-image-6.12-cloud-amd64", has_netkit: true },
 ];
 
 /// What its package holds.

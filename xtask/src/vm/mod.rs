@@ -47,7 +47,7 @@ const TABLE: &str = "bpf-tests/verified.json";
 const QEMU: &str = "qemu-system-x86_64";
 /// The files of tests that run there, and which of a file: all, or few that together use every hook and path of the
 /// programs, because an emulated machine takes half a minute for each.
-const TESTS: [(&str, &[&str]); 6] = [
+const TESTS: [(&str, &[&str]); 7] = [
     ("programs", &[]),
     ("sctp", &[]),
     (
@@ -62,15 +62,19 @@ const TESTS: [(&str, &[&str]); 6] = [
     ("north_south", &["rule_26_a_node_port_reaches_every_backend_by_masquerade"]),
     ("overlay", &["vxlan_pods_services_and_hosts_across_nodes"]),
     ("restart", &["kill_9_loses_nothing_on_the_packet_path"]),
+    (NETKIT, &[]),
 ];
+/// For kernels that have it.
+const NETKIT: &str = "netkit";
 /// Of these, what CI has time for, by kernel: filters of clsact and without the socket path's newer hooks on the oldest,
-/// tcx on the newest; redirects to pods and to neighbours, and sockets that this machine may lack, on both.
-const FEW: [(&str, &str, &str); 5] = [
+/// tcx and netkits on the newest; redirects to pods and to neighbours, and sockets that this machine may lack, on both.
+const FEW: [(&str, &str, &str); 6] = [
     ("5.10", "wire", "clsact_serves"),
     ("5.10", "north_south", "rule_26_a_node_port_reaches_every_backend_by_masquerade"),
     ("5.10", "sctp", ""),
     ("6.12", "wire", "the_packet_path_alone_serves"),
     ("6.12", "sctp", ""),
+    ("6.12", NETKIT, ""),
 ];
 /// One test at a time, without the one that is not about the kernel: it shows what the object says of its maps, through
 /// a program of the host.
@@ -161,7 +165,7 @@ fn commands(plan: &Plan, kernel: Kernel) -> String {
         let which = if test.is_empty() { ALONE.to_owned() } else { format!("--exact {test}") };
         commands += &format!("{file} {which}\n");
     }
-    for (file, chosen) in TESTS {
+    for (file, chosen) in TESTS.into_iter().filter(|(file, _)| *file != NETKIT || kernel.has_netkit) {
         match &plan.tests {
             Tests::Named(filter) => commands += &format!("{file} {ALONE} {filter}\n"),
             Tests::Chosen if chosen.is_empty() => commands += &format!("{file} {ALONE}\n"),

@@ -25,11 +25,12 @@ use crate::ipam::ledger::{Ledger, LedgerError};
 use crate::ipam::pool::Pool;
 use crate::ipam::{IpamError, Lease, Owner, Space};
 use crate::model::Family;
-use crate::net::pod::{Mtu, Netlink, PodError, PodLink, Wired, host_interface};
+use crate::net::pod::{Kind, Mtu, Netlink, PodError, PodLink, Wired, host_interface};
 
 #[derive(Debug)]
 pub(super) struct Attachments {
     state_dir: PathBuf,
+    device: Kind,
     /// Why there is none where it cannot be read: then nothing may be given.
     ledger: Result<Ledger, LedgerError>,
     netlink: Arc<dyn Netlink>,
@@ -55,7 +56,13 @@ impl Attachments {
         daemon: UnboundedSender<Order>,
     ) -> Self {
         let links = Semaphore::new(LINKS_AT_ONCE);
-        Self { state_dir, ledger, netlink, daemon, busy: Busy::default(), links }
+        Self { state_dir, device: Kind::Veth, ledger, netlink, daemon, busy: Busy::default(), links }
+    }
+
+    /// What new pods get.
+    #[must_use]
+    pub(super) fn device(self, device: Kind) -> Self {
+        Self { device, ..self }
     }
 
     /// Rule 54: what the pod may send and get is decided when this returns.
@@ -243,7 +250,8 @@ impl Attachments {
 
     /// Makes the link, and waits until the pod is served by it.
     async fn connect(&self, attachment: &Attachment, lease: &Lease, devices: Vec<u32>) -> Result<Attached> {
-        let link = link(attachment, lease, attachment.mtu.map_or(Mtu::Of(devices), Mtu::Fixed));
+        let mtu = attachment.mtu.map_or(Mtu::Of(devices), Mtu::Fixed);
+        let link = link(attachment, lease, mtu).kind(self.device);
         let (host, mac) = (link.host.clone(), link.pod.mac);
         let families: Vec<_> = lease.addresses.iter().map(|addr| Family::of(&Addr::from(*addr))).collect();
         let wired = self.with_netlink(move |netlink| {

@@ -83,6 +83,7 @@ mod tests {
             socket: "/run/a.sock".into(),
             state_dir: "/var/lib/a".into(),
             conflist: conflist.clone(),
+            device: crate::net::pod::Kind::Veth,
         };
         conflist.write(&options).unwrap();
         let written = fs::metadata(conflist.path()).unwrap().modified().unwrap();

@@ -23,7 +23,7 @@ use super::protocol::{Addresses, LONGEST_LINE, Reply, Request};
 use super::types::{CniError, Code};
 use crate::ipam::ledger::Ledger;
 use crate::lock::{Lock, LockError};
-use crate::net::pod::{Netlink, PodError};
+use crate::net::pod::{Kind, Netlink, PodError};
 use attachments::Attachments;
 use conflist::Conflist;
 use order::{Order, Place};
@@ -34,6 +34,8 @@ pub struct Options {
     pub socket: PathBuf,
     pub state_dir: PathBuf,
     pub conflist: Conflist,
+    /// Of new pods; those that run keep theirs.
+    pub device: Kind,
 }
 
 /// Ready to serve; connections that are made meanwhile wait.
@@ -73,7 +75,8 @@ impl Server {
         if let Err(error) = &ledger {
             tracing::error!(%error, "no pod can be attached");
         }
-        let attachments = Arc::new(Attachments::new(options.state_dir.clone(), ledger, netlink, daemon));
+        let attachments = Attachments::new(options.state_dir.clone(), ledger, netlink, daemon);
+        let attachments = Arc::new(attachments.device(options.device));
         let attached = attachments.take_over().await?;
         let listener = listen(&options.socket)?;
         Ok((Self { options, listener, attachments, _lock: lock }, attached))

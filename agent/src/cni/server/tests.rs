@@ -202,6 +202,21 @@ async fn rule_55_what_fails_changes_nothing_and_names_the_reason() {
 }
 
 #[tokio::test]
+async fn a_new_pod_gets_the_device_that_the_agent_is_told() {
+    let node = Node::new(&RANGES);
+    node.agent().add(&node.pod("a")).await.unwrap();
+    let agent = node.agent().device(Kind::Netkit);
+    agent.add(&node.pod("b")).await.unwrap();
+    let first = agent.add(&node.pod("a")).await;
+    assert!(first.is_err(), "it has a device");
+    let kind = |id: &str| {
+        let host = crate::net::pod::host_interface(&attachment(id).owner);
+        node.netlink.state().links[&host].1.kind
+    };
+    assert_eq!([kind("a"), kind("b")], [Kind::Veth, Kind::Netkit]);
+}
+
+#[tokio::test]
 async fn rule_58_status_is_that_of_the_next_add() {
     let unavailable = |result: Result<(), CniError>| {
         let error = result.unwrap_err();

@@ -10,9 +10,10 @@ use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 
 use super::{Finding, Subject};
 use crate::datapath::{Causes, cgroup2_mount, kernel_is_at_least};
+use crate::net::device::has_netkit;
 
 pub(super) fn findings(subject: &Subject) -> Vec<Finding> {
-    let mut findings = vec![version(), bpf(), jit(), btf(), tcx(), bpffs(&subject.bpffs.dir)];
+    let mut findings = vec![version(), bpf(), jit(), btf(), tcx(), pod_devices(), bpffs(&subject.bpffs.dir)];
     findings.push(cgroup(subject.cgroup.as_deref()));
     findings
 }
@@ -88,6 +89,14 @@ fn tcx() -> Finding {
         Finding::ok("attachment", "tcx")
     } else {
         Finding::ok("attachment", "clsact filters (tcx came with Linux 6.6)")
+    }
+}
+
+fn pod_devices() -> Finding {
+    match has_netkit() {
+        Ok(true) => Finding::ok("pod devices", "veth, netkit"),
+        Ok(false) => Finding::ok("pod devices", "veth (netkit takes Linux 6.7 with CONFIG_NETKIT)"),
+        Err(error) => Finding::warn("pod devices", error.to_string(), "run as root; veth does without"),
     }
 }
 
