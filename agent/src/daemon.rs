@@ -74,7 +74,7 @@ const QUEUE: usize = 1024;
 /// # Errors
 /// [`DaemonError`] where it cannot start.
 pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
-    let started = SystemTime::now();
+    let started = (SystemTime::now(), Instant::now());
     datapath::prepare_agent(&config.bpffs)?;
     datapath::unlock_settings();
     let _lock = Lock::acquire(&config.bpffs.dir)?;
@@ -83,7 +83,8 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let (events, objects) = mpsc::channel(QUEUE);
     let (recorder, notes) = Recorder::new();
     let (ready, served) = oneshot::channel();
-    let source = source(config, events, notes, served).await?;
+    let (moved, moves) = latest::channel(0);
+    let source = source(config, events, notes, (served, moves)).await?;
     // The tools that it asks take their time, as the verifier does.
     let looking = tokio::task::spawn_blocking(kube_proxy::look);
     let datapath = load(config, &cgroup)?;
@@ -103,14 +104,12 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
     let health = Health::start(config.health_port);
     // Where the agent is told a cgroup, whoever told it looks after its processes.
     let own_cgroup = config.cgroup.is_none().then(|| cgroup.clone());
-    let keeper = Keeper::new(&config.run_dir, own_cgroup)
-        .map_err(|source| DaemonError::RunDir { path: config.run_dir.clone(), source })?;
+    let keeper = Keeper::new(&config.run_dir, own_cgroup);
     let (orders, asked) = mpsc::unbounded_channel();
     if config.cni.enabled {
         tasks.spawn(attach_pods((&config.cni, device), orders, &mut reconciler).await?.run());
     }
     let (routes_between, routing) = Routes::start(config)?;
-    let state = first_words(config);
     let mut daemon = Daemon {
         datapath,
         reconciler,
@@ -125,8 +124,9 @@ pub async fn run(config: &config::Agent) -> Result<(), DaemonError> {
         gauges,
         changed,
         ready: Some(ready),
+        moved,
         said: None,
-        state,
+        state: first_words(config),
         awaited: 2,
     };
     daemon.kube_proxy(&kube_proxy);
@@ -184,17 +184,17 @@ fn watch_host(
 /// Starts to sweep and to show metrics.
 fn measure(
     config: &config::Agent,
-    started: SystemTime,
+    started: (SystemTime, Instant),
     tasks: &mut JoinSet<()>,
 ) -> (Metrics, Gauges, Receiver<observe::Asked>) {
     let (sweeps, swept) = latest::channel(gc::Swept::default());
     tasks.spawn(gc::run(config.bpffs.maps(), sweeps));
-    let metrics = Metrics::new(started);
+    let metrics = Metrics::new(started.1);
     let (ask, scrapes) = mpsc::channel(1);
     if let Some(addr) = config.metrics.addr() {
         tasks.spawn(observe::start(addr, metrics.page(), ask));
     }
-    (metrics, Gauges { started, swept }, scrapes)
+    (metrics, Gauges { started: started.0, swept }, scrapes)
 }
 
 /// What new pods get.
@@ -270,7 +270,7 @@ async fn source(
     config: &config::Agent,
     events: Sender<Event>,
     notes: Receiver<Note>,
-    served: oneshot::Receiver<()>,
+    (served, moves): (oneshot::Receiver<()>, latest::Receiver<u64>),
 ) -> Result<BoxFuture<'static, ()>, AccessError> {
     let node = config.node_name.as_str();
     let Some(dir) = &config.manifests else {
@@ -283,8 +283,8 @@ async fn source(
                 announcing.await;
             }
         };
-        let posting = source.post(notes);
-        return Ok(future::join3(source.run(events), posting, announcing).map(drop).boxed());
+        let (posting, reconnecting) = (source.post(notes), source.reconnect(moves));
+        return Ok(future::join4(source.run(events), posting, announcing, reconnecting).map(drop).boxed());
     };
     if !dir.is_dir() {
         tracing::warn!(dir = %dir.display(), "no such directory: nothing is served until it is there");
@@ -355,6 +355,8 @@ struct Daemon {
     changed: Arc<Notify>,
     /// To be told once everything is in the tables.
     ready: Option<oneshot::Sender<()>>,
+    /// To be told when this host's addresses are others: connections may be by those of before.
+    moved: latest::Sender<u64>,
     /// What was last said where `ferroflow status` finds it; nothing yet.
     said: Option<AgentState>,
     state: AgentState,
@@ -395,7 +397,9 @@ impl Routes {
         }
         self.seen = seen;
         let planned = plan::routes::routes(world, self.routing);
-        let problems: BTreeSet<_> = planned.problems.iter().map(ToString::to_string).collect();
+        let absent = plan::node::absent(world);
+        let problems = planned.problems.iter().map(ToString::to_string);
+        let problems: BTreeSet<_> = problems.chain(absent.iter().map(ToString::to_string)).collect();
         for problem in problems.difference(&self.problems) {
             tracing::warn!("{problem}");
         }
@@ -508,14 +512,13 @@ impl Daemon {
         let start = Instant::now();
         let due = self.reconciler.due().is_some_and(|due| due <= start);
         self.reconciler.tick(start);
-        let now = SystemTime::now();
         if due {
-            self.metrics.synced(start.elapsed(), now);
+            self.metrics.synced(start.elapsed(), SystemTime::now());
         }
         if self.awaited == 0 && self.reconciler.stats().pending == 0 {
             self.metrics.settled();
         }
-        self.metrics.programmed(now, |service| self.reconciler.is_programmed(service));
+        self.metrics.programmed(Instant::now(), |service| self.reconciler.is_programmed(service));
     }
 
     fn scrape(&self, asked: observe::Asked) {
@@ -569,7 +572,9 @@ impl Daemon {
                 self.metrics.changed(&change, SystemTime::now());
                 self.reconciler.handle(change, Instant::now());
             }
-            Event::Triggered { service, at } => self.metrics.triggered(service, at),
+            Event::Triggered { service, at } => {
+                self.metrics.triggered(service, at, (SystemTime::now(), Instant::now()));
+            }
             Event::Problems(problems) => {
                 self.state.rejected = u32::try_from(problems.len()).unwrap_or(u32::MAX);
                 problems.iter().filter_map(refused).for_each(|note| self.recorder.note(note));
@@ -586,7 +591,13 @@ impl Daemon {
     fn host(&mut self, event: NetEvent) {
         let change = match event {
             NetEvent::Route(Moved { addr, ifindex }) => Change::LocalRoute(addr, ifindex),
-            NetEvent::Address(Moved { addr, ifindex }) => Change::LocalAddress(addr, ifindex),
+            NetEvent::Address(Moved { addr, ifindex }) => {
+                // One that came is a way to who could not be reached.
+                if ifindex.is_none() || self.state.away_since != 0 {
+                    self.moved.send_modify(|moves| *moves += 1);
+                }
+                Change::LocalAddress(addr, ifindex)
+            }
             NetEvent::Subnet(Moved { addr, ifindex }) => Change::LocalSubnet(addr, ifindex),
             NetEvent::Uplink(Moved { addr: ifindex, ifindex: now }) => {
                 Change::Uplink { ifindex, leads: now.is_some() }
@@ -847,8 +858,6 @@ pub enum DaemonError {
     Map(#[from] MapError),
     #[error(transparent)]
     Net(#[from] NetError),
-    #[error("{path}: {source}: name a directory that can be written with --run-dir")]
-    RunDir { path: std::path::PathBuf, source: std::io::Error },
     #[error(
         "--pod-device netkit: this kernel has none (it takes Linux 6.7 or newer, with CONFIG_NETKIT): say --pod-device veth, \
          or auto where nodes differ (chart: cni.podDevice)"

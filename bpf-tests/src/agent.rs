@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     env, fs,
     fs::File,
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::Arc,
@@ -41,7 +42,7 @@ pub struct Agent {
     child: Option<Child>,
 }
 
-/// The Kubernetes API of one node: it listens where only that node reaches it.
+/// The Kubernetes API of one node: but for [`Api::beside`] it listens where only that node reaches it.
 #[derive(Debug)]
 pub struct Api {
     pub server: ApiServer,
@@ -290,7 +291,16 @@ impl Agent {
 impl Api {
     /// A server without objects, for the agent of this node.
     pub fn start(node: &Node) -> Result<Self> {
-        let listener = node.netns.run(|_| std::net::TcpListener::bind("127.0.0.1:0"))??;
+        Self::start_at(node, (&node.netns, Ipv4Addr::LOCALHOST))
+    }
+
+    /// A server of the cluster's manifests, which listens at another node's address.
+    pub fn beside(node: &Node, other: &Node) -> Result<Self> {
+        Self::start_at(node, (&other.netns, other.v4))?.follow(node)
+    }
+
+    fn start_at(node: &Node, (netns, addr): (&Netns, Ipv4Addr)) -> Result<Self> {
+        let listener = netns.run(move |_| std::net::TcpListener::bind((addr, 0)))??;
         let server = ApiServer::listen(listener)?;
         let kubeconfig = node.logs.join(format!("{}.kubeconfig", node.name));
         server.write_kubeconfig(&kubeconfig, None)?;
@@ -299,9 +309,12 @@ impl Api {
 
     /// A server of the cluster's manifests.
     pub fn of_manifests(node: &Node) -> Result<Self> {
-        let mut api = Self::start(node)?;
-        api.follower = Some(api.server.follow(&node.manifests)?);
-        Ok(api)
+        Self::start(node)?.follow(node)
+    }
+
+    fn follow(mut self, node: &Node) -> Result<Self> {
+        self.follower = Some(self.server.follow(&node.manifests)?);
+        Ok(self)
     }
 
     /// Listens again after [`ApiServer::go_away`].

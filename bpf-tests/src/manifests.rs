@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::cluster::{Cluster, Family, Node, Pod};
 
@@ -85,6 +85,18 @@ impl Directory {
     /// Its nodes alone, in place of [`Self::write_cluster`]: the pods are the test's own objects.
     pub fn write_nodes(&self, cluster: &Cluster) -> Result<()> {
         self.write("cluster", &cluster.nodes().iter().map(node).collect::<String>())
+    }
+
+    /// Gives Nodes of `cluster.yaml` other addresses, each in place of one that is there.
+    pub fn readdress(&self, moved: &[(IpAddr, IpAddr)]) -> Result<()> {
+        let path = self.file("cluster");
+        let mut yaml = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        for (old, new) in moved {
+            let (old, new) = (format!("address: \"{old}\""), format!("address: \"{new}\""));
+            ensure!(yaml.contains(&old), "no {old} in\n{yaml}");
+            yaml = yaml.replace(&old, &new);
+        }
+        self.write("cluster", &yaml)
     }
 
     /// The service in `service-<name>.yaml`.

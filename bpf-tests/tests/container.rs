@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
@@ -19,6 +19,7 @@ use bpf_tests::{
     cluster::{Cluster, Family, Node},
     cni::addresses,
     kubelet::{Container, Host, Pod},
+    metrics::is_healthy,
     netns::Netns,
     patience::stretched,
     pod::HTTP_PORT,
@@ -234,23 +235,6 @@ fn serves(node: &Node, netns: &Netns, result: &Value) -> Result<()> {
         ensure!(answer.is_some_and(|answer| answer.by == "pod"), "{target}: {outcomes:?}");
     }
     server.join().map_err(|_panic| anyhow::anyhow!("the server panicked"))??;
-    Ok(())
-}
-
-/// As the probes of the template ask it, by the node's address.
-fn is_healthy(node: &Node) -> Result<()> {
-    let to = SocketAddr::new(node.v4.into(), ferroflow::health::server::PROXY_PORT);
-    for path in ["/livez", "/healthz"] {
-        let answer = node.netns.run(move |_| -> std::io::Result<String> {
-            let mut stream = TcpStream::connect(to)?;
-            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-            write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer)?;
-            Ok(answer)
-        })??;
-        ensure!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
-    }
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     process::ExitCode,
     thread,
@@ -27,11 +28,13 @@ fn main() -> ExitCode {
     runner::main(&[
         ("native_pods_services_and_hosts_across_nodes", |it| across_nodes(it, NATIVE)),
         ("native_nodes_come_go_and_move", |it| nodes_come_go_and_move(it, NATIVE)),
+        ("native_a_node_moves_under_traffic", |it| a_node_moves_under_traffic(it, NATIVE)),
         ("native_routes_outlive_the_agents_and_are_healed", |it| routes_outlive_the_agents(it, NATIVE)),
         ("vxlan_pods_services_and_hosts_across_nodes", |it| across_nodes(it, VXLAN)),
         ("vxlan_crosses_a_network_that_knows_no_pods", crosses_a_network_that_knows_no_pods),
         ("vxlan_pods_have_room_for_the_tunnel", pods_have_room_for_the_tunnel),
         ("vxlan_nodes_come_go_and_move", |it| nodes_come_go_and_move(it, VXLAN)),
+        ("vxlan_a_node_moves_under_traffic", |it| a_node_moves_under_traffic(it, VXLAN)),
         ("vxlan_routes_outlive_the_agents_and_are_healed", |it| routes_outlive_the_agents(it, VXLAN)),
         ("native_addresses_that_no_pod_has_lead_nowhere", unused_addresses_lead_nowhere),
         ("without_routing_only_our_own_routes_are_removed", only_our_own_routes_are_removed),
@@ -104,6 +107,34 @@ impl Fixture {
         wait_for(|| {
             let outcomes = self.cluster.pod(from).ask(&quick(to))?;
             ensure!(outcomes.iter().all(|outcome| outcome.answer().is_none()), "{from} reaches {to}");
+            Ok(())
+        })
+    }
+
+    /// Until the NodePort at this address answers host b and pod a1, both backends of it.
+    fn wait_node_port(&self, addr: IpAddr) -> Result<()> {
+        let target = SocketAddr::new(addr, NODE_PORT);
+        let ask = Ask::http(target).count(40).timeout(Duration::from_millis(500)).strict();
+        wait_for(|| {
+            for outcomes in [self.cluster.node("b").ask(&ask)?, self.cluster.pod("a1").ask(&ask)?] {
+                let by = outcomes.iter().map(|outcome| Ok(&*outcome.answer().context("no answer")?.by));
+                let by = by.collect::<Result<BTreeSet<_>>>()?;
+                ensure!(by.iter().eq(&["b1", "c1"]), "{by:?}");
+            }
+            Ok(())
+        })
+        .with_context(|| format!("{target}"))
+    }
+
+    /// Until nobody answers there.
+    fn wait_no_node_port(&self, addr: IpAddr) -> Result<()> {
+        let target = SocketAddr::new(addr, NODE_PORT);
+        wait_for(|| {
+            for outcomes in
+                [self.cluster.node("b").ask(&quick(target))?, self.cluster.pod("a1").ask(&quick(target))?]
+            {
+                ensure!(outcomes.iter().all(|outcome| outcome.answer().is_none()), "{target} answers");
+            }
             Ok(())
         })
     }
@@ -262,25 +293,84 @@ fn nodes_come_go_and_move(sandbox: &Sandbox, args: &[&str]) -> Result<()> {
         for family in Family::BOTH {
             it.wait_reaches("a1", "c1", family).context("node c is back")?;
         }
-        let moved = [("192.168.50.3", "192.168.50.33", 24), ("fd50::3", "fd50::33", 64)];
+        let moved = moves()?;
         let node = it.cluster.node("c");
-        let mut yaml = all;
-        for (old, new, len) in moved {
-            yaml = yaml.replace(&format!("address: \"{old}\""), &format!("address: \"{new}\""));
-            let (old, addr): (IpAddr, IpAddr) = (old.parse()?, new.parse()?);
+        for (old, addr, len) in moved {
             node.netns.run(move |inside| {
                 // In this order: with the first address of a subnet the kernel takes the others.
                 inside.take_address(old)?;
                 inside.address("eth0", Prefix { addr, len })
             })??;
         }
-        manifests.write("cluster", &yaml)?;
+        manifests.readdress(&moved.map(|(old, new, _)| (old, new)))?;
         for family in Family::BOTH {
             it.wait_reaches("a1", "c1", family).context("node c has another address")?;
             it.wait_reaches("c1", "b1", family).context("node c has another address")?;
         }
         Ok(())
     })
+}
+
+/// Node c gets other addresses beside its own, its object names those, and then the first ones go: nothing that goes on
+/// meanwhile fails, and NodePorts are at the addresses that the object has, also while the node has both.
+fn a_node_moves_under_traffic(sandbox: &Sandbox, args: &[&str]) -> Result<()> {
+    Fixture::test(sandbox, args, |it| {
+        it.cluster.manifests().write("service-web", &it.web.exposed("NodePort", &[(WEB_PORT, NODE_PORT)]))?;
+        let (moved, node) = (moves()?, it.cluster.node("c"));
+        // Else the kernel takes both with the first.
+        node.netns.sysctl("ipv4/conf/eth0/promote_secondaries", "1")?;
+        let mut clients = Vec::new();
+        for (old, _, _) in moved {
+            let family = Family::of(old);
+            it.wait_node_port(old)?;
+            for (from, to) in [("a1", "c1"), ("c1", "b1")] {
+                let target = SocketAddr::new(it.cluster.pod(to).ip(family), HTTP_PORT);
+                clients.push((from, target));
+                clients.push((from, SocketAddr::new(it.web.ip(family), WEB_PORT)));
+            }
+        }
+        let asking = clients.into_iter().map(|(from, target)| {
+            it.cluster.pod(from).keep_asking(&Ask::http(target).interval(Duration::from_millis(10)))
+        });
+        let asking = asking.collect::<Result<Vec<_>>>()?;
+        for (_, addr, len) in moved {
+            node.netns.run(move |inside| inside.address("eth0", Prefix { addr, len }))??;
+        }
+        it.cluster.manifests().readdress(&moved.map(|(old, new, _)| (old, new)))?;
+        for (old, new, _) in moved {
+            it.wait_node_port(new)?;
+            it.wait_no_node_port(old).context("the node still has the address")?;
+        }
+        for (old, ..) in moved {
+            node.netns.run(move |inside| inside.take_address(old))??;
+        }
+        for client in asking {
+            let before = client.count();
+            client.wait_until(Duration::from_secs(20), |seen| seen.len() > before + 20)?;
+            let outcomes = client.stop()?;
+            if let Some(failure) = outcomes.iter().find_map(Outcome::failure) {
+                bail!("{failure}; {}", failures(&outcomes));
+            }
+        }
+        let server = node.serve("host-c")?;
+        for (_, new, _) in moved {
+            it.wait_node_port(new)?;
+            let target = SocketAddr::new(it.cluster.pod("b1").ip(Family::of(new)), HTTP_PORT);
+            tally(&node.ask(&Ask::http(target).count(5).strict())?, target, new).context("host c to b1")?;
+            let (pod, target) = (it.cluster.pod("a1"), SocketAddr::new(new, HTTP_PORT));
+            tally(&pod.http(target, 5)?, target, pod.ip(Family::of(new))).context("a1 to host c")?;
+        }
+        drop(server.stop()?);
+        Ok(())
+    })
+}
+
+/// What node c has, what it gets, and how long the prefix is.
+fn moves() -> Result<[(IpAddr, IpAddr, u8); 2]> {
+    Ok([
+        ("192.168.50.3".parse()?, "192.168.50.33".parse()?, 24),
+        ("fd50::3".parse()?, "fd50::33".parse()?, 64),
+    ])
 }
 
 /// Each begins with its own line of dashes.

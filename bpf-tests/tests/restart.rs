@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    net::IpAddr,
     process::ExitCode,
     thread,
     time::{Duration, Instant},
@@ -9,9 +10,12 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
-    agent::Agent,
-    checks::{World, target},
-    cluster::Family,
+    agent::{Agent, Api},
+    checks::{WEB_PORT, World, service, target},
+    cluster::{Cluster, Family},
+    manifests::Endpoint,
+    metrics::is_healthy,
+    netns::Prefix,
     patience::stretched,
     pod::Outcome,
     runner,
@@ -34,6 +38,7 @@ fn main() -> ExitCode {
         ("a_restart_applies_what_changed_meanwhile", a_restart_applies_what_changed_meanwhile),
         ("tables_are_resized_under_traffic", tables_are_resized_under_traffic),
         ("an_api_server_that_is_away_changes_nothing", an_api_server_that_is_away_changes_nothing),
+        ("an_agent_hears_of_its_nodes_new_address", an_agent_hears_of_its_nodes_new_address),
     ])
 }
 
@@ -159,6 +164,7 @@ fn an_api_server_that_is_away_changes_nothing(sandbox: &Sandbox) -> Result<()> {
             agent.wait_status(AWAY_LIMIT, |status| status["api_away"].is_u64())?;
         }
         traffic.flows().context("without the API")?;
+        world.cluster.nodes().iter().try_for_each(is_healthy).context("without the API")?;
         for agent in &mut world.agents {
             agent.kill9()?;
             agent.restart()?;
@@ -167,8 +173,10 @@ fn an_api_server_that_is_away_changes_nothing(sandbox: &Sandbox) -> Result<()> {
         }
         thread::sleep(PHASE);
         traffic.flows().context("with agents that have never seen the API")?;
+        world.cluster.nodes().iter().try_for_each(is_healthy).context("have never seen the API")?;
         traffic.finish()?;
         world.set_backends(&["a2"])?;
+        world.cluster.manifests().remove("service-empty")?;
         for (api, node) in world.apis.iter_mut().zip(world.cluster.nodes()) {
             api.come_back(node)?;
         }
@@ -176,8 +184,54 @@ fn an_api_server_that_is_away_changes_nothing(sandbox: &Sandbox) -> Result<()> {
             agent
                 .wait_status(AWAY_LIMIT, |status| status["api_away"].is_null() && status["synced"] == true)?;
         }
+        for agent in &world.agents {
+            let services = agent.verb(&["service", "list"])?;
+            let gone = world.empty.ip(Family::V4).to_string();
+            ensure!(!services.contains(&gone), "{gone} was deleted meanwhile:\n{services}");
+        }
         only_a2_answers(world)
     })
+}
+
+/// Its connections to the API server are by the address of before, and nobody tells it that they are dead. Without a reason it
+/// would take them to be so after 150 s.
+fn an_agent_hears_of_its_nodes_new_address(sandbox: &Sandbox) -> Result<()> {
+    const NODE_PORT: u16 = 30_080;
+    const SOON: Duration = Duration::from_secs(45);
+    let cluster = Cluster::with_pods(sandbox, &["a", "b"], 1)?;
+    let web = service("web", 10);
+    let manifests = cluster.manifests();
+    manifests.write_cluster(&cluster)?;
+    manifests.write("service-web", &web.exposed("NodePort", &[(WEB_PORT, NODE_PORT)]))?;
+    manifests.write_endpoints(&web, &Endpoint::ready([cluster.pod("a1")]))?;
+    let (node, other) = (cluster.node("a"), cluster.node("b"));
+    let api = Api::beside(node, other)?;
+    let mut agent = Agent::start_over(&api, node, &[])?;
+    agent.wait_synced()?;
+    let answers = |addr: IpAddr| -> Result<()> {
+        let ask = Ask::http((addr, NODE_PORT).into()).timeout(Duration::from_millis(500));
+        let outcomes = other.ask(&ask)?;
+        ensure!(outcomes.iter().all(|it| it.answer().is_some()), "{addr}: {outcomes:?}");
+        Ok(())
+    };
+    Family::BOTH.into_iter().try_for_each(|family| answers(node.ip(family)))?;
+    let moved: [(IpAddr, IpAddr, u8); 2] =
+        [(node.v4.into(), "192.168.50.101".parse()?, 24), (node.v6.into(), "fd50::101".parse()?, 64)];
+    for (old, addr, len) in moved {
+        node.netns.run(move |inside| {
+            inside.take_address(old)?;
+            inside.address("eth0", Prefix { addr, len })
+        })??;
+    }
+    manifests.readdress(&moved.map(|(old, new, _)| (old, new)))?;
+    let deadline = Instant::now() + stretched(SOON);
+    while let Err(error) = moved.iter().try_for_each(|(_, new, _)| answers(*new)) {
+        ensure!(Instant::now() < deadline, "{error:#}\n{}", agent.log_tail());
+        thread::sleep(Duration::from_millis(50));
+    }
+    let said = agent.log()?;
+    ensure!(said.contains("192.168.50.1, the first IPv4 address"), "nothing is said of it:\n{said}");
+    Ok(())
 }
 
 /// Within it an agent has noticed, at the third try.

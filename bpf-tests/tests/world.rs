@@ -19,7 +19,7 @@ use bpf_tests::{
     pod::{DNS_PORT, ECHO_PORT, HTTP_PORT, Outcome},
     runner,
     sandbox::Sandbox,
-    traffic::{Ask, Protocol},
+    traffic::{Ask, Client, Protocol},
 };
 
 fn main() -> ExitCode {
@@ -316,25 +316,43 @@ fn flows_outlive_the_agent(sandbox: &Sandbox) -> Result<()> {
     })
 }
 
+/// Also what goes on from one socket is by the new address in the end.
 fn another_address(it: &World) -> Result<()> {
     let node = it.cluster.node("a");
-    let path = it.cluster.manifests().path().join("cluster.yaml");
-    let mut yaml = std::fs::read_to_string(&path)?;
+    let mut sockets = Vec::new();
+    for family in Family::BOTH {
+        let ask = Ask::new(Protocol::DnsOneSocket, world(family, DNS_PORT));
+        let ask = ask.interval(Duration::from_millis(20)).timeout(Duration::from_millis(500));
+        sockets.push((it.cluster.pod("a2").keep_asking(&ask)?, node.ip(family)));
+    }
+    seen_from(&sockets)?;
     let moved = [("192.168.50.1", "192.168.50.101", 24), ("fd50::1", "fd50::101", 64)];
+    let moved = moved.map(|(old, new, len)| (old.parse::<IpAddr>(), new.parse::<IpAddr>(), len));
+    let mut addresses = Vec::new();
     for (old, new, len) in moved {
-        yaml = yaml.replace(&format!("address: \"{old}\""), &format!("address: \"{new}\""));
-        let (old, addr): (IpAddr, IpAddr) = (old.parse()?, new.parse()?);
+        let (old, addr) = (old?, new?);
         node.netns.run(move |inside| -> Result<()> {
             inside.take_address(old)?;
             inside.address("eth0", Prefix { addr, len })?;
             // They went with the last address of IPv4.
             if addr.is_ipv4() { outside::lead_to(inside, Family::V4) } else { Ok(()) }
         })??;
+        addresses.push((old, addr));
     }
-    it.cluster.manifests().write("cluster", &yaml)?;
-    for (_, new, _) in moved {
-        let new: IpAddr = new.parse()?;
-        wait_seen_as(it, world(Family::of(new), HTTP_PORT), new)?;
+    it.cluster.manifests().readdress(&addresses)?;
+    for ((_, new), (_, seen)) in addresses.iter().zip(&mut sockets) {
+        wait_seen_as(it, world(Family::of(*new), HTTP_PORT), *new)?;
+        *seen = *new;
+    }
+    seen_from(&sockets).context("from one socket, after the node's address has changed")
+}
+
+/// Until the world answers each client, and sees it by this address.
+fn seen_from(sockets: &[(Client<Outcome>, IpAddr)]) -> Result<()> {
+    for (client, addr) in sockets {
+        client.wait_until(stretched(Duration::from_secs(60)), |seen| {
+            seen.last().and_then(Outcome::answer).is_some_and(|answer| answer.client.ip() == *addr)
+        })?;
     }
     Ok(())
 }

@@ -47,7 +47,7 @@ struct Agent {
     /// For how many seconds the Kubernetes API has given no answers; what it said last is served meanwhile.
     api_away: Option<u64>,
     kube_proxy: OtherProxy,
-    /// Ports for health checks that cannot be answered.
+    /// Ports for health checks that cannot be answered, and whether --run-dir keeps services' from being.
     health_problems: u32,
 }
 
@@ -129,8 +129,9 @@ fn lines(status: &Status) -> String {
         lines.push(["kube-proxy".to_owned(), what.to_owned()]);
     }
     if *health_problems > 0 {
-        let what =
-            format!("{health_problems} ports cannot be answered: they are another process's (see the log)");
+        let what = format!(
+            "{health_problems} cannot be answered (see the log): ports of others, or --run-dir is not writable"
+        );
         lines.push(["health checks".to_owned(), what]);
     }
     let counted = |what: &str, drops: &Drops| {

@@ -36,18 +36,16 @@ pub struct Keeper {
     problems: BTreeMap<u16, String>,
     /// Those of them that were not there before.
     news: Vec<(u16, String)>,
+    /// Why the process cannot be told.
+    refused: Option<String>,
 }
 
 impl Keeper {
-    /// `dir` holds the file, and is made where it is not there.
-    ///
-    /// # Errors
-    /// Where the directory cannot be made.
-    pub fn new(dir: &Path, cgroup: Option<PathBuf>) -> io::Result<Self> {
-        fs::create_dir_all(dir)?;
+    /// `dir` holds the file, and is made when there is something to answer.
+    pub fn new(dir: &Path, cgroup: Option<PathBuf>) -> Self {
         let path = dir.join("health.json");
         let told = Told::read(&path).ok().flatten().unwrap_or_default();
-        Ok(Self {
+        Self {
             path,
             cgroup,
             told,
@@ -55,7 +53,8 @@ impl Keeper {
             child: None,
             problems: BTreeMap::new(),
             news: Vec::new(),
-        })
+            refused: None,
+        }
     }
 
     /// Says what is answered from now on; to be called whenever something changed, and every few seconds.
@@ -72,16 +71,22 @@ impl Keeper {
             return;
         }
         told.stamp = now;
-        if let Err(error) = self.try_tell(told) {
-            tracing::warn!(path = %self.path.display(), "health checks of services: {error}; trying again");
-            self.written = false;
+        let refused = self.try_tell(told).err().map(|error| error.to_string());
+        self.written = refused.is_none();
+        if let Some(error) = refused.as_ref().filter(|_| self.refused != refused) {
+            tracing::warn!(
+                path = %self.path.display(),
+                "healthCheckNodePorts of Services are not answered as they should be: {error}; let --run-dir be a directory \
+                 that can be written and has room; trying again"
+            );
         }
+        self.refused = refused;
         self.hear();
     }
 
-    /// How many ports cannot be answered.
+    /// How many ports cannot be answered, and whether the process cannot be told.
     pub fn problems(&self) -> usize {
-        self.problems.len()
+        self.problems.len() + usize::from(self.refused.is_some())
     }
 
     /// Ports that cannot be answered any more, and why, since this was last asked.
@@ -92,12 +97,10 @@ impl Keeper {
     fn try_tell(&mut self, told: Told) -> io::Result<()> {
         self.told = told;
         if self.told.is_empty() {
-            self.written = true;
-            return match fs::remove_file(&self.path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-                _ => Ok(()),
-            };
+            // A file system that cannot be written refuses also what is not there.
+            return if self.path.exists() { fs::remove_file(&self.path) } else { Ok(()) };
         }
+        fs::create_dir_all(self.path.parent().unwrap_or(Path::new(".")))?;
         let build = build()?;
         let lives = is_one(self.told.pid, &self.path);
         if !lives || self.told.build != build {
@@ -109,9 +112,7 @@ impl Keeper {
             self.told.pid = child.id();
             self.child = Some(child);
         }
-        self.told.write(&self.path)?;
-        self.written = true;
-        Ok(())
+        self.told.write(&self.path)
     }
 
     fn start(&self, before: Option<u32>) -> io::Result<Child> {

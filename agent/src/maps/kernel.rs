@@ -159,17 +159,17 @@ impl KernelMaps {
     }
 
     /// Deletes the flows of one family that were idle longer than they live, as of `now` (seconds of
-    /// `CLOCK_MONOTONIC`), and counts.
+    /// `CLOCK_MONOTONIC`), and those that are to end, and counts.
     ///
     /// A flow that wakes up between the second look and its deletion, a microsecond, is forgotten and opened anew by
-    /// its next packet. `open` is called with each flow's entry that lives.
+    /// its next packet. `judge` is called with each direction of the flows that live.
     ///
     /// # Errors
     /// The kernel's refusal; what was deleted stays deleted.
     pub fn sweep_conntrack<A>(
         &self,
         now: u32,
-        mut open: impl FnMut(&Tuple<A>, &Entry),
+        mut judge: impl FnMut(&Tuple<A>, &Entry) -> Fate,
     ) -> Result<Sweep, MapError>
     where
         Tuple<A>: Plain,
@@ -177,13 +177,16 @@ impl KernelMaps {
         let name = conntrack_name::<A>();
         let map = pinned(&self.dir, name)?;
         let mut sweep = Sweep::default();
-        let mut expired = Vec::new();
+        let (mut expired, mut ended) = (Vec::new(), Vec::new());
         batch::for_each(map.fd().as_fd(), |tuple: &Tuple<A>, entry: &Entry| {
             sweep.seen += 1;
             if entry.expires < now {
                 expired.push(*tuple);
-            } else if entry.kind == Entry::FORWARD {
-                open(tuple, entry);
+                return;
+            }
+            match judge(tuple, entry) {
+                Fate::Stays => {}
+                Fate::Ends => ended.push((*tuple, entry.src)),
             }
         })
         .map_err(|source| MapError::Kernel { map: name, call: "lookup batch", source })?;
@@ -194,6 +197,13 @@ impl KernelMaps {
             // That it is gone by now is what was wanted.
             if still && map.remove(&Raw(tuple)).is_ok() {
                 sweep.deleted += 1;
+            }
+        }
+        for (tuple, src) in ended {
+            let still = map.get(&Raw(tuple), 0).is_ok_and(|Raw(entry)| entry.src == src);
+            if still && map.remove(&Raw(tuple)).is_ok() {
+                sweep.deleted += 1;
+                sweep.ended += 1;
             }
         }
         Ok(sweep)
@@ -220,6 +230,15 @@ impl KernelMaps {
 pub struct Sweep {
     pub seen: u64,
     pub deleted: u64,
+    /// Those of them that had not expired.
+    pub ended: u64,
+}
+
+/// What becomes of a flow that lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    Stays,
+    Ends,
 }
 
 const STATE: &str = "agent";

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
@@ -43,7 +43,7 @@ pub struct Page(Arc<Registry>);
 
 impl Metrics {
     /// `start` is when this agent started (rule 42).
-    pub fn new(start: SystemTime) -> Self {
+    pub fn new(start: Instant) -> Self {
         let mut registry = Registry::with_prefix("kubeproxy");
         let sync_duration = Histogram::new(exponential_buckets(0.001, 2.0, 15));
         let programming_duration = Histogram::new(
@@ -106,9 +106,10 @@ impl Metrics {
         self.last_queued.set(seconds(now));
     }
 
-    /// The slices of a Service are what they are since `at` (rule 42).
-    pub fn triggered(&mut self, service: Name, at: SystemTime) {
-        self.programming.triggered(service, at);
+    /// The slices of a Service are what they are since `at` (rule 42), as of `now` by both clocks.
+    pub fn triggered(&mut self, service: Name, at: SystemTime, now: (SystemTime, Instant)) {
+        // The clocks of two machines differ: what seems to come is of this moment.
+        self.programming.triggered(service, now.0.duration_since(at).unwrap_or_default(), now.1);
     }
 
     /// A turn of writing ended.
@@ -124,7 +125,7 @@ impl Metrics {
     }
 
     /// Measures the changes whose Service is programmed by now.
-    pub fn programmed(&mut self, now: SystemTime, is_programmed: impl Fn(&Name) -> bool) {
+    pub fn programmed(&mut self, now: Instant, is_programmed: impl Fn(&Name) -> bool) {
         for duration in self.programming.finish(now, is_programmed) {
             self.programming_duration.observe(duration.as_secs_f64());
         }
@@ -181,22 +182,25 @@ mod tests {
     #[test]
     fn rule_42_a_change_is_measured_when_its_service_is_programmed_and_a_deletion_is_not() {
         let at = |seconds: u64| UNIX_EPOCH + Duration::from_secs(seconds);
-        let mut metrics = Metrics::new(at(100));
+        let start = Instant::now();
+        let steady = |seconds: u64| start + Duration::from_secs(seconds - 100);
+        let mut metrics = Metrics::new(start);
         let (web, slice) = (Name::new("shop", "web"), Name::new("shop", "web-1"));
         let text = |metrics: &Metrics| metrics.page().text(View::default()).unwrap();
         metrics.changed(&Change::Service(web.clone(), Some(Service::default())), at(101));
         metrics.changed(&Change::EndpointSlice(slice.clone(), Some(EndpointSlice::default())), at(102));
-        metrics.triggered(web.clone(), at(101));
+        // The node's clock was a day behind until now.
+        metrics.triggered(web.clone(), at(86_501), (at(86_502), steady(102)));
         metrics.synced(Duration::from_millis(3), at(103));
-        metrics.programmed(at(103), |_| false);
+        metrics.programmed(steady(103), |_| false);
         let before = text(&metrics);
         assert!(before.contains("kubeproxy_network_programming_duration_seconds_count 0\n"), "{before}");
         assert!(before.contains("kubeproxy_sync_proxy_rules_service_changes_pending 1\n"), "{before}");
         metrics.synced(Duration::from_millis(3), at(104));
         metrics.settled();
-        metrics.programmed(at(104), |name| *name == web);
+        metrics.programmed(steady(104), |name| *name == web);
         metrics.changed(&Change::EndpointSlice(slice, None), at(105));
-        metrics.programmed(at(105), |_| true);
+        metrics.programmed(steady(105), |_| true);
         let after = text(&metrics);
         for line in [
             "# TYPE kubeproxy_network_programming_duration_seconds histogram",

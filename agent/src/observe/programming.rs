@@ -1,7 +1,7 @@
 //! How long it takes from a change of endpoints in the cluster until this node's tables say so (rule 42).
 
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant};
 
 use crate::model::Name;
 
@@ -10,32 +10,35 @@ const MOST: usize = 100;
 
 #[derive(Debug)]
 pub(super) struct Programming {
-    start: SystemTime,
-    /// When that came about which the tables do not say yet.
-    waiting: BTreeMap<Name, Vec<SystemTime>>,
+    start: Instant,
+    /// What the tables do not say yet.
+    waiting: BTreeMap<Name, Vec<Came>>,
 }
 
+/// How old a change was when it came, and when that was. The cluster says when it came about by the wall clock, which may be
+/// set while the change waits.
+type Came = (Duration, Instant);
+
 impl Programming {
-    pub(super) fn new(start: SystemTime) -> Self {
+    pub(super) fn new(start: Instant) -> Self {
         Self { start, waiting: BTreeMap::new() }
     }
 
     /// What came about before this agent started waited for its start, and says nothing of how fast it is.
-    pub(super) fn triggered(&mut self, service: Name, at: SystemTime) {
-        if at <= self.start {
+    pub(super) fn triggered(&mut self, service: Name, age: Duration, now: Instant) {
+        if age >= now.saturating_duration_since(self.start) {
             return;
         }
         let waiting = self.waiting.entry(service).or_default();
         if waiting.len() < MOST {
-            waiting.push(at);
+            waiting.push((age, now));
         }
     }
 
     /// The durations of those changes that are programmed by now.
-    pub(super) fn finish(&mut self, now: SystemTime, is_programmed: impl Fn(&Name) -> bool) -> Vec<Duration> {
+    pub(super) fn finish(&mut self, now: Instant, is_programmed: impl Fn(&Name) -> bool) -> Vec<Duration> {
         let done = self.waiting.extract_if(.., |service, _| is_programmed(service));
-        // The clocks of two machines differ: what seems to come took no time.
-        done.flat_map(|(_, times)| times).map(|at| now.duration_since(at).unwrap_or_default()).collect()
+        done.flat_map(|(_, came)| came).map(|(age, at)| age + now.saturating_duration_since(at)).collect()
     }
 }
 
@@ -43,32 +46,36 @@ impl Programming {
 mod tests {
     use super::*;
 
+    const fn seconds(number: u64) -> Duration {
+        Duration::from_secs(number)
+    }
+
     #[test]
     fn rule_42_what_came_about_before_the_start_is_not_measured() {
-        let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
-        let at = |seconds: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let start = Instant::now();
         let (web, dns) = (Name::new("shop", "web"), Name::new("kube-system", "dns"));
         let mut programming = Programming::new(start);
-        programming.triggered(web.clone(), at(999));
-        programming.triggered(web.clone(), at(1_000));
-        assert!(programming.finish(at(1_001), |_| true).is_empty());
-        programming.triggered(web.clone(), at(1_001));
-        programming.triggered(web.clone(), at(1_003));
-        programming.triggered(dns, at(1_002));
-        assert!(programming.finish(at(1_004), |_| false).is_empty());
-        let seconds = [3, 1].map(Duration::from_secs);
-        assert_eq!(programming.finish(at(1_004), |name| *name == web), seconds, "each change once");
-        assert_eq!(programming.finish(at(1_000), |_| true), [Duration::ZERO], "of a clock that is ahead");
-        assert!(programming.finish(at(1_009), |_| true).is_empty());
+        // Whatever the wall clock said at the start: it may have been set since.
+        programming.triggered(web.clone(), seconds(2), start + seconds(1));
+        programming.triggered(web.clone(), seconds(1), start + seconds(1));
+        assert!(programming.finish(start + seconds(1), |_| true).is_empty());
+        programming.triggered(web.clone(), seconds(1), start + seconds(2));
+        programming.triggered(web.clone(), seconds(0), start + seconds(3));
+        programming.triggered(dns, seconds(0), start + seconds(2));
+        assert!(programming.finish(start + seconds(4), |_| false).is_empty());
+        let measured = programming.finish(start + seconds(4), |name| *name == web);
+        assert_eq!(measured, [seconds(3), seconds(1)], "each change once");
+        assert_eq!(programming.finish(start + seconds(9), |_| true), [seconds(7)]);
+        assert!(programming.finish(start + seconds(9), |_| true).is_empty());
     }
 
     #[test]
     fn a_service_that_fails_for_ever_does_not_fill_the_memory() {
-        let mut programming = Programming::new(SystemTime::UNIX_EPOCH);
+        let start = Instant::now();
+        let mut programming = Programming::new(start);
         for second in 1..=500 {
-            let at = SystemTime::UNIX_EPOCH + Duration::from_secs(second);
-            programming.triggered(Name::new("shop", "web"), at);
+            programming.triggered(Name::new("shop", "web"), seconds(0), start + seconds(second));
         }
-        assert_eq!(programming.finish(SystemTime::now(), |_| true).len(), MOST);
+        assert_eq!(programming.finish(start + seconds(501), |_| true).len(), MOST);
     }
 }

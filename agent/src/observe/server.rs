@@ -88,7 +88,7 @@ const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, UNIX_EPOCH};
+    use std::time::{Duration, Instant};
 
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpStream;
@@ -110,7 +110,7 @@ mod tests {
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = taken.local_addr().unwrap();
         let (asking, mut asked) = mpsc::channel::<Asked>(1);
-        let metrics = Metrics::new(UNIX_EPOCH);
+        let metrics = Metrics::new(Instant::now());
         let server = tokio::spawn(start(addr, metrics.page(), asking));
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!server.is_finished(), "a port that is taken is no reason to end");

@@ -189,6 +189,8 @@ impl Sheet<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
     use crate::observe::Metrics;
 
@@ -205,7 +207,7 @@ mod tests {
             heap: Some(4_096),
             ..View::default()
         };
-        let text = Metrics::new(UNIX_EPOCH).page().text(view).unwrap();
+        let text = Metrics::new(Instant::now()).page().text(view).unwrap();
         for line in [
             "# TYPE kubeproxy_sync_proxy_rules_no_local_endpoints_total gauge",
             "kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy=\"internal\"} 1",

@@ -38,6 +38,27 @@ pub struct NodeRows {
     pub surplus: Vec<Prefix>,
 }
 
+/// An address that stands for this node and that the host does not have: one of the two has changed, and the other is to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "Node {node}: {addr}, the first {} address of status.addresses, is on no interface of this host: NodePorts, and what comes \
+     from other nodes, wait for one that both know (the kubelet says it again by itself, or by its --node-ip)",
+    .family.name()
+)]
+pub struct Absent {
+    node: Box<str>,
+    addr: Addr,
+    family: Family,
+}
+
+/// Of each family.
+pub fn absent(world: &World) -> Vec<Absent> {
+    let primary = |family| Some((family, world.own_node()?.primary(family)?));
+    let absent = Family::ALL.into_iter().filter_map(primary);
+    let absent = absent.filter(|(_, addr)| !world.local_addresses().contains_key(addr));
+    absent.map(|(family, addr)| Absent { node: world.own_name().into(), addr, family }).collect()
+}
+
 /// Every address that the host has at present; the Node object alone says nothing of what is configured.
 pub fn rows(world: &World, config: &Config) -> NodeRows {
     let served = &config.node_ports;
@@ -151,6 +172,19 @@ mod tests {
         assert_eq!(devices(&world), BTreeSet::from([4]));
         let gone = rows(&world, &Config::default());
         assert_eq!((gone.addresses.len(), gone.masquerade.v4), (1, Addr::UNSPECIFIED));
+    }
+
+    #[test]
+    fn rule_25_an_address_that_the_host_does_not_have_is_said() {
+        let mut world = world();
+        assert_eq!(absent(&world), []);
+        world.apply(Change::LocalAddress(SECOND, None));
+        assert_eq!(absent(&world), [], "clouds have more addresses for a node than the node has");
+        world.apply(Change::LocalAddress(PRIMARY, None));
+        let said = absent(&world).pop().unwrap().to_string();
+        assert!(said.starts_with("Node here: 192.168.5.1, the first IPv4 address"), "{said}");
+        world.apply(Change::Node("here".into(), None));
+        assert_eq!(absent(&world), []);
     }
 
     #[test]

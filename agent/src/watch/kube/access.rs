@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use hyper::Uri;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
+use tokio::sync::watch;
 
 /// What the operator says about the API.
 #[derive(Clone, Debug, Default)]
@@ -33,6 +34,8 @@ pub enum AccessError {
 pub(super) struct Servers {
     access: Access,
     state: Mutex<State>,
+    /// Counts how often all connections were left.
+    moves: watch::Sender<u64>,
 }
 
 struct State {
@@ -66,7 +69,8 @@ impl Servers {
     /// Credentials that are missing or make no sense.
     pub(super) async fn open(access: Access) -> Result<Self, AccessError> {
         let servers = access.open().await?;
-        Ok(Self { access, state: Mutex::new(State { servers, current: 0 }) })
+        let state = Mutex::new(State { servers, current: 0 });
+        Ok(Self { access, state, moves: watch::Sender::new(0) })
     }
 
     pub(super) fn current(&self) -> Server {
@@ -96,8 +100,33 @@ impl Servers {
         Ok(())
     }
 
+    /// Leaves all connections: they may be by an address that this host has no longer, and the kernel says so to nobody
+    /// who waits.
+    pub(super) async fn reconnect(&self) {
+        // What cannot be read is read again when a server refuses what is known.
+        if let Err(error) = self.renew().await {
+            tracing::debug!(%error, "the credentials stay as they are");
+        }
+        self.moves.send_modify(|moves| *moves += 1);
+    }
+
+    /// Changes whenever connections of before are to be left.
+    pub(super) fn moves(&self) -> watch::Receiver<u64> {
+        self.moves.subscribe()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+impl Servers {
+    /// One that is there already.
+    pub(super) fn of(client: Client) -> Self {
+        let server = Server { client, address: Uri::from_static("http://fake/") };
+        let state = Mutex::new(State { servers: vec![server], current: 0 });
+        Self { access: Access::default(), state, moves: watch::Sender::new(0) }
     }
 }
 

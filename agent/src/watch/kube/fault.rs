@@ -19,6 +19,9 @@ pub(super) enum Fault {
     Garbage(#[from] Garbage),
     #[error("the credentials cannot be read: {0}")]
     Access(#[from] super::access::AccessError),
+    /// Nothing went wrong yet: this host's addresses are others than when the connection was made.
+    #[error("this node's addresses have changed")]
+    Moved,
 }
 
 /// Bytes that no API server should send.
@@ -57,7 +60,7 @@ impl Fault {
         match self {
             Self::Unreachable { .. } | Self::Silent { .. } | Self::Cut { .. } | Self::Garbage(_) => true,
             Self::Refused { status, .. } => *status >= 500,
-            Self::Access(_) => false,
+            Self::Access(_) | Self::Moved => false,
         }
     }
 
@@ -74,7 +77,8 @@ impl Fault {
             | Self::Silent { .. }
             | Self::Cut { .. }
             | Self::Garbage(_)
-            | Self::Access(_) => Duration::ZERO,
+            | Self::Access(_)
+            | Self::Moved => Duration::ZERO,
         }
     }
 }

@@ -19,6 +19,9 @@
 //! at least as long as `Retry-After` says. A server that gives no answer, breaks off, sends what makes no sense or
 //! says 5xx is left for the next address. After 401 the credentials are read again (the token file once a minute
 //! anyhow). A watch that brings nothing for `Timing::idle` is taken to be dead: servers send a bookmark every minute.
+//! A connection by an address that the host has no longer is as dead, and nobody says so, while the news that it carries may be
+//! the node's own new address: when the host loses an address every connection is left for a new one, and what waits for its
+//! next try tries at once.
 //!
 //! # Rights
 //!
@@ -67,8 +70,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use tokio::sync::Mutex;
 use tokio::sync::mpsc::{Receiver, Sender};
+use tokio::sync::{Mutex, watch as latest};
 
 use access::Servers;
 pub use access::{Access, AccessError, server};
@@ -125,6 +128,9 @@ const RESOURCES: &[Resource] = &[
 /// Pods that may have an address of their own.
 const RUNNING_PODS: &str = "status.phase!=Succeeded,status.phase!=Failed,spec.hostNetwork!=true";
 
+/// Between two times that all connections are left.
+const RECONNECT: Duration = Duration::from_secs(1);
+
 /// How long the source waits.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
@@ -178,6 +184,18 @@ impl KubeSource {
     /// Posts what is noted as events on the objects, until nobody notes any more.
     pub fn post(&self, notes: Receiver<Note>) -> impl Future<Output = ()> + Send + use<> {
         events::post(self.servers.clone(), self.node.clone(), notes)
+    }
+
+    /// Leaves all connections whenever it is told that the host's addresses have changed, until nobody will tell any more.
+    pub fn reconnect(&self, mut told: latest::Receiver<u64>) -> impl Future<Output = ()> + Send + use<> {
+        let servers = self.servers.clone();
+        async move {
+            while told.changed().await.is_ok() {
+                servers.reconnect().await;
+                // Addresses that come and go all the time must not keep anybody from listing.
+                tokio::time::sleep(RECONNECT).await;
+            }
+        }
     }
 
     /// Tells the cluster that this node has its network, as far as the operator wants it; ends when it is said.
