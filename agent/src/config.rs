@@ -393,6 +393,7 @@ pub enum Output {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use ferroflow_common::abi::{relay, tunnel};
 
     use super::*;
 
@@ -417,6 +418,17 @@ mod tests {
         ] {
             assert_eq!(agent(more).unwrap().masquerades(), expected, "{more:?}");
         }
+    }
+
+    /// All that nodes share. An agent of another version may be at the other end: whoever changes one of these parts a cluster
+    /// for as long as its update takes.
+    #[test]
+    fn what_nodes_say_to_each_other_is_the_same_in_all_versions() {
+        let Agent { vxlan_port, vxlan_vni, .. } = agent(&[]).unwrap();
+        assert_eq!((vxlan_port, vxlan_vni), (8472, 1));
+        assert_eq!(tunnel::DEVICE_MAC, [0x02, 0x66, 0x65, 0x72, 0x72, 0x6f]);
+        assert_eq!(tunnel::SENDER_MAC, [0x02, 0x66, 0x6c, 0x6f, 0x77, 0x00]);
+        assert_eq!(relay::SENDER_MAC, [0x02, 0x72, 0x65, 0x6c, 0x61, 0x79]);
     }
 
     #[test]

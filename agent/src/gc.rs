@@ -119,10 +119,16 @@ pub fn sweep(maps: &mut KernelMaps, lost: &mut Lost) -> Result<[Sweep; 2], MapEr
 
 /// Takes out what the node has now.
 fn forget_own(maps: &KernelMaps, addresses: &mut Lost) -> Result<(), MapError> {
-    if !addresses.is_empty() {
-        for (own, _) in maps.dump::<NodeAddresses>()? {
-            addresses.remove(&own);
-        }
+    if addresses.is_empty() {
+        return Ok(());
+    }
+    let own = maps.dump::<NodeAddresses>()?;
+    // A table without room may lack some.
+    if own.len() >= maps.capacity::<NodeAddresses>()? as usize {
+        addresses.clear();
+    }
+    for (addr, _) in own {
+        addresses.remove(&addr);
     }
     Ok(())
 }

@@ -87,7 +87,7 @@ impl Agent {
         let mut agent = Self {
             node: node.name.clone(),
             launcher: launcher.iter().map(|&word| word.to_owned()).collect(),
-            binary: binary()?,
+            binary: first_binary(node)?,
             args: args.iter().chain(&source).chain(more).map(|&arg| arg.to_owned()).collect(),
             bpffs: node.bpffs.clone(),
             cgroup: node.agent_cgroup.clone(),
@@ -202,6 +202,7 @@ impl Agent {
         if self.child.is_some() {
             bail!("the agent of {} still runs", self.node);
         }
+        self.binary = binary()?;
         self.spawn(env)
     }
 
@@ -341,6 +342,14 @@ pub fn binary() -> Result<PathBuf> {
         anyhow!("FERROFLOW_BIN does not say where the agent is: run this through `cargo xtask test` or `cargo xtask demo`")
     })?;
     fs::canonicalize(&path).with_context(|| format!("FERROFLOW_BIN={}", path.display()))
+}
+
+/// Of a node's first agent: on node b `FERROFLOW_OLDER`, an older build, where that is set; it ends with the first restart.
+fn first_binary(node: &Node) -> Result<PathBuf> {
+    match env::var_os("FERROFLOW_OLDER").filter(|_| node.name == "node-b") {
+        Some(path) => fs::canonicalize(&path).with_context(|| format!("FERROFLOW_OLDER={}", path.display())),
+        None => binary(),
+    }
 }
 
 fn path(path: &Path) -> Result<&str> {

@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         ("rule_37_native_too_long_packets_are_answered", |it| too_long_packets_are_answered(it, NATIVE)),
         ("rule_37_vxlan_too_long_packets_are_answered", |it| too_long_packets_are_answered(it, VXLAN)),
         ("a_connection_outlives_the_node_that_it_came_by", a_connection_outlives_its_node),
+        ("relays_follow_nodes_whose_addresses_change", relays_follow_nodes),
         ("rule_31_a_socket_moves_from_a_backend_that_is_gone", a_socket_moves),
         ("rule_14_without_endpoints_the_first_node_refuses", without_endpoints_it_refuses),
         ("rule_22_ranges_and_policies_see_the_client", ranges_and_policies_see_the_client),
@@ -126,13 +127,13 @@ impl Fixture {
     /// The client's packets to the balancer's addresses go to this node.
     fn route_by(&self, node: &str) -> Result<()> {
         let node = self.cluster.node(node);
-        for family in Family::BOTH {
-            let (to, via) = (alone(balancer(family)), Some(node.ip(family)));
-            self.client
-                .netns
-                .run(move |inside| inside.replace_route(Route { to, via, dev: "eth0" }, None))??;
-        }
-        Ok(())
+        Family::BOTH.into_iter().try_for_each(|family| self.route_via(node.ip(family)))
+    }
+
+    /// Those of a family, to the node that has this address.
+    fn route_via(&self, node: IpAddr) -> Result<()> {
+        let (to, via) = (alone(balancer(Family::of(node))), Some(node));
+        self.client.netns.run(move |inside| inside.replace_route(Route { to, via, dev: "eth0" }, None))?
     }
 
     /// Until both nodes relay: before, clients are masqueraded.
@@ -312,6 +313,38 @@ fn a_connection_outlives_its_node(sandbox: &Sandbox) -> Result<()> {
         for stream in streams {
             let last = stream.stop()?.pop().context("a stream said nothing")?;
             ensure!(last.ended == Some(Ok(())), "{last:?}");
+        }
+        Ok(())
+    })
+}
+
+/// First the backend's node, then the one that the client's packets come to.
+fn relays_follow_nodes(sandbox: &Sandbox) -> Result<()> {
+    Fixture::test(sandbox, (VXLAN, ""), &["b1"], |it| {
+        for (name, moved) in [("b", ["192.168.50.102", "fd50::102"]), ("a", ["192.168.50.101", "fd50::101"])]
+        {
+            let node = it.cluster.node(name);
+            let mut addresses = Vec::new();
+            for (family, new) in Family::BOTH.into_iter().zip(moved) {
+                let (old, addr): (IpAddr, IpAddr) = (node.ip(family), new.parse()?);
+                let prefix = Prefix { addr, len: if addr.is_ipv4() { 24 } else { 64 } };
+                node.netns.run(move |inside| -> Result<()> {
+                    inside.take_address(old)?;
+                    inside.address("eth0", prefix)?;
+                    // They went with the last address of IPv4.
+                    if addr.is_ipv4() { outside::lead_to(inside, family) } else { Ok(()) }
+                })??;
+                addresses.push((old, addr));
+            }
+            it.cluster.manifests().readdress(&addresses)?;
+            if name == "a" {
+                addresses.iter().try_for_each(|(_, new)| it.route_via(*new))?;
+            }
+            for family in Family::BOTH {
+                let [_, target] = it.targets(Protocol::Http, family);
+                it.wait_seen(Protocol::Http, target, &["b1"])
+                    .with_context(|| format!("node {name} moved"))?;
+            }
         }
         Ok(())
     })

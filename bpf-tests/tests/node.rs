@@ -4,21 +4,27 @@
 use std::{
     fs,
     io::Write as _,
-    net::{TcpListener, UdpSocket},
+    net::{TcpListener, TcpStream, UdpSocket},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use bpf_tests::{
     agent::{Agent, binary},
-    checks::{World, failures, pod_target},
+    checks::{World, failures, pod_target, service, target},
     cluster::{Cluster, Family, Node},
+    manifests::Endpoint,
+    metrics::is_healthy,
     netns::Netns,
+    patience::stretched,
     runner,
     sandbox::Sandbox,
-    traffic::Protocol,
+    traffic::{Ask, Protocol},
 };
+use nix::mount::{MsFlags, mount, umount};
 use serde_json::Value;
 
 fn main() -> ExitCode {
@@ -27,9 +33,12 @@ fn main() -> ExitCode {
         ("cleanup_leaves_the_node_as_it_was_under_clsact", cleanup_leaves_the_node_as_it_was_under_clsact),
         ("doctor_names_what_is_wrong_and_the_way_out", doctor_names_what_is_wrong_and_the_way_out),
         ("an_agent_in_a_container_can_set_up_interfaces", an_agent_in_a_container_can_set_up_interfaces),
+        ("a_run_that_cannot_be_written_is_said_and_costs_no_service", a_run_that_cannot_be_written_is_said),
         ("prepare_mounts_and_installs_once", prepare_mounts_and_installs_once),
     ])
 }
+
+const SOON: Duration = Duration::from_secs(20);
 
 /// The directories that a node's verbs are told.
 struct Places(PathBuf);
@@ -190,6 +199,8 @@ fn doctor_names_what_is_wrong_and_the_way_out(sandbox: &Sandbox) -> Result<()> {
         node.netns.sysctl(name, value)?;
     }
     places.write("net.d/00-other.conflist", r#"{"name": "other", "plugins": [{"type": "bridge"}]}"#)?;
+    let run = places.0.join("run");
+    tmpfs(&run, MsFlags::MS_RDONLY)?;
     let taken = node.netns.run(|_| TcpListener::bind("127.0.0.1:10256"))??;
     expect(
         node,
@@ -205,6 +216,9 @@ fn doctor_names_what_is_wrong_and_the_way_out(sandbox: &Sandbox) -> Result<()> {
             ("port 10256", "FAIL", "sport = :10256"),
             ("port 10249", "OK", ""),
             ("agent", "WARN", "start it"),
+            ("run directory", "FAIL", "remount,rw"),
+            ("state directory", "OK", ""),
+            ("cni directory", "OK", ""),
             ("kernel", "OK", ""),
             ("bpf", "OK", ""),
             ("bpffs", "OK", ""),
@@ -214,6 +228,7 @@ fn doctor_names_what_is_wrong_and_the_way_out(sandbox: &Sandbox) -> Result<()> {
     )?;
 
     drop(taken);
+    umount(&run)?;
     for (name, value) in settings.into_iter().zip(["1", "1", "2"]) {
         node.netns.sysctl(name, value)?;
     }
@@ -231,6 +246,7 @@ fn doctor_names_what_is_wrong_and_the_way_out(sandbox: &Sandbox) -> Result<()> {
             ("cni", "OK", ""),
             ("port 10256", "OK", ""),
             ("agent", "OK", ""),
+            ("run directory", "OK", ""),
             ("mtu", "FAIL", "mtu 1280"),
         ],
     )
@@ -256,6 +272,70 @@ fn expect(node: &Node, places: &Places, wanted: &[(&str, &str, &str)]) -> Result
         output.status
     );
     Ok(())
+}
+
+fn tmpfs(dir: &Path, flags: MsFlags) -> Result<()> {
+    let none: Option<&str> = None;
+    let mounted = mount(Some("tmpfs"), dir, Some("tmpfs"), flags, none);
+    mounted.with_context(|| format!("mount a file system at {}", dir.display()))
+}
+
+const CHECK_PORT: u16 = 31_041;
+
+/// There are neither a socket for the plugin nor answers to load balancers' checks of Services, which the log and the status
+/// say once; and both are there as soon as they can be.
+fn a_run_that_cannot_be_written_is_said(sandbox: &Sandbox) -> Result<()> {
+    let cluster = Cluster::with_pods(sandbox, &["a"], 1)?;
+    let (node, manifests) = (cluster.node("a"), cluster.manifests());
+    let mut web = service("web", 10);
+    web.more = format!("  externalTrafficPolicy: Local\n  healthCheckNodePort: {CHECK_PORT}\n");
+    manifests.write_cluster(&cluster)?;
+    manifests.write("service-web", &web.yaml().replace("type: ClusterIP", "type: LoadBalancer"))?;
+    manifests.write_endpoints(&web, &Endpoint::ready([cluster.pod("a1")]))?;
+    let (places, run) = (Places::create(node)?, node.logs.join(format!("{}-run", node.name)));
+    fs::create_dir(&run)?;
+    tmpfs(&run, MsFlags::MS_RDONLY)?;
+    let [socket, state, conf] = [run.join("cni.sock"), places.0.join("state"), places.0.join("net.d")];
+    let flags = [("cni-socket", &socket), ("state-dir", &state), ("cni-conf-dir", &conf)];
+    let flags = flags.map(|(flag, path)| format!("--{flag}={}", path.display()));
+    let mut agent = Agent::start(node, &["--cni", &flags[0], &flags[1], &flags[2]])?;
+    agent.wait_synced()?;
+    agent.wait_status(SOON, |status| status["health_problems"] == 1)?;
+    for family in Family::BOTH {
+        let outcomes = node.ask(&Ask::http(target(&web, Protocol::Http, family)).count(5).strict())?;
+        ensure!(outcomes.iter().all(|it| it.answer().is_some()), "{outcomes:?}\n{}", agent.log_tail());
+    }
+    is_healthy(node)?;
+    // It has tried again by then.
+    thread::sleep(Duration::from_secs(6));
+    let said = agent.log()?;
+    for (path, flag) in [(&socket, "--cni-socket"), (&run.join("health.json"), "--run-dir")] {
+        let of_it = |line: &&str| line.contains(&*path.to_string_lossy()) && line.contains(flag);
+        let lines: Vec<_> = said.lines().filter(of_it).collect();
+        ensure!(lines.len() == 1 && lines[0].contains("Read-only file system"), "{flag}: {lines:#?}\n{said}");
+    }
+    ensure!(
+        !conf.join("05-ferroflow.conflist").exists(),
+        "the runtime is told of a socket that is not there"
+    );
+
+    let none: Option<&str> = None;
+    mount(none, &run, none, MsFlags::MS_REMOUNT, none).context("make it writable")?;
+    agent.wait_status(SOON, |status| status["health_problems"] == 0)?;
+    let there = |what: &dyn Fn() -> bool| -> Result<()> {
+        let deadline = Instant::now() + stretched(SOON);
+        while !what() {
+            ensure!(Instant::now() < deadline, "not all is there\n{}", agent.log_tail());
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    };
+    there(&|| socket.exists() && conf.join("05-ferroflow.conflist").exists())?;
+    there(&|| node.netns.run(|_| TcpStream::connect(("127.0.0.1", CHECK_PORT)).is_ok()).unwrap_or(false))?;
+    // Its process ends with the Service.
+    manifests.remove("service-web")?;
+    there(&|| !run.join("health.json").exists())?;
+    there(&|| node.netns.run(|_| TcpStream::connect(("127.0.0.1", CHECK_PORT)).is_err()).unwrap_or(false))
 }
 
 /// With the capabilities that the chart gives and /proc/sys as container runtimes mount it.

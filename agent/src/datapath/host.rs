@@ -22,7 +22,7 @@ const STANDARD: &str = "/sys/fs/bpf";
 pub fn prepare(bpffs: &Bpffs) -> Result<(), DatapathError> {
     ensure_bpffs(&bpffs.dir)?;
     for dir in [bpffs.maps(), bpffs.links()] {
-        fs::create_dir_all(&dir).map_err(|source| DatapathError::Io { path: dir, source })?;
+        fs::create_dir_all(&dir).map_err(|source| DatapathError::Unwritable { path: dir, source })?;
     }
     Ok(())
 }

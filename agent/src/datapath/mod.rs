@@ -171,6 +171,11 @@ pub enum DatapathError {
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
     #[error(
+        "{path}: {source}: programs and tables are pinned there: let the BPF file system be one that can be written (mount -o \
+         remount,rw), or name a directory of another with --bpffs"
+    )]
+    Unwritable { path: PathBuf, source: std::io::Error },
+    #[error(
         "{path} is not on a BPF file system: mount one (mount -t bpf bpf {path}) or name another directory with --bpffs"
     )]
     NotBpffs { path: PathBuf },

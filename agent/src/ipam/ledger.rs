@@ -97,6 +97,10 @@ pub enum LedgerError {
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: io::Error },
     #[error(
+        "{path}: {source}: let --state-dir be a directory that can be written and outlives the machine, and start the agent again"
+    )]
+    NoDirectory { path: PathBuf, source: io::Error },
+    #[error(
         "{path} is no list of leases: {source}; restore it, or remove it: addresses that pods of this node have are left to them"
     )]
     Unreadable { path: PathBuf, source: serde_json::Error },

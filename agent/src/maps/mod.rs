@@ -143,6 +143,6 @@ pub enum MapError {
     Index { map: &'static str, index: u32, len: u32 },
     #[error("map `{map}`: {call}: {source}")]
     Kernel { map: &'static str, call: &'static str, source: std::io::Error },
-    #[error("map `{map}` is not pinned under {dir}: no agent has run with this --bpffs")]
+    #[error("map `{map}` is not pinned under {dir}: no agent of this version has run with this --bpffs")]
     Missing { map: &'static str, dir: std::path::PathBuf },
 }

@@ -701,6 +701,24 @@ mod tests {
         assert_eq!(stay_of(deleted, json!({})), Stay::Leaves);
     }
 
+    /// Cordoned (`kubectl cordon`), and kept out of the cloud's load balancers: neither is this node's to act on, and what does
+    /// not differ is planned anew nowhere.
+    #[test]
+    fn rule_41_a_cordoned_node_is_what_it_was() {
+        let node_of = |labels: Value, spec: Value| {
+            let mut object = json!({"metadata": {"name": "n", "labels": labels}, "spec": {"podCIDRs": ["10.244.1.0/24"]},
+                "status": {"addresses": [{"type": "InternalIP", "address": "192.168.50.1"}]}});
+            object["spec"].as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+            node(&serde_json::from_value(object).unwrap()).unwrap()
+        };
+        let plain = node_of(json!({}), json!({}));
+        let cordoned = json!({"unschedulable": true,
+            "taints": [{"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}]});
+        assert_eq!(node_of(json!({}), cordoned), plain);
+        let excluded = json!({"node.kubernetes.io/exclude-from-external-load-balancers": ""});
+        assert_eq!(node_of(excluded, json!({})), plain);
+    }
+
     #[test]
     fn pods_and_nodes_convert() {
         let pod_of = |spec: Value, phase: &str| {

@@ -18,10 +18,11 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::watch;
 
 use super::protocol::{Addresses, LONGEST_LINE, Reply, Request};
 use super::types::{CniError, Code};
-use crate::ipam::ledger::Ledger;
+use crate::ipam::ledger::{Ledger, LedgerError};
 use crate::lock::{Lock, LockError};
 use crate::net::pod::{Kind, Netlink, PodError};
 use attachments::Attachments;
@@ -42,9 +43,11 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Server {
     options: Options,
-    listener: UnixListener,
+    /// `None` as long as there can be no socket.
+    listener: Option<UnixListener>,
     attachments: Arc<Attachments>,
-    _lock: Lock,
+    /// `None` without a directory to lock.
+    _lock: Option<Lock>,
 }
 
 /// How often leftovers are looked for: leases whose pod is gone, removals in the spool, a configuration that is not
@@ -62,6 +65,8 @@ impl Server {
     /// Also says which addresses are behind which interfaces and whose, which the daemon is to know before it writes
     /// anything.
     ///
+    /// Where a directory cannot be written pods are not attached, which is said and answered, and all else goes on.
+    ///
     /// # Errors
     /// [`StartError`]. A lease file that cannot be read is none: commands are refused with the reason then.
     pub async fn start(
@@ -69,24 +74,34 @@ impl Server {
         netlink: Arc<dyn Netlink>,
         daemon: UnboundedSender<Order>,
     ) -> Result<(Self, Vec<Place>), StartError> {
-        make_directory(&options.state_dir)?;
-        let lock = Lock::acquire(&options.state_dir)?;
-        let ledger = Ledger::open(&options.state_dir);
+        let dir = &options.state_dir;
+        let (lock, ledger) = match make_directory(dir) {
+            Ok(()) => (Some(Lock::acquire(dir)?), Ledger::open(dir)),
+            Err(source) => (None, Err(LedgerError::NoDirectory { path: dir.clone(), source })),
+        };
         if let Err(error) = &ledger {
             tracing::error!(%error, "no pod can be attached");
         }
         let attachments = Attachments::new(options.state_dir.clone(), ledger, netlink, daemon);
         let attachments = Arc::new(attachments.device(options.device));
         let attached = attachments.take_over().await?;
-        let listener = listen(&options.socket)?;
+        // Why there is none is said where it is tried again.
+        let listener = listen(&options.socket).ok();
         Ok((Self { options, listener, attachments, _lock: lock }, attached))
     }
 
     /// Serves until the runtime ends.
     pub async fn run(self) {
         let Self { options, listener, attachments, _lock } = self;
-        tracing::info!(socket = %options.socket.display(), "attaching pods");
-        tokio::spawn(upkeep(attachments.clone(), options));
+        let (heard, hears) = watch::channel(listener.is_some());
+        let socket = options.socket.clone();
+        tokio::spawn(upkeep(attachments.clone(), options, hears));
+        let listener = match listener {
+            Some(listener) => listener,
+            None => listen_later(&socket).await,
+        };
+        heard.send_replace(true);
+        tracing::info!(socket = %socket.display(), "attaching pods");
         loop {
             match listener.accept().await {
                 Ok((stream, _from)) => {
@@ -102,20 +117,50 @@ impl Server {
 }
 
 /// Rule 61: the configuration is there as soon as pods can be attached, and stays.
-async fn upkeep(attachments: Arc<Attachments>, options: Options) {
+async fn upkeep(attachments: Arc<Attachments>, options: Options, hears: watch::Receiver<bool>) {
     let mut ready = false;
+    let mut said = None;
     let addresses = if options.conflist.ipam.is_some() { Addresses::Given } else { Addresses::Own };
     loop {
-        if !ready {
+        if !ready && *hears.borrow() {
             ready = attachments.status(addresses).await.is_ok();
         }
-        if ready && let Err(error) = options.conflist.write(&options) {
-            tracing::warn!("{}: {error}; trying again", options.conflist.path().display());
+        if ready {
+            let refused = options.conflist.write(&options).err().map(|error| error.to_string());
+            if let Some(error) = refused.as_ref().filter(|_| said != refused) {
+                let path = options.conflist.path();
+                tracing::warn!(
+                    "{}: {error}: runtimes find no network until it can be written; trying again (another directory: \
+                     --cni-conf-dir)",
+                    path.display()
+                );
+            }
+            said = refused;
         }
         attachments.replay().await;
         attachments.sweep().await;
         attachments.mend().await;
         tokio::time::sleep(if ready { UPKEEP } else { UPKEEP_AT_FIRST }).await;
+    }
+}
+
+/// Tries until there is a socket, and says why there is none.
+async fn listen_later(path: &Path) -> UnixListener {
+    let mut said = None;
+    loop {
+        let refused = match listen(path) {
+            Ok(listener) => return listener,
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(error) = refused.as_ref().filter(|_| said != refused) {
+            tracing::error!(
+                "{}: {error}: no pod can be attached or removed until plugins are answered there; trying again (another \
+                 place: --cni-socket)",
+                path.display()
+            );
+        }
+        said = refused;
+        tokio::time::sleep(UPKEEP).await;
     }
 }
 
@@ -178,27 +223,25 @@ async fn answer(request: &Request, attachments: &Attachments) -> Reply {
     done.map_or_else(Reply::Failed, |()| Reply::Done)
 }
 
-fn make_directory(path: &Path) -> Result<(), StartError> {
-    let failed = |source| StartError::Io { path: path.to_owned(), source };
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)
+fn make_directory(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 /// Root alone may connect. The socket gets its name once it listens: a plugin that finds it is answered. What is there
 /// already is of an agent that is gone, for this one has the lock.
-fn listen(path: &Path) -> Result<UnixListener, StartError> {
-    let failed = |source| StartError::Io { path: path.to_owned(), source };
+fn listen(path: &Path) -> io::Result<UnixListener> {
     if let Some(dir) = path.parent() {
         make_directory(dir)?;
     }
     let mut name = path.as_os_str().to_owned();
     name.push(".new");
     match fs::remove_file(&name) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let listener = UnixListener::bind(&name).map_err(failed)?;
-    fs::set_permissions(&name, Permissions::from_mode(0o600)).map_err(failed)?;
-    fs::rename(&name, path).map_err(failed)?;
+    let listener = UnixListener::bind(&name)?;
+    fs::set_permissions(&name, Permissions::from_mode(0o600))?;
+    fs::rename(&name, path)?;
     Ok(listener)
 }
 
@@ -208,6 +251,4 @@ pub enum StartError {
     Lock(#[from] LockError),
     #[error(transparent)]
     Pod(#[from] PodError),
-    #[error("{path}: {source}")]
-    Io { path: PathBuf, source: io::Error },
 }

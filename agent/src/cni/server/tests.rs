@@ -423,3 +423,25 @@ async fn addresses_that_another_plugin_gave_are_taken_and_no_two_pods_have_them(
     assert_eq!(addresses(&again), ["10.77.0.2"], "it is not this agent's to let an address rest");
     assert_eq!(node.leases()[0].1.addresses, again.addresses);
 }
+
+/// Also without a place for the socket: the agent goes on.
+#[tokio::test]
+async fn without_directories_nothing_is_attached_and_the_reason_is_said() {
+    let node = Node::new(&RANGES);
+    let file = node.state.path().join("file");
+    fs::write(&file, "").unwrap();
+    let name = "05-ferroflow.conflist".into();
+    let conflist = Conflist { dir: node.state.path().join("net.d"), name, ipam: None };
+    let options = Options { socket: file.join("cni.sock"), state_dir: file.join("state"), conflist };
+    let (orders, asked) = unbounded_channel();
+    tokio::spawn(daemon(asked, node.view.clone(), node.rows.clone(), node.serving));
+    let (server, attached) = Server::start(options, node.netlink.clone(), orders).await.unwrap();
+    assert!(attached.is_empty() && server.listener.is_none());
+    for refused in [
+        server.attachments.status(Addresses::Own).await.unwrap_err(),
+        server.attachments.add(&node.pod("a")).await.unwrap_err(),
+    ] {
+        assert!(refused.msg.contains("file/state") && refused.msg.contains("--state-dir"), "{refused}");
+    }
+    assert_eq!((node.links(), node.rows()), (0, 0));
+}

@@ -3,11 +3,13 @@
 use std::fs;
 use std::path::Path;
 
-use super::{Finding, Subject};
+use nix::sys::statvfs::{FsFlags, statvfs};
+
+use super::{Finding, Grade, Subject};
 use crate::health::server::PROXY_PORT;
 use crate::kube_proxy;
 use crate::lock::Lock;
-use crate::node::{LOOPBACK, PLUGIN};
+use crate::node::{LOOPBACK, PLUGIN, Places};
 
 /// Where kube-proxy's metrics are looked for, and the agent's.
 const METRICS_PORT: u16 = 10249;
@@ -16,6 +18,7 @@ pub(super) fn findings(subject: &Subject) -> Vec<Finding> {
     let state = if Lock::is_held(&subject.bpffs.dir) { Agent::Runs } else { Agent::Rests };
     let mut findings =
         vec![agent(state), configurations(subject), plugin(subject), loopback(subject), kube_proxy()];
+    findings.extend(directories(subject));
     findings.extend([PROXY_PORT, METRICS_PORT].map(|number| port(number, state)));
     findings
 }
@@ -118,6 +121,61 @@ fn is_asked_for(subject: &Subject) -> bool {
     subject.places.configurations().is_ok_and(|found| found.iter().any(|it| it.ours))
 }
 
+/// What the agent writes: a file system that cannot be written, or that is full, takes parts of it away.
+fn directories(subject: &Subject) -> [Finding; 3] {
+    let Places { conf_dir, state_dir, run_dir, bin_dir: _ } = &subject.places;
+    // The agent's socket for the plugin is there, too.
+    let run = directory("run directory", run_dir, "--run-dir and --cni-socket");
+    let of_plugin = |check, dir, flag| {
+        let finding = directory(check, dir, flag);
+        if finding.grade == Grade::Ok || is_asked_for(subject) {
+            return finding;
+        }
+        Finding::ok(check, format!("{}; only an agent with --cni writes there", finding.found))
+    };
+    [
+        run,
+        of_plugin("state directory", state_dir, "--state-dir"),
+        of_plugin("cni directory", conf_dir, "--cni-conf-dir"),
+    ]
+}
+
+/// Looks at the nearest directory that exists, and makes nothing.
+fn directory(check: &'static str, dir: &Path, flag: &str) -> Finding {
+    let nearest = dir.ancestors().find(|dir| dir.exists()).unwrap_or(dir);
+    let found = match statvfs(nearest) {
+        Ok(found) => found,
+        Err(errno) => {
+            return Finding::fail(
+                check,
+                format!("{}: {errno}", dir.display()),
+                format!("name another with {flag}"),
+            );
+        }
+    };
+    if found.flags().contains(FsFlags::ST_RDONLY) {
+        return Finding::fail(
+            check,
+            format!("{} is on a file system that cannot be written", dir.display()),
+            format!(
+                "mount -o remount,rw the one of {}, and see in the kernel's log why it is not; or name another with {flag}",
+                nearest.display()
+            ),
+        );
+    }
+    // Some file systems do not count files.
+    let no_files = found.files() > 0 && found.files_available() == 0;
+    if found.blocks_available() == 0 || no_files {
+        let what = if no_files { "files" } else { "bytes" };
+        return Finding::fail(
+            check,
+            format!("{} is on a file system that has no {what} left", dir.display()),
+            format!("make room (df {0}; df -i {0}), or name another with {flag}", nearest.display()),
+        );
+    }
+    Finding::ok(check, dir.display().to_string())
+}
+
 /// Two that translate the same Services: the rules of the other see packets that are translated already.
 fn kube_proxy() -> Finding {
     const WAY_OUT: &str = "remove kube-proxy (kubectl -n kube-system delete daemonset kube-proxy; kubeadm: \
@@ -161,10 +219,8 @@ fn has_listener(table: &str, port: u16) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Grade;
     use super::*;
     use crate::config::Bpffs;
-    use crate::node::Places;
 
     fn subject(dir: &Path) -> Subject {
         let places = Places {
@@ -223,6 +279,27 @@ mod tests {
         assert!(finding.fix.unwrap().contains("prepare --cni-bin-dir"));
         fs::write(dir.path().join("bin").join(PLUGIN), "").unwrap();
         assert_eq!(loopback(&subject).grade, Grade::Ok);
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_written_fails_where_it_is_needed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut subject = subject(dir.path());
+        let grades = |subject: &Subject| directories(subject).map(|it| it.grade);
+        assert_eq!(grades(&subject), [Grade::Ok; 3]);
+        // Nobody writes there: it has neither blocks nor names.
+        let proc = Path::new("/proc/self");
+        (subject.places.state_dir, subject.places.run_dir) = (proc.join("state"), proc.join("run"));
+        assert_eq!(grades(&subject), [Grade::Fail, Grade::Ok, Grade::Ok]);
+        fs::write(dir.path().join("05-ferroflow.conflist"), r#"{"plugins": [{"type": "ferroflow-cni"}]}"#)
+            .unwrap();
+        assert_eq!(grades(&subject), [Grade::Fail, Grade::Fail, Grade::Ok]);
+        let [run, ..] = directories(&subject);
+        assert!(
+            run.found.contains("no bytes left") && run.fix.unwrap().contains("--run-dir"),
+            "{}",
+            run.found
+        );
     }
 
     #[test]

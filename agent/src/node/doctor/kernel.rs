@@ -7,6 +7,7 @@ use aya::maps::MapType;
 use aya::programs::ProgramType;
 use aya::sys::{is_map_supported, is_program_supported};
 use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
+use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::{Finding, Subject};
 use crate::datapath::{Causes, cgroup2_mount, kernel_is_at_least};
@@ -104,6 +105,14 @@ fn bpffs(dir: &Path) -> Finding {
     let kind = |dir: &Path| statfs(dir).map(|found| found.filesystem_type());
     let nearest = dir.ancestors().find_map(|dir| kind(dir).ok());
     if nearest == Some(BPF_FS_MAGIC) {
+        let flags = dir.ancestors().find_map(|dir| statvfs(dir).ok()).map(|found| found.flags());
+        if flags.is_some_and(|flags| flags.contains(FsFlags::ST_RDONLY)) {
+            return Finding::fail(
+                "bpffs",
+                format!("{} cannot be written", dir.display()),
+                "mount -o remount,rw the BPF file system, or name a directory of another with --bpffs",
+            );
+        }
         return Finding::ok("bpffs", dir.display().to_string());
     }
     let fix = if dir.starts_with("/sys/fs/bpf") {
