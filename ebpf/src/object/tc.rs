@@ -52,23 +52,23 @@ pub(crate) fn pod_egress(ctx: TcContext) -> i32 {
     let _of_a_pod = skb.told();
     let verdict = pod::leaving(&mut skb, &Kernel);
     let transmits = skb.is_own();
-    let verdict = match verdict {
+    match verdict {
         // `bpf_redirect_peer` is for TC ingress alone; the kernel drops what is sent so from elsewhere.
-        Ok(Verdict::Pod { ifindex }) if transmits => Ok(Verdict::Pod { ifindex: ifindex | Endpoint::QUEUED }),
+        Ok(Verdict::Pod { ifindex }) if transmits => hand(&skb, ifindex | Endpoint::QUEUED),
         Ok(Verdict::Reply) if transmits => {
             skb.tell(Mark::FINISHED);
-            verdict
+            // SAFETY: the helper takes numbers and checks them.
+            (unsafe { bpf_redirect(Kernel.sender(&skb), 0) }) as i32
         }
         Ok(Verdict::Stack) if transmits => {
             skb.pass();
-            verdict
+            TC_ACT_UNSPEC
         }
         // Past the program on the way in: the pod's policies have no say in what refuses its own packet.
-        // SAFETY: the helper takes numbers and checks them.
-        Ok(Verdict::Reply) => return (unsafe { bpf_redirect_peer(Kernel.sender(&skb), 0) }) as i32,
-        other => other,
-    };
-    action(&mut skb, verdict)
+        // SAFETY: as above.
+        Ok(Verdict::Reply) => (unsafe { bpf_redirect_peer(Kernel.sender(&skb), 0) }) as i32,
+        verdict => action(&mut skb, verdict),
+    }
 }
 
 /// TC egress on the host's end of a pod's device: what the node's stack sends to the pod. A netkit's own hook on that way
