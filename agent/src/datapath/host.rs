@@ -18,9 +18,13 @@ const STANDARD: &str = "/sys/fs/bpf";
 /// Makes the directories for pinned maps and links, which must be on a BPF file system.
 ///
 /// # Errors
-/// [`DatapathError::NotBpffs`].
+/// [`DatapathError::NotBpffs`], [`DatapathError::Unwritable`].
 pub fn prepare(bpffs: &Bpffs) -> Result<(), DatapathError> {
     ensure_bpffs(&bpffs.dir)?;
+    if statvfs(&bpffs.dir).is_ok_and(|found| found.flags().contains(FsFlags::ST_RDONLY)) {
+        let source = std::io::ErrorKind::ReadOnlyFilesystem.into();
+        return Err(DatapathError::Unwritable { path: bpffs.dir.clone(), source });
+    }
     for dir in [bpffs.maps(), bpffs.links()] {
         fs::create_dir_all(&dir).map_err(|source| DatapathError::Unwritable { path: dir, source })?;
     }

@@ -140,7 +140,8 @@ async fn upkeep(attachments: Arc<Attachments>, options: Options, hears: watch::R
         attachments.replay().await;
         attachments.sweep().await;
         attachments.mend().await;
-        tokio::time::sleep(if ready { UPKEEP } else { UPKEEP_AT_FIRST }).await;
+        let waits_for_others = !ready && *hears.borrow();
+        tokio::time::sleep(if waits_for_others { UPKEEP_AT_FIRST } else { UPKEEP }).await;
     }
 }
 
