@@ -62,7 +62,7 @@ mod tests {
             for second in [1, 59, 300, 86_400, 31_536_000, 4 * 31_536_000] {
                 // Ticks are whole nanoseconds, and seconds not always whole ticks: 1,024 are 512 ns short of one.
                 let count = ticks.first + second * a_second;
-                let exact = SECOND % a_second == 0;
+                let exact = SECOND.is_multiple_of(a_second);
                 let off = u64::from(ticks.seconds(count)).abs_diff(second);
                 assert!(
                     off <= u64::from(!exact) + second / if exact { 10_000_000 } else { 1_000_000 },

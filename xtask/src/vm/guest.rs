@@ -42,7 +42,7 @@ fn accelerator() -> &'static str {
 }
 
 /// Seconds that all tests may take under emulation.
-const LIMIT: &str = "1500";
+const LIMIT: &str = "3600";
 const MEMORY: &str = "2G";
 /// So many times as long as on a real machine the tests wait.
 const EMULATED: &str = "20";

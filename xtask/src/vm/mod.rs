@@ -67,21 +67,20 @@ const TESTS: [(&str, &[&str]); 7] = [
 /// For kernels that have it.
 const NETKIT: &str = "netkit";
 /// Of these, what CI has time for, by kernel: filters of clsact and without the socket path's newer hooks on the oldest,
-/// tcx and netkits on the newest; redirects to pods and to neighbours, and sockets that this machine may lack, on both.
-const FEW: [(&str, &str, &str); 6] = [
+/// tcx on the newest; redirects to pods and to neighbours, and sockets that this machine may lack, on both.
+const FEW: [(&str, &str, &str); 5] = [
     ("5.10", "wire", "clsact_serves"),
     ("5.10", "north_south", "rule_26_a_node_port_reaches_every_backend_by_masquerade"),
     ("5.10", "sctp", ""),
     ("6.12", "wire", "the_packet_path_alone_serves"),
     ("6.12", "sctp", ""),
-    ("6.12", NETKIT, ""),
 ];
 /// One test at a time, without the one that is not about the kernel: it shows what the object says of its maps, through
 /// a program of the host.
 const ALONE: &str = "--test-threads 1 --skip bpftool_shows_the_tables_by_name";
 
-/// For CI: the oldest kernel and the newest load and verify every program, and run a few tests. What this machine cannot get is skipped, and
-/// said.
+/// For CI: the oldest kernel and the newest load and verify every program, and run a few tests. What this machine cannot
+/// get is skipped, and said.
 pub(crate) fn part(toolchain: &Toolchain) -> Result<Tally> {
     let skip = |what: &str, error: &anyhow::Error| {
         println!("SKIP {what}: {error:#}");

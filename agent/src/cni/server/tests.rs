@@ -432,7 +432,8 @@ async fn without_directories_nothing_is_attached_and_the_reason_is_said() {
     fs::write(&file, "").unwrap();
     let name = "05-ferroflow.conflist".into();
     let conflist = Conflist { dir: node.state.path().join("net.d"), name, ipam: None };
-    let options = Options { socket: file.join("cni.sock"), state_dir: file.join("state"), conflist };
+    let (socket, state_dir) = (file.join("cni.sock"), file.join("state"));
+    let options = Options { socket, state_dir, conflist, device: Kind::Veth };
     let (orders, asked) = unbounded_channel();
     tokio::spawn(daemon(asked, node.view.clone(), node.rows.clone(), node.serving));
     let (server, attached) = Server::start(options, node.netlink.clone(), orders).await.unwrap();
