@@ -5,7 +5,6 @@ use std::{
     collections::BTreeMap,
     env, fmt, fs,
     path::{Path, PathBuf},
-    sync::OnceLock,
     thread,
     time::Duration,
 };
@@ -150,7 +149,7 @@ pub const DEFAULTS: Constants =
 
 impl Constants {
     /// Every combination that makes a program another; `SocketLb::Off` loads what `Tcp` does, and attaches less. What
-    /// sockets do and what packets do are in different programs. What a kernel has (its clock) is no choice.
+    /// sockets do and what packets do are in different programs. What a kernel has (its coarse clock) is no choice.
     pub const ALL: [Self; 6] = [
         DEFAULTS,
         Self { socket_lb: SocketLb::All, ..DEFAULTS },
@@ -364,52 +363,15 @@ impl Programs {
     /// one. Waits where the second is about to change.
     pub fn now() -> Result<u32> {
         loop {
-            let (second, nanoseconds) = clock()?;
-            if nanoseconds < STEADY {
-                return Ok(second);
+            // What the programs read, which is a tick behind the finer clock.
+            let now = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)?;
+            if now.tv_nsec() < STEADY {
+                return Ok(u32::try_from(now.tv_sec())?);
             }
             thread::sleep(Duration::from_millis(10));
         }
     }
 }
-
-/// What the programs' clock shows: seconds, and nanoseconds of the next.
-pub fn clock() -> Result<(u32, u32)> {
-    // Both move with the ticks.
-    static BEHIND: OnceLock<Duration> = OnceLock::new();
-    let behind = match BEHIND.get() {
-        Some(behind) => *behind,
-        None => *BEHIND.get_or_init({
-            let measured = behind()?;
-            move || measured
-        }),
-    };
-    let now = coarse()?.checked_sub(behind).context("the programs' clock began before the kernel's")?;
-    Ok((u32::try_from(now.as_secs())?, now.subsec_nanos()))
-}
-
-/// How far the programs' clock is behind the kernel's: the ticks that were lost while the machine started.
-fn behind() -> Result<Duration> {
-    let Some(ticks) = ferroflow::clock::ticks() else { return Ok(Duration::ZERO) };
-    loop {
-        let before = coarse()?;
-        let text = fs::read_to_string(TIMERS).with_context(|| format!("read {TIMERS}"))?;
-        let count = text.lines().find_map(|line| line.strip_prefix("jiffies: ")?.trim().parse().ok());
-        let count = count.with_context(|| format!("{TIMERS} does not say how many ticks there were"))?;
-        if coarse()? == before {
-            let counted = Duration::new(ticks.seconds(count).into(), ticks.subsecond(count));
-            return before.checked_sub(counted).context("more ticks than time");
-        }
-    }
-}
-
-/// The kernel's clock at its last tick.
-fn coarse() -> Result<Duration> {
-    Ok(Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)?))
-}
-
-/// Where the kernel shows its count of ticks.
-const TIMERS: &str = "/proc/timer_list";
 
 const LOOPBACK: u32 = 1;
 
@@ -422,7 +384,7 @@ fn context(interfaces: [u32; 2]) -> Vec<u8> {
 const INGRESS_IFINDEX: usize = 36;
 
 /// Until so many nanoseconds of a second it is taken to last: longer than a machine pauses a process by chance.
-const STEADY: u32 = 700_000_000;
+const STEADY: i64 = 700_000_000;
 
 /// The object under test.
 pub fn object() -> Result<Vec<u8>> {

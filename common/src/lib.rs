@@ -44,7 +44,6 @@
 
 pub mod abi;
 pub mod addr;
-pub mod clock;
 pub mod crc32c;
 pub mod csum;
 pub mod family;

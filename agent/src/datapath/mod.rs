@@ -17,7 +17,6 @@ use aya::programs::ProgramError;
 use aya::programs::links::LinkError;
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 
-use crate::clock;
 use crate::config::{Attach, Bpffs, Masquerade, SocketLb, Xdp};
 use crate::maps::transfer::TransferError;
 use crate::maps::{ArrayTable as _, Backends, ConnectionCounts, Slots};
@@ -140,7 +139,7 @@ fn create(
     let check_sources = u8::from(options.sources == Sources::Checked);
     let tunnel_port = options.tunnel_port.unwrap_or_default();
     let host_netns = host::netns_cookie();
-    let (first_tick, tick_share) = clock::ticks().map_or((0, 0), |ticks| (ticks.first, ticks.share));
+    let coarse_clock = u8::from(kernel_is_at_least(5, 11));
     let slots = options.max_endpoints.saturating_mul(SLOTS_PER_ENDPOINT);
     let mut loader = EbpfLoader::new();
     loader
@@ -150,12 +149,11 @@ fn create(
         .map_max_entries(Slots::NAME, slots)
         .override_global("AYA_LOG_LEVEL", &log_level, true)
         .override_global("CHECK_SOURCES", &check_sources, true)
-        .override_global("FIRST_TICK", &first_tick, true)
+        .override_global("COARSE_CLOCK", &coarse_clock, true)
         .override_global("HOST_NETNS", &host_netns, true)
         .override_global("MASQUERADE", &masquerade, true)
         .override_global("POD_TCP", &pod_tcp, true)
         .override_global("POD_UDP", &pod_udp, true)
-        .override_global("TICK_SHARE", &tick_share, true)
         .override_global("TUNNEL_PORT", &tunnel_port, true)
         .verifier_log_level(verifier_log);
     for (name, pin) in moving.pins() {

@@ -23,6 +23,7 @@ use ferroflow_common::abi::conntrack::Entry;
 use ferroflow_common::abi::lb::{Affinity, AffinityKey};
 use ferroflow_common::verdict::DropReason;
 use nix::net::if_::if_nametoindex;
+use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
@@ -33,7 +34,7 @@ use super::oracle::{From, Seen, Sent, To, Tuple};
 use super::random::ground as ground_objects;
 use super::wire::{HERE, Packet, SENDER, bytes_of, reassemble};
 use crate::netns::{End, Netns, Prefix, Route};
-use crate::run::{Action, DEFAULTS, Program, Programs, clock, options};
+use crate::run::{Action, DEFAULTS, Program, Programs, options};
 use crate::sandbox::Place;
 
 /// The node under test, in the network namespace of the thread that made it.
@@ -175,10 +176,10 @@ impl Node {
     /// Seconds on the clock of the case.
     ///
     /// # Errors
-    /// Where the kernel does not show it.
+    /// Where the kernel has no such clock.
     pub fn now(&self) -> Result<u64> {
-        let (second, _) = clock()?;
-        Ok(u64::from(second) + self.waited)
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
+        Ok(now.tv_sec().cast_unsigned() + self.waited)
     }
 
     /// Sends a packet and says what becomes of it.

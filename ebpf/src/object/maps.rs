@@ -6,8 +6,7 @@ use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
-use aya_ebpf::helpers::generated::bpf_jiffies64;
-use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use ferroflow_common::abi::conntrack::{Entry, Tuple};
 use ferroflow_common::abi::endpoint::Endpoint;
@@ -23,7 +22,6 @@ use ferroflow_common::abi::socket::{Translation, Translations};
 use ferroflow_common::abi::state::AgentState;
 use ferroflow_common::abi::tunnel::Tunnel;
 use ferroflow_common::addr::Addr;
-use ferroflow_common::clock::Ticks;
 use ferroflow_common::family::{Family, V4, V6};
 use ferroflow_common::verdict::{DROP_ROWS, DropReason};
 use ferroflow_ebpf::judge::Judges;
@@ -35,12 +33,10 @@ use crate::direct;
 use crate::skb::Skb;
 use crate::steps;
 
-/// How the kernel counts ticks: see [`Ticks`]. Where no ticks are to be counted on the share is 0, and a slower clock is
-/// read; the verifier drops the call of the other.
+/// The kernel has a clock that only reads what the last tick wrote (5.11, commit d05512618056): exact enough for
+/// seconds, and a seventh of the cost. Where it has not, the verifier drops the call with this constant.
 #[unsafe(no_mangle)]
-static FIRST_TICK: Global<u64> = Global::new(0);
-#[unsafe(no_mangle)]
-static TICK_SHARE: Global<u64> = Global::new(0);
+static COARSE_CLOCK: Global<u8> = Global::new(0);
 
 const MMAP: usize = BPF_F_MMAPABLE as usize;
 /// Control-plane tables take memory as they fill.
@@ -476,13 +472,14 @@ impl<F: Flows> Tables<F> for Kernel {
 
     #[inline(always)]
     fn now(&self) -> u32 {
-        let ticks = Ticks { first: FIRST_TICK.load(), share: TICK_SHARE.load() };
-        if ticks.share != 0 {
+        let nanoseconds = if COARSE_CLOCK.load() != 0 {
             // SAFETY: the helper takes nothing and cannot fail.
-            return ticks.seconds(unsafe { bpf_jiffies64() });
-        }
-        // SAFETY: as above.
-        (unsafe { bpf_ktime_get_ns() } / 1_000_000_000) as u32
+            unsafe { bpf_ktime_get_coarse_ns() }
+        } else {
+            // SAFETY: as above.
+            unsafe { bpf_ktime_get_ns() }
+        };
+        (nanoseconds / 1_000_000_000) as u32
     }
 
     #[inline(always)]

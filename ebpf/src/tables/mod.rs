@@ -105,7 +105,7 @@ pub trait Tables<F: Family>: Services {
     fn endpoint(&self, addr: &Addr) -> Option<Endpoint>;
     /// This node's address that stands in for clients; unspecified where it has none of the family.
     fn masquerade(&self) -> F::Bytes;
-    /// Seconds since the machine started: see [`ferroflow_common::clock`].
+    /// Seconds of `CLOCK_MONOTONIC`.
     fn now(&self) -> u32;
     fn random(&self) -> u32;
 }
