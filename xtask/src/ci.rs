@@ -1,8 +1,7 @@
 //! What CI runs, in order; a part that fails does not keep the next from running.
 
-use std::io::{Write, stdout};
+use std::io::stdout;
 use std::process::{Command, ExitCode};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -11,78 +10,38 @@ use crate::test::{Scope, Tally};
 use crate::toolchain::{Toolchain, succeed};
 use crate::{chart, compile, demo, image, layers, setup, test, verify, vm};
 
-/// Runs one part, writes to `show` what is to be seen of it and returns its tests.
-type Part = fn(&Toolchain, &mut dyn Write) -> Result<Tally>;
+/// Runs one part and returns its tests.
+type Part = fn(&Toolchain) -> Result<Tally>;
 
-/// Parts of one row run side by side. The first shows what it does as it does it, the others when they have ended: they
-/// print nothing on their own.
-const PARTS: [&[(&str, Part)]; 10] = [
-    &[("setup", setup)],
-    &[("format", format)],
-    &[("lints", lints)],
-    &[("layers", layers)],
-    &[("test", all_tests)],
-    &[("verify", |toolchain, _show| verify::part(toolchain))],
-    // An emulated machine keeps one processor busy; the soak lasts as long as it is asked to.
-    &[("kernels", |toolchain, _show| vm::part(toolchain)), ("soak", soak)],
-    &[("demo", demonstrate)],
-    &[("chart", |toolchain, _show| chart::part(toolchain))],
-    &[("image", |toolchain, _show| image::part(toolchain))],
+const PARTS: [(&str, Part); 11] = [
+    ("setup", setup),
+    ("format", format),
+    ("lints", lints),
+    ("layers", layers),
+    ("test", all_tests),
+    ("verify", verify::part),
+    ("kernels", vm::part),
+    ("demo", demonstrate),
+    ("soak", soak),
+    ("chart", chart::part),
+    ("image", image::part),
 ];
 
 pub(crate) fn run(toolchain: &Toolchain) -> Result<ExitCode> {
     let mut sum = Tally::default();
     let mut report = String::new();
-    for row in PARTS {
-        for (name, tally, took) in side_by_side(toolchain, row)? {
-            report += &line(name, &tally, took);
-            sum += tally;
-        }
+    for (name, part) in PARTS {
+        println!("\n== {name}");
+        let start = Instant::now();
+        let tally = part(toolchain).unwrap_or_else(|error| {
+            eprintln!("error: {error:#}");
+            Tally::failure(format!("{name}: {error:#}"))
+        });
+        report += &line(name, &tally, start.elapsed());
+        sum += tally;
     }
     print!("\n{report}");
     Ok(sum.report())
-}
-
-/// The name of each part, its tests and how long it took.
-fn side_by_side(
-    toolchain: &Toolchain,
-    row: &'static [(&'static str, Part)],
-) -> Result<Vec<(&'static str, Tally, Duration)>> {
-    let Some((first, others)) = row.split_first() else { return Ok(Vec::new()) };
-    let names: Vec<_> = row.iter().map(|(name, _)| *name).collect();
-    println!("\n== {}", names.join(", and beside it: "));
-    thread::scope(|scope| {
-        let others: Vec<_> = others
-            .iter()
-            .map(|part| {
-                scope.spawn(|| {
-                    let mut shown = Vec::new();
-                    (one(toolchain, part, &mut shown), shown)
-                })
-            })
-            .collect();
-        let mut done = vec![one(toolchain, first, &mut stdout())];
-        for (other, name) in others.into_iter().zip(&names[1..]) {
-            println!("\n== {name}");
-            let Ok((result, shown)) = other.join() else { anyhow::bail!("{name} panicked") };
-            stdout().write_all(&shown)?;
-            done.push(result);
-        }
-        Ok(done)
-    })
-}
-
-fn one(
-    toolchain: &Toolchain,
-    (name, part): &(&'static str, Part),
-    show: &mut dyn Write,
-) -> (&'static str, Tally, Duration) {
-    let start = Instant::now();
-    let tally = part(toolchain, show).unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
-        Tally::failure(format!("{name}: {error:#}"))
-    });
-    (name, tally, start.elapsed())
 }
 
 fn line(name: &str, tally: &Tally, took: Duration) -> String {
@@ -93,16 +52,16 @@ fn line(name: &str, tally: &Tally, took: Duration) -> String {
     format!("{}\n", line.trim_end())
 }
 
-fn setup(toolchain: &Toolchain, _show: &mut dyn Write) -> Result<Tally> {
+fn setup(toolchain: &Toolchain) -> Result<Tally> {
     setup::run(toolchain)?;
     Ok(Tally::default())
 }
 
-fn format(toolchain: &Toolchain, _show: &mut dyn Write) -> Result<Tally> {
+fn format(toolchain: &Toolchain) -> Result<Tally> {
     check(toolchain.cargo().args(["fmt", "--all", "--check"]))
 }
 
-fn lints(toolchain: &Toolchain, _show: &mut dyn Write) -> Result<Tally> {
+fn lints(toolchain: &Toolchain) -> Result<Tally> {
     let mut clippy = toolchain.cargo();
     clippy.args(["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"]);
     check(&mut clippy)?;
@@ -114,29 +73,29 @@ fn check(command: &mut Command) -> Result<Tally> {
     Ok(Tally::default())
 }
 
-fn layers(toolchain: &Toolchain, _show: &mut dyn Write) -> Result<Tally> {
+fn layers(toolchain: &Toolchain) -> Result<Tally> {
     layers::run(toolchain.root())?;
     Ok(Tally::default())
 }
 
-fn all_tests(toolchain: &Toolchain, _show: &mut dyn Write) -> Result<Tally> {
+fn all_tests(toolchain: &Toolchain) -> Result<Tally> {
     Ok(test::run(toolchain, Scope::All, None))
 }
 
-fn demonstrate(toolchain: &Toolchain, show: &mut dyn Write) -> Result<Tally> {
-    program(toolchain, ("demo", &[]), show)
+fn demonstrate(toolchain: &Toolchain) -> Result<Tally> {
+    program(toolchain, "demo", &[])
 }
 
-/// What fails is run again with the seed that it printed.
-fn soak(toolchain: &Toolchain, show: &mut dyn Write) -> Result<Tally> {
-    program(toolchain, ("soak", &["--minutes", "10"].map(str::to_owned)), show)
+/// Five minutes; what fails is run again with the seed that it printed.
+fn soak(toolchain: &Toolchain) -> Result<Tally> {
+    program(toolchain, "soak", &["--minutes", "5"].map(str::to_owned))
 }
 
 /// A program of bpf-tests that counts its checks.
-fn program(toolchain: &Toolchain, (name, args): (&str, &[String]), show: &mut dyn Write) -> Result<Tally> {
+fn program(toolchain: &Toolchain, name: &str, args: &[String]) -> Result<Tally> {
     let mut tally = Tally::default();
     let mut command = demo::command(toolchain, name, args)?;
-    let done = test::stream(&mut command, show, |line| {
+    let done = test::stream(&mut command, stdout(), |line| {
         tally += checks(name, line);
         if line.trim_end().ends_with("  NO") {
             tally.failures.push(format!("{name}: {line}"));
