@@ -4,25 +4,33 @@ use std::fs::{self, File};
 use std::io::stdout;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 
 use crate::test::{Reader, Tally, stream};
 
 /// Runs it to its end. What it writes to its second serial port is in `returned`.
-pub(super) fn run(vmlinuz: &Path, initrd: &Path, returned: &Path) -> Result<Tally> {
+pub(super) fn run(boot: (&Path, &Path), returned: &Path, limit: Duration) -> Result<Tally> {
     let mut console = Console::default();
-    let ended = stream(&mut command(vmlinuz, initrd, returned), stdout(), |line| console.read(line))?;
+    let ended = stream(&mut command(boot, returned, limit), stdout(), |line| console.read(line))?;
     if !ended || !console.done {
         bail!("the machine did not get to the end, after {}", console.result());
     }
     Ok(console.result())
 }
 
-fn command(vmlinuz: &Path, initrd: &Path, returned: &Path) -> Command {
-    // Hours would pass before anyone looks, were it to hang.
+/// `boot` are the kernel and its first file system.
+fn command((vmlinuz, initrd): (&Path, &Path), returned: &Path, limit: Duration) -> Command {
     let mut command = Command::new("timeout");
-    command.args(["--kill-after=10", LIMIT, super::QEMU, "-nodefaults", "-no-user-config", "-no-reboot"]);
+    command.args([
+        "--kill-after=10",
+        &limit.as_secs().to_string(),
+        super::QEMU,
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+    ]);
     let accelerator = accelerator();
     command.args(["-accel", accelerator, "-cpu", "max", "-smp", "2", "-m", MEMORY]);
     // What the kernel does not know becomes the first process's environment.
@@ -41,8 +49,6 @@ fn accelerator() -> &'static str {
     if capable && File::options().read(true).write(true).open("/dev/kvm").is_ok() { "kvm" } else { "tcg" }
 }
 
-/// Seconds that all tests may take under emulation.
-const LIMIT: &str = "3600";
 const MEMORY: &str = "2G";
 /// So many times as long as on a real machine the tests wait.
 const EMULATED: &str = "20";
